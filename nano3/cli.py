@@ -1,0 +1,83 @@
+"""What every script here shares: one-line errors with exit code 2, and output folders that appear whole or not at all.
+
+Imports neither torch nor NeMo: scripts must be able to refuse bad input before anything heavy loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MARKER = "nano3.json"
+"""File that says a folder was written by this project, and by which of its tools."""
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The message names the thing and the remedy; scripts print it and exit with 2."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs `main` as a script: exit code 0 or its own, 2 with one line for a `UserError`, 130 for Ctrl-C."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def owner_of(folder: Path) -> str | None:
+    """The kind of a folder that this project wrote (see `fresh_output`), or None when it is not ours."""
+    try:
+        return json.loads((folder / MARKER).read_text())["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_output(out: Path | str, kind: str) -> Path:
+    """Refuses an output path that holds something we did not write; an empty or absent folder, or our own, is fine."""
+    out = Path(out).resolve()
+    if out.is_file():
+        raise UserError(f"output {out} is a file; give a folder that does not exist yet")
+    if out.is_dir() and any(out.iterdir()) and owner_of(out) != kind:
+        raise UserError(
+            f"output folder {out} exists and holds files that are not a {kind} of this project; "
+            "choose another folder or remove it"
+        )
+    return out
+
+
+@contextmanager
+def fresh_output(out: Path | str, kind: str) -> Iterator[Path]:
+    """Gives a temporary folder beside `out`; on success it replaces `out`, on an error nothing of it stays.
+
+    The finished folder carries `nano3.json` with its `kind`, so that a second run may replace it and a stranger's
+    folder is never touched. A killed run leaves either the old result or the new one, and at most a hidden
+    `.NAME.partial-*` folder, which no reader accepts and the next run removes.
+    """
+    out = check_output(out, kind)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for stale in out.parent.glob(f".{out.name}.partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        (temporary / MARKER).write_text(json.dumps({"kind": kind, "format": 1}) + "\n")
+        replaced = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
+        if out.exists():
+            os.rename(out, replaced)
+        os.rename(temporary, out)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
