@@ -1,0 +1,193 @@
+"""Reads a Hugging Face config.json of the Nemotron-H family. Imports neither torch nor NeMo.
+
+Every field is used, or known not to change the network (`IGNORED`, with the reason), or held to the values that we support
+(`FIXED`); anything else is refused by name, so that a variant of the model is never read as the plain one.
+"""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from nano3.cli import UserError
+
+BLOCK_TYPES = {
+    "linear_attention": "M",
+    "mamba": "M",
+    "full_attention": "*",
+    "attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}
+"""The words that transformers writes for the letters; `mamba` and `attention` are its older ones."""
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""torch's dtype names -> those of safetensors headers."""
+
+FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("nemotron_h",),
+    "attention_bias": (False,),
+    "attention_dropout": (0,),
+    "hidden_dropout": (0,),
+    "mamba_hidden_act": ("silu",),
+    "mamba_proj_bias": (False,),
+    "mlp_bias": (False,),
+    "mlp_hidden_act": ("relu2",),
+    "moe_latent_size": (None, 0),
+    "n_group": (1,),
+    "n_shared_experts": (1,),
+    "norm_topk_prob": (True,),
+    "num_nextn_predict_layers": (0,),
+    "quantization_config": (None,),
+    "residual_in_fp32": (False,),
+    "sliding_window": (None,),
+    "tie_word_embeddings": (False,),
+    "time_step_limit": ([0.0, float("inf")],),
+    "topk_group": (1,),
+    "use_bias": (False,),
+    "use_conv_bias": (True,),
+}
+"""Fields that change the network, and the values that we support. Absent means the first: transformers' default."""
+
+_GENERATION = "concerns tokenizer and generation, not the network"
+_LABEL = "a label"
+_HF_INIT = "starting values of training from scratch in transformers; checkpoints bring their weights"
+IGNORED = {
+    "_name_or_path": _LABEL,
+    "architectures": _LABEL,
+    "auto_map": "names of the remote code, which we never run",
+    "bos_token_id": _GENERATION,
+    "eos_token_id": _GENERATION,
+    "expand": "the width of the Mamba layers is mamba_num_heads * mamba_head_dim",
+    "mamba_ssm_cache_dtype": "the cache of generation",
+    "moe_shared_expert_overlap": "how kernels are scheduled",
+    "mtp_hybrid_override_pattern": "no multi-token prediction (num_nextn_predict_layers must be 0)",
+    "mtp_layers_block_type": "no multi-token prediction (num_nextn_predict_layers must be 0)",
+    "num_logits_to_keep": _GENERATION,
+    "output_router_logits": "what transformers returns",
+    "pad_token_id": _GENERATION,
+    "partial_rotary_factor": "the model has no rotary embedding",
+    "rescale_prenorm_residual": _HF_INIT,
+    "rope_theta": "the model has no rotary embedding",
+    "time_step_floor": _HF_INIT,
+    "time_step_max": _HF_INIT,
+    "time_step_min": _HF_INIT + " (transformers from 5.15 also clamps dt by it; the model was not trained so)",
+    "transformers_version": _LABEL,
+    "use_cache": _GENERATION,
+    "use_mamba_kernels": "which kernels transformers runs",
+}
+"""Fields that do not change the network, with the reason."""
+
+ALIASES = {"norm_eps": "layer_norm_epsilon", "rms_norm_eps": "layer_norm_epsilon"}
+"""Second names of a field; both may be present if they agree."""
+
+
+def read_config(path: Path | str) -> dict[str, Any]:
+    """The config.json at `path` (the file, or a folder with it) as a dict; `UserError` when it cannot be read."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except OSError:
+        raise UserError(f"no config.json at {path}; give a Hugging Face model folder") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} does not hold a JSON object; fetch it again")
+    return config
+
+
+def architecture_fields(config: dict[str, Any], wanted: dict[str, str], source: str) -> dict[str, Any]:
+    """Values of the fields `wanted` (name -> type, as text) of a config.json, plus `pattern` and `dtype`.
+
+    Raises `UserError` naming the field when one is missing, unknown, malformed, or has a value that we do not support.
+    `source` is how messages call the file.
+    """
+    config = {key: _plain(value) for key, value in config.items()}
+    _refuse_unsupported(config, source)
+    values: dict[str, Any] = {"pattern": _pattern(config, source), "dtype": _dtype(config, source)}
+    for name, kind in wanted.items():
+        if name not in values:
+            values[name] = _number(config, name, kind == "float", source)
+    _refuse_unknown(config, wanted, source)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Undoes transformers' JSON form of infinities, {"__float__": "Infinity"}; tuples and lists become lists."""
+    if isinstance(value, dict) and set(value) == {"__float__"}:
+        return float(value["__float__"])
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
+    if "model_type" not in config:
+        raise UserError(f"{source}: no model_type; not the config.json of a Hugging Face model")
+    for name, supported in FIXED.items():
+        if name == "quantization_config" and config.get(name) is not None:
+            raise UserError(f"{source}: this checkpoint is quantized (quantization_config); give the BF16 one")
+        value = config.get(name, supported[0])
+        if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in supported):
+            allowed = " or ".join(json.dumps(good) for good in supported)
+            raise UserError(f"{source}: {name} is {json.dumps(value)}; this project supports only {allowed}")
+
+
+def _refuse_unknown(config: dict[str, Any], wanted: dict[str, str], source: str) -> None:
+    read_here = {"hybrid_override_pattern", "layers_block_type", "layer_types", "num_hidden_layers", "torch_dtype"}
+    known = sorted((wanted.keys() - {"pattern"}) | read_here | FIXED.keys() | IGNORED.keys() | ALIASES.keys())
+    for name in config:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f" (nearest known field: {near[0]})" if near else ""
+            raise UserError(f"{source}: unknown field {name!r}{hint}; we cannot tell whether it changes the network")
+    for alias, name in ALIASES.items():
+        if alias in config and config[alias] != config[name]:
+            raise UserError(f"{source}: {alias} {config[alias]} and {name} {config[name]} disagree; remove one")
+
+
+def _pattern(config: dict[str, Any], source: str) -> str:
+    """The layer letters, from whichever of the three fields is there; all must agree, as must num_hidden_layers."""
+    found: dict[str, str] = {}
+    if config.get("hybrid_override_pattern") is not None:
+        found["hybrid_override_pattern"] = str(config["hybrid_override_pattern"])
+    for name in ("layers_block_type", "layer_types"):
+        words = config.get(name)
+        if words is not None:
+            unknown = sorted({str(word) for word in words} - set(BLOCK_TYPES))
+            if unknown:
+                raise UserError(f"{source}: {name} has unknown layer types {unknown}; known are {list(BLOCK_TYPES)}")
+            found[name] = "".join(BLOCK_TYPES[word] for word in words)
+    if not found:
+        raise UserError(f"{source}: no hybrid_override_pattern and no layers_block_type; not a Nemotron-H config")
+    if len(set(found.values())) > 1:
+        raise UserError(f"{source}: the layer patterns disagree: {found}; remove one")
+    pattern = next(iter(found.values()))
+    count = config.get("num_hidden_layers", len(pattern))
+    if count != len(pattern):
+        raise UserError(f"{source}: num_hidden_layers is {count} but the layer pattern {pattern} has {len(pattern)}")
+    return pattern
+
+
+def _dtype(config: dict[str, Any], source: str) -> str:
+    name = config.get("dtype", config.get("torch_dtype", "bfloat16"))
+    if name not in DTYPES:
+        raise UserError(f"{source}: dtype is {json.dumps(name)}; known are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _number(config: dict[str, Any], name: str, real: bool, source: str) -> int | float:
+    """A positive size (or, if `real`, any non-negative real number)."""
+    if name not in config:
+        raise UserError(f"{source}: field {name!r} is missing; not a complete Nemotron-H config")
+    value = config[name]
+    good = isinstance(value, int | float if real else int) and not isinstance(value, bool)
+    if not good or value < 0 or (not real and value == 0):
+        raise UserError(
+            f"{source}: {name} is {json.dumps(value)}; it must be a positive {'number' if real else 'integer'}"
+        )
+    return float(value) if real else value
