@@ -1,6 +1,6 @@
 """Reads a Hugging Face config.json of the Nemotron-H family. Imports neither torch nor NeMo.
 
-Every field is used, or known not to change the network (`IGNORED`, with the reason), or held to the values that we support
+Every field is used, or known not to change the network (`IGNORED`, with the reason), or held to the values we support
 (`FIXED`); anything else is refused by name, so that a variant of the model is never read as the plain one.
 """
 
