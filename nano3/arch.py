@@ -8,10 +8,11 @@ a checkpoint holds, how many parameters there are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nano3.cli import UserError
@@ -109,7 +110,7 @@ class Arch:
             if field.name != "dtype" and getattr(self, field.name) != getattr(other, field.name)
         ]
 
-    @cached_property
+    @property
     def layers(self) -> tuple[str, ...]:
         """The letter of every layer, numbered from 0."""
         return tuple(self.pattern)
@@ -156,17 +157,9 @@ class Arch:
         """Channels of the convolution: x, B, C."""
         return self.mamba_sections[1:4]
 
-    def tensors(self) -> dict[str, TensorSpec]:
+    def tensors(self) -> Mapping[str, TensorSpec]:
         """Every tensor of a Hugging Face checkpoint, by name, layer after layer; shapes as stored there."""
-        hidden = self.hidden_size
-        result = {"backbone.embeddings.weight": TensorSpec((self.vocab_size, hidden), self.dtype, "embedding")}
-        for number, letter in enumerate(self.pattern):
-            result[f"backbone.layers.{number}.norm.weight"] = TensorSpec((hidden,), self.dtype, "norms")
-            for name, spec in self._mixer(letter):
-                result[f"backbone.layers.{number}.mixer.{name}"] = spec
-        result["backbone.norm_f.weight"] = TensorSpec((hidden,), self.dtype, "norms")
-        result["lm_head.weight"] = TensorSpec((self.vocab_size, hidden), self.dtype, "lm_head")
-        return result
+        return _tensors(self)
 
     def parameter_count(self) -> dict[str, int]:
         """Values by family (see `TensorSpec`), `router_bias` included though it is a buffer."""
@@ -231,6 +224,20 @@ class Arch:
         }
         for name, shape in shapes.items():
             yield name, TensorSpec(shape, "F32" if name in ("A_log", "D") else self.dtype, "mamba")
+
+
+@lru_cache(maxsize=8)
+def _tensors(arch: Arch) -> Mapping[str, TensorSpec]:
+    outer = TensorSpec((arch.vocab_size, arch.hidden_size), arch.dtype, "embedding")
+    norm = TensorSpec((arch.hidden_size,), arch.dtype, "norms")
+    result = {"backbone.embeddings.weight": outer}
+    for number, letter in enumerate(arch.pattern):
+        result[f"backbone.layers.{number}.norm.weight"] = norm
+        for name, spec in arch._mixer(letter):
+            result[f"backbone.layers.{number}.mixer.{name}"] = spec
+    result["backbone.norm_f.weight"] = norm
+    result["lm_head.weight"] = replace(outer, family="lm_head")
+    return MappingProxyType(result)
 
 
 def resolve_model(name_or_path: str | Path) -> Path:
