@@ -1,0 +1,110 @@
+"""The plan of a Megatron `torch_dist` checkpoint: keys, global shapes, chunks and `_extra_state` objects. Torch-free.
+
+It is derived from the architecture alone, not from a built model, so that a conversion starts at once and needs no
+CUDA library; tests/test_conversion.py compares it, key by key, with what megatron-core's own model asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from conversion.layout import ITEM_BYTES
+from conversion.names import OUTPUT, VOCABULARY_KEYS, MegatronTensor, extra_state_keys, megatron_tensors
+from nano3.arch import Arch
+from nano3.cli import UserError
+
+PREFIX = "module."
+"""What NeMo and Megatron put before the keys of the model itself."""
+
+VOCABULARY_MULTIPLE = 128
+"""Rows of embedding and output layer are padded with zeros to a multiple of this: NeMo's make_vocab_size_divisible_by.
+
+A load on another tensor-parallel size may want more or fewer rows; megatron-core permits that for these two tensors,
+drops the surplus and fills with zeros, so one checkpoint serves every size. The real size stays in hf/config.json.
+"""
+
+CHUNK_BYTES = 256 << 20
+"""Upper bound of a chunk, in bytes: every reader loads whole chunks."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to write: what it is made of, its padded global shape, its dtype (safetensors' word)."""
+
+    tensor: MegatronTensor
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        return PREFIX + self.tensor.key
+
+    @property
+    def total_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def chunks(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(offset, size) of every chunk; cut along rows only, an expert tensor into single experts first."""
+        lead, shape = (self.shape[:1], self.shape[1:]) if self.tensor.experts else ((), self.shape)
+        row_bytes = math.prod(shape[1:]) * ITEM_BYTES[self.dtype]
+        step = max(1, CHUNK_BYTES // row_bytes)
+        rest = (0,) * (len(shape) - 1)
+        for expert in range(lead[0]) if lead else (None,):
+            for start in range(0, shape[0], step):
+                size = (min(step, shape[0] - start), *shape[1:])
+                yield ((start, *rest), size) if expert is None else ((expert, start, *rest), (1, *size))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the `weights/` folder of a checkpoint holds. `objects` are keys of empty `_extra_state`s."""
+
+    tensors: tuple[Planned, ...]
+    objects: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all values; the file is a little larger."""
+        return sum(tensor.total_bytes for tensor in self.tensors)
+
+
+def padded_vocabulary(size: int) -> int:
+    """Rows of embedding and output layer in a checkpoint that we write."""
+    return -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def make_plan(arch: Arch, dtypes: Mapping[str, str]) -> Plan:
+    """The plan for `arch`; `dtypes` gives the dtype of every Hugging Face tensor.
+
+    Raises `UserError` when tensors that share one Megatron tensor (q, k, v; the experts of a layer) differ in dtype.
+    """
+    planned = []
+    for tensor in megatron_tensors(arch):
+        shape = tensor.shape
+        if tensor.key in VOCABULARY_KEYS:
+            shape = (padded_vocabulary(shape[0]), *shape[1:])
+        planned.append(Planned(tensor, shape, _common_dtype(tensor, dtypes)))
+    objects = [
+        f"{PREFIX}{key}/shard_{shard}_{count}"
+        for key, count in extra_state_keys(arch).items()
+        for shard in range(count)
+    ]
+    return Plan(tuple(planned), tuple(objects))
+
+
+def is_native(object_key: str) -> bool:
+    """Whether an `_extra_state` belongs to megatron-core's own layer, which stores None, not Transformer Engine's."""
+    return object_key.startswith(PREFIX + OUTPUT.removesuffix("weight"))
+
+
+def _common_dtype(tensor: MegatronTensor, dtypes: Mapping[str, str]) -> str:
+    first = tensor.blocks[0].name
+    for block in tensor.blocks:
+        if dtypes[block.name] != dtypes[first]:
+            raise UserError(
+                f"{first} is {dtypes[first]} but {block.name} is {dtypes[block.name]}; they are one tensor in Megatron "
+                "and need one dtype: store them alike"
+            )
+    return dtypes[first]
