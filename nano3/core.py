@@ -1,0 +1,127 @@
+"""The model in Megatron-Core: its configuration from an `Arch`, and the stock Mamba hybrid stack. No NeMo.
+
+Call `nano3.cpu.enable()` before importing this module where there may be no GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.activations import squared_relu
+from megatron.core.models.mamba import MambaModel
+from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nano3 import cpu
+from nano3.arch import Arch
+
+VOCAB_MULTIPLE = 128
+"""Vocabulary rows per tensor-parallel rank are padded to a multiple of this (NeMo's make_vocab_size_divisible_by)."""
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Vocabulary rows of the model: the next multiple of 128 * TP, as NeMo and Megatron-LM pad it."""
+    multiple = VOCAB_MULTIPLE * tensor_parallel
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_kwargs(arch: Arch) -> dict[str, Any]:
+    """Fields of Megatron-Core's `TransformerConfig` that the architecture decides, and those that keep it exact.
+
+    Router, activation and normalization follow the model's definition. Auxiliary and z losses are off: with a frozen
+    router they would reach the adapters through the hidden states and depend on how documents are packed.
+    """
+    return {
+        "num_layers": len(arch.layers),
+        "hidden_size": arch.hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_key_value_heads,
+        "kv_channels": arch.head_dim,
+        "ffn_hidden_size": arch.intermediate_size,
+        "mamba_state_dim": arch.ssm_state_size,
+        "mamba_head_dim": arch.mamba_head_dim,
+        "mamba_num_groups": arch.n_groups,
+        "mamba_num_heads": arch.mamba_num_heads,
+        "is_hybrid_model": True,
+        "num_moe_experts": arch.n_routed_experts,
+        "moe_router_topk": arch.num_experts_per_tok,
+        "moe_ffn_hidden_size": arch.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": arch.moe_shared_expert_intermediate_size,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_dtype": "fp32",
+        "moe_router_topk_scaling_factor": arch.routed_scaling_factor,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
+        "moe_grouped_gemm": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "activation_func": squared_relu,
+        "gated_linear_unit": False,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.layer_norm_epsilon,
+        "init_method_std": arch.initializer_range,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        **_fusions(),
+    }
+
+
+def _fusions() -> dict[str, Any]:
+    """Fused kernels: all that help on GPUs, none on the CPU backend, which has only the plain ones."""
+    on_gpu = not cpu.enabled()
+    return {
+        "apply_rope_fusion": False,  # the model has no rotary embedding at all
+        "masked_softmax_fusion": False,  # attention runs in Transformer Engine, which masks itself
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": on_gpu,
+        "gradient_accumulation_fusion": False,  # base weights are frozen: there are no large gradients to accumulate
+        "moe_permute_fusion": on_gpu,
+    }
+
+
+def mask_padded_vocabulary(model: MambaModel, vocab_size: int) -> None:
+    """Gives padded vocabulary rows no probability.
+
+    Their weights are zero, hence their logits too, and a softmax over them would take probability from real tokens.
+    A hook on the output layer sets their logits to the dtype's lowest value, on whichever tensor-parallel rank they are.
+    """
+    if not model.post_process or model.vocab_size == vocab_size:
+        return
+    layer = model.output_layer
+    local = layer.weight.shape[0]
+    first = layer.tp_group.rank() * local
+    columns = torch.arange(first, first + local, device=layer.weight.device)
+    padded = columns >= vocab_size
+
+    def hook(_module: torch.nn.Module, _inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        logits, bias = output
+        mask = padded if logits.shape[-1] == local else torch.arange(logits.shape[-1], device=logits.device) >= vocab_size
+        return logits.masked_fill(mask, torch.finfo(logits.dtype).min), bias
+
+    layer.register_forward_hook(hook)
+
+
+def build_mcore_model(
+    config: TransformerConfig,
+    arch: Arch,
+    max_sequence_length: int,
+    pre_process: bool = True,
+    post_process: bool = True,
+) -> MambaModel:
+    """Megatron-Core's `MambaModel` on its stock `mamba_stack_spec`, this pipeline stage of it."""
+    model = MambaModel(
+        config,
+        mamba_stack_spec=mamba_stack_spec,
+        vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
+        max_sequence_length=max_sequence_length,
+        hybrid_override_pattern=arch.pattern,
+        pre_process=pre_process,
+        post_process=post_process,
+        position_embedding_type="none",
+    )
+    mask_padded_vocabulary(model, arch.vocab_size)
+    return model

@@ -1,0 +1,101 @@
+"""DotProductAttention of Transformer Engine in plain PyTorch: causal, grouped queries, packed documents.
+
+Shapes: `sbhd` query (s, b, heads, d), key and value (s, b, groups, d); `thd` (tokens, heads, d) with `cu_seqlens`.
+Output (s, b, heads * d) or (tokens, heads * d). A packed batch is computed document by document, so one document's
+values cannot reach another's. PyTorch's fused kernel keeps query, key, value, output and log-sum-exp for backward, as
+flash attention does on GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from nano3.cpu.te.base import TransformerEngineBaseModule, refuse
+
+
+class DotProductAttention(TransformerEngineBaseModule):
+    """Signature of transformer_engine.pytorch.DotProductAttention 2.10, as far as Megatron-Core uses it."""
+
+    def __init__(
+        self,
+        num_attention_heads: int,
+        kv_channels: int | tuple[int, int],
+        num_gqa_groups: int | None = None,
+        attention_dropout: float = 0.0,
+        qkv_format: str = "sbhd",
+        attn_mask_type: str = "causal",
+        sequence_parallel: bool = False,
+        tp_size: int = 1,
+        get_rng_state_tracker: Callable | None = None,
+        tp_group: Any = None,
+        layer_number: int | None = None,
+        attention_type: str = "self",
+        cp_group: Any = None,
+        cp_global_ranks: list[int] | None = None,
+        cp_stream: Any = None,
+        cp_comm_type: str = "p2p",
+        softmax_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        del cp_global_ranks, cp_stream, sequence_parallel  # streams and ranks of a CP group; nothing here uses them
+        refuse(
+            "DotProductAttention",
+            attention_dropout=attention_dropout > 0.0,
+            cross_attention=attention_type != "self",
+            context_parallel=cp_group is not None,
+            separate_value_width=isinstance(kv_channels, tuple) and kv_channels[0] != kv_channels[1],
+        )
+        self.num_attention_heads, self.num_gqa_groups = num_attention_heads, num_gqa_groups or num_attention_heads
+        self.qkv_format, self.attn_mask_type, self.layer_number = qkv_format, attn_mask_type, layer_number
+        self.tp_size, self.tp_group, self.get_rng_state_tracker = tp_size, tp_group, get_rng_state_tracker
+        self.cp_comm_type = cp_comm_type
+        width = kv_channels[0] if isinstance(kv_channels, tuple) else kv_channels
+        self.softmax_scale = softmax_scale if softmax_scale is not None else width**-0.5
+
+    def forward(
+        self,
+        query_layer: torch.Tensor,
+        key_layer: torch.Tensor,
+        value_layer: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        qkv_format: str | None = None,
+        cu_seqlens_q: torch.Tensor | None = None,
+        cu_seqlens_kv: torch.Tensor | None = None,
+        cu_seqlens_q_padded: torch.Tensor | None = None,
+        cu_seqlens_kv_padded: torch.Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_kv: int | None = None,
+        attn_mask_type: str | None = None,
+    ) -> torch.Tensor:
+        del max_seqlen_q, max_seqlen_kv  # choose a kernel's tile sizes
+        layout, mask = qkv_format or self.qkv_format, attn_mask_type or self.attn_mask_type
+        if attention_mask is not None or mask not in ("causal", "padding_causal"):
+            raise NotImplementedError(f"attention mask {mask!r}: this model's layers are causal")
+        if layout == "sbhd":
+            return self._causal(query_layer, key_layer, value_layer)
+        if layout != "thd":
+            raise NotImplementedError(f"qkv_format {layout!r}: Megatron-Core sends sbhd or thd")
+        q_bounds = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
+        kv_bounds = cu_seqlens_kv if cu_seqlens_kv_padded is None else cu_seqlens_kv_padded
+        if q_bounds is None or kv_bounds is None or not torch.equal(q_bounds, kv_bounds):
+            raise ValueError("packed self-attention needs equal cu_seqlens for queries and keys")
+        bounds = q_bounds.tolist()
+        if bounds[0] != 0 or bounds[-1] != query_layer.shape[0]:
+            raise ValueError(f"cu_seqlens run from {bounds[0]} to {bounds[-1]}, the pack has {query_layer.shape[0]} tokens")
+        outputs = [
+            self._causal(*(t[start:end].unsqueeze(1) for t in (query_layer, key_layer, value_layer))).squeeze(1)
+            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+            if end > start
+        ]
+        return torch.cat(outputs)
+
+    def _causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(s, b, heads, d) -> (s, b, heads * d)."""
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        return out.permute(2, 0, 1, 3).flatten(2)

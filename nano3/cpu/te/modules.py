@@ -1,0 +1,131 @@
+"""Puts the stand-ins where `import transformer_engine` finds them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import importlib.metadata
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from nano3.cpu.te import VERSION
+from nano3.cpu.te.attention import DotProductAttention
+from nano3.cpu.te.base import TransformerEngineBaseModule
+from nano3.cpu.te.linear import GroupedLinear, LayerNormLinear, Linear
+from nano3.cpu.te.norm import RMSNorm
+
+
+@contextlib.contextmanager
+def _fp8_off(enabled: bool = False, **_settings: Any) -> Iterator[None]:
+    """`fp8_autocast` and `fp8_model_init`: there is no FP8 arithmetic here, so asking for it is an error."""
+    if enabled:
+        raise NotImplementedError("FP8 training needs Transformer Engine on a GPU; the CPU path has BF16 and FP32")
+    yield
+
+
+class FP8GlobalStateManager:
+    """Answers Megatron-Core's questions about FP8: it is off."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
+    @staticmethod
+    def is_fp8_calibration() -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def activation_recompute_forward(activation_recompute: bool = False, recompute_phase: bool = False) -> Iterator[None]:
+    """Around a recomputed forward Transformer Engine keeps FP8 scales; without FP8 there is nothing to keep."""
+    del activation_recompute, recompute_phase
+    yield
+
+
+def is_fp8_activation_recompute_enabled() -> bool:
+    """See `activation_recompute_forward`."""
+    return False
+
+
+def _gpu_only(name: str) -> Callable:
+    """A function that Megatron-Core imports by name and calls only with a fusion that the CPU configuration leaves off."""
+
+    def refuse(*_args: Any, **_settings: Any) -> None:
+        raise NotImplementedError(f"transformer_engine's {name} is a CUDA kernel; moe_router_fusion needs a GPU")
+
+    refuse.__name__ = name
+    return refuse
+
+
+class CudaRNGStatesTracker:
+    """Base of Megatron-Core's CUDA-graph-safe tracker; without graphs its own tracker is the one to use."""
+
+    def __init__(self) -> None:
+        raise NotImplementedError("use_te_rng_tracker is for CUDA graphs; the CPU backend uses Megatron-Core's tracker")
+
+
+class QuantizedTensor:
+    """Nothing is an instance of this on a CPU; Megatron-Core tests parameters against it."""
+
+
+class _Recipe:
+    """Base of the FP8 recipe classes, for `isinstance` tests only."""
+
+
+class DelayedScaling(_Recipe):
+    """See `_Recipe`."""
+
+
+class Format:
+    """FP8 formats by name, for configuration code that mentions them."""
+
+    E4M3 = "E4M3"
+    HYBRID = "HYBRID"
+
+
+def _module(name: str, **names: Any) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__dict__.update(names)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    module.__path__ = []
+    sys.modules[name] = module
+    if "." in name:
+        parent, child = name.rsplit(".", 1)
+        setattr(sys.modules[parent], child, module)
+    return module
+
+
+def install() -> None:
+    """Registers `transformer_engine` and the submodules that Megatron-Core 0.16.1 and NeMo 2.7.3 import."""
+    real_version = importlib.metadata.version
+
+    def version(distribution_name: str) -> str:
+        named = distribution_name.replace("_", "-")
+        return VERSION if named == "transformer-engine" else real_version(distribution_name)
+
+    importlib.metadata.version = version
+    _module("transformer_engine", __version__=VERSION)
+    _module("transformer_engine.common")
+    _module("transformer_engine.common.recipe", Format=Format, Recipe=_Recipe, DelayedScaling=DelayedScaling)
+    modules = {
+        cls.__name__: cls
+        for cls in (Linear, LayerNormLinear, GroupedLinear, RMSNorm, DotProductAttention, TransformerEngineBaseModule)
+    }
+    _module("transformer_engine.pytorch", **modules, fp8_autocast=_fp8_off, fp8_model_init=_fp8_off)
+    _module("transformer_engine.pytorch.ops", Sequential=torch.nn.Sequential, FusibleOperation=torch.nn.Module)
+    _module("transformer_engine.pytorch.tensor", QuantizedTensor=QuantizedTensor)
+    _module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=_fp8_off)
+    _module(
+        "transformer_engine.pytorch.distributed",
+        CudaRNGStatesTracker=CudaRNGStatesTracker,
+        activation_recompute_forward=activation_recompute_forward,
+        is_fp8_activation_recompute_enabled=is_fp8_activation_recompute_enabled,
+    )
+    router = "fused_compute_score_for_moe_aux_loss fused_moe_aux_loss fused_topk_with_score_function".split()
+    _module("transformer_engine.pytorch.router", **{name: _gpu_only(name) for name in router})
+    _module("transformer_engine.pytorch.module")
+    _module("transformer_engine.pytorch.module.base", TransformerEngineBaseModule=TransformerEngineBaseModule)
