@@ -45,6 +45,20 @@ class MegatronTensor:
     blocks: tuple[RowBlock, ...]
     experts: bool = False
 
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
+        return self.shape[2:] if self.experts else self.shape[1:]
+
+    def box(self, first: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(offset, size) in the tensor of `count` rows from row `first` on; of an expert tensor within one expert."""
+        rest = (0,) * len(self.row_shape)
+        if not self.experts:
+            return (first, *rest), (count, *self.row_shape)
+        expert, row = divmod(first, self.shape[1])
+        assert row + count <= self.shape[1], (self.key, first, count)
+        return (expert, row, *rest), (1, count, *self.row_shape)
+
 
 @dataclass(frozen=True)
 class Linear:

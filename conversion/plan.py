@@ -45,16 +45,14 @@ class Planned:
     def total_bytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
-    def chunks(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(offset, size) of every chunk; cut along rows only, an expert tensor into single experts first."""
-        lead, shape = (self.shape[:1], self.shape[1:]) if self.tensor.experts else ((), self.shape)
-        row_bytes = math.prod(shape[1:]) * ITEM_BYTES[self.dtype]
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """(first row, number of rows) of every chunk; a chunk of an expert tensor lies within one expert."""
+        row_bytes = math.prod(self.tensor.row_shape) * ITEM_BYTES[self.dtype]
         step = max(1, CHUNK_BYTES // row_bytes)
-        rest = (0,) * (len(shape) - 1)
-        for expert in range(lead[0]) if lead else (None,):
-            for start in range(0, shape[0], step):
-                size = (min(step, shape[0] - start), *shape[1:])
-                yield ((start, *rest), size) if expert is None else ((expert, start, *rest), (1, *size))
+        stacks, rows = self.shape[:2] if self.tensor.experts else (1, self.shape[0])
+        for begin in range(0, stacks * rows, rows):
+            for start in range(0, rows, step):
+                yield begin + start, min(step, rows - start)
 
 
 @dataclass(frozen=True)

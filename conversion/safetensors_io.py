@@ -26,6 +26,16 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[name]
 
 
+def side_files(folder: Path) -> list[Path]:
+    """Everything in a model folder but weights and hidden files, relative to it: configuration, tokenizer, licence."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts) and not _is_weights(relative):
+            found.append(relative)
+    return found
+
+
 class HFFolder:
     """A Hugging Face model folder that holds exactly the tensors of its config.json. Use as a context manager.
 
@@ -47,19 +57,6 @@ class HFFolder:
     def dtypes(self) -> dict[str, str]:
         """The dtype of every tensor as its file says."""
         return {name: entry.dtype for name, entry in self.layout.entries.items()}
-
-    def side_files(self) -> list[Path]:
-        """Everything but the weights, relative to the folder: configuration, tokenizer, licence, remote code."""
-        found = []
-        for path in sorted(self.path.rglob("*")):
-            relative = path.relative_to(self.path)
-            if (
-                path.is_file()
-                and not any(part.startswith(".") for part in relative.parts)
-                and not _is_weights(relative)
-            ):
-                found.append(relative)
-        return found
 
     def rows(self, name: str, start: int, count: int) -> torch.Tensor:
         """Rows `start` to `start + count` of a tensor, in its dtype, from the file."""

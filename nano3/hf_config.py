@@ -30,6 +30,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("nemotron_h",),
     "attention_bias": (False,),
     "attention_dropout": (0,),
+    "conv_kernel": (4,),  # megatron-core's mixer has no setting for it
     "hidden_dropout": (0,),
     "mamba_hidden_act": ("silu",),
     "mamba_proj_bias": (False,),

@@ -1,0 +1,55 @@
+"""What the conversion scripts share: the parts of a NeMo folder, side files, disk space, a progress bar. Torch-free."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nano3.cli import UserError
+
+NEMO_KIND = "nemo-checkpoint"
+HF_KIND = "hf-model"
+ADAPTER_KIND = "lora-adapter"
+"""Kinds of folders that we write (see `nano3.cli.fresh_output`)."""
+
+WEIGHTS = "weights"
+CONTEXT = "context"
+SIDE = "hf"
+LAYOUT = "safetensors.json"
+"""Parts of a NeMo folder: Megatron's weights, NeMo's context, the Hugging Face folder's side files, and how its
+safetensors files were laid out."""
+
+
+def refuse_overlap(out: Path, *sources: Path) -> None:
+    """Refuses an output that is one of the sources, holds one, or lies in one: replacing it would eat the source."""
+    out = out.resolve()
+    for source in sources:
+        real = source.resolve()
+        if out == real or out in real.parents or real in out.parents:
+            raise UserError(f"output {out} and source {source} overlap; choose another output folder")
+
+
+def require_space(out: Path, needed: int) -> None:
+    """Refuses to begin when the disk of `out` has less than `needed` bytes free (an old output stays until the end)."""
+    parent = out.resolve()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(f"{out} needs {needed / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} GB free; make room")
+
+
+def copy_files(source: Path, files: Iterable[Path], target: Path) -> None:
+    """Copies files, given relative to `source`, byte for byte."""
+    for relative in files:
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / relative, target / relative)
+
+
+def progress(total: int, what: str) -> Any:
+    """A progress bar over bytes, on stderr, silent where nobody watches."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1000, mininterval=0.5, disable=None)

@@ -1,0 +1,74 @@
+"""Hugging Face -> NeMo, streaming: no GPU, no model in memory.
+
+    python conversion/hf_to_nemo.py SRC OUT
+
+SRC is a Hugging Face folder (or a preset: pico). OUT becomes a NeMo 2 checkpoint: `weights/` (Megatron's torch_dist,
+loads on any parallel layout), `context/` (NeMo's description of model and tokenizer) and `hf/` (config.json, tokenizer
+and everything else of SRC but its weights, byte for byte). `conversion/nemo_to_hf.py` gives SRC back, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from conversion.folders import (
+    CONTEXT,
+    LAYOUT,
+    NEMO_KIND,
+    SIDE,
+    WEIGHTS,
+    copy_files,
+    progress,
+    refuse_overlap,
+    require_space,
+)
+from conversion.plan import make_plan
+from conversion.safetensors_io import HFFolder, side_files
+from nano3.arch import resolve_model
+from nano3.cli import check_output, fresh_output, run
+
+
+def convert(source: Path, out: Path, context: bool = True) -> int:
+    """Writes the NeMo checkpoint `out`; returns the bytes of its weights. `UserError` before anything is written.
+
+    `context=False` leaves NeMo's `context/` out: the weights load with plain megatron-core, and NeMo is not imported.
+    """
+    refuse_overlap(out, source)
+    check_output(out, NEMO_KIND)
+    with HFFolder(source) as hf:
+        plan = make_plan(hf.arch, hf.dtypes)
+        side = side_files(source)
+        require_space(out, plan.total_bytes + sum((source / path).stat().st_size for path in side))
+        from conversion.torch_dist import write_weights
+
+        with fresh_output(out, NEMO_KIND) as folder:
+            copy_files(source, side, folder / SIDE)
+            (folder / LAYOUT).write_text(hf.layout.to_json())
+            if context:
+                from conversion.nemo_io import write_context
+
+                write_context(folder / CONTEXT, folder / SIDE)
+            (folder / WEIGHTS).mkdir()
+            with progress(plan.total_bytes, "weights") as bar:
+                write_weights(folder / WEIGHTS, plan, hf.rows, bar.update)
+    return plan.total_bytes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("source", metavar="SRC", help="Hugging Face model folder, or a preset name such as pico")
+    parser.add_argument("out", metavar="OUT", type=Path, help="NeMo checkpoint folder to write")
+    parser.add_argument(
+        "--no-context", action="store_true", help="leave out context/ and do not import NeMo (saves about 15 s)"
+    )
+    args = parser.parse_args()
+    size = convert(resolve_model(args.source), args.out, context=not args.no_context)
+    print(f"{args.out}: NeMo checkpoint, {size / 1e9:.3f} GB of weights")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
