@@ -25,10 +25,9 @@ def arithmetic(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def silu_slope(x: Tensor) -> Tensor:
-    """Derivative of silu: s * (1 + x * (1 - s)) with s = sigmoid(x)."""
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
+def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of silu(x): grad * s * (1 + x * (1 - s)) with s = sigmoid(x), in one pass over memory."""
+    return torch.ops.aten.silu_backward(grad, x)
 
 
 def foreign_tokens(seq_idx: Tensor, width: int) -> list[Tensor]:
@@ -86,15 +85,16 @@ def conv_backward(
     shifted = taps(x.to(dtype), width, seq_idx, initial)
     dy = dout.to(dtype)
     if silu:
-        dy = dy * silu_slope(preactivation(shifted, w, None if bias is None else bias.to(dtype)))
-    dweight = torch.stack([(dy * tap).sum((0, 1)) for tap in shifted], 1)
+        dy = silu_backward(dy, preactivation(shifted, w, None if bias is None else bias.to(dtype)))
+    product = torch.empty_like(dy)  # one buffer: fresh memory costs more than the arithmetic
+    dweight = torch.stack([torch.mul(dy, tap, out=product).sum((0, 1)) for tap in shifted], 1)
     dpadded = dy.new_zeros(dy.shape[0], length + width - 1, dy.shape[2])
     foreign = [] if seq_idx is None else foreign_tokens(seq_idx, width)
     for k in range(width):
-        grad = dy * w[:, k]
+        grad = torch.mul(dy, w[:, k], out=product)
         if k < len(foreign):
-            grad = grad.masked_fill_(foreign[k], 0.0)
-        dpadded[:, k : k + length] += grad
+            grad.masked_fill_(foreign[k], 0.0)
+        dpadded[:, k : k + length].add_(grad)
     dinitial = None if initial is None else dpadded[:, : width - 1].transpose(1, 2)
     return dpadded[:, width - 1 :], dweight, None if bias is None else dy.sum((0, 1)), dinitial
 

@@ -1,12 +1,12 @@
-"""Stand-ins for the packages `mamba_ssm` and `causal_conv1d`, whose kernels need CUDA, beneath megatron-core's Mamba mixer.
+"""Stand-ins for the packages `mamba_ssm` and `causal_conv1d`, whose kernels need CUDA, beneath megatron-core's mixer.
 
 What they offer: the two scan functions, the convolution and the gated norm, for training and whole-sequence forward.
 What they leave out, so that megatron-core falls back to its own PyTorch code for single-token decoding:
 `causal_conv1d_update` is None and `mamba_ssm.ops.triton.selective_state_update` does not exist.
 
-transformers, too, picks these packages up where it finds them, at the import of its `nemotron_h` model. A reference must
-not run on the code that it checks: import `transformers.models.nemotron_h.modeling_nemotron_h` before `install()`, or
-compare with a process that never calls it.
+transformers, too, picks these packages up where it finds them, at the import of its `nemotron_h` model. A reference
+must not run on the code that it checks: import `transformers.models.nemotron_h.modeling_nemotron_h` before `install()`,
+or compare with a process that never calls it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nano3.cpu.conv import arithmetic, silu_slope
+from nano3.cpu.conv import arithmetic, silu_backward
 
 
 def grouped(x: Tensor, group_size: int) -> Tensor:
@@ -54,14 +54,14 @@ class RMSNormFn(torch.autograd.Function):
         x, weight, bias, rstd, z = ctx.saved_tensors
         dtype, size = rstd.dtype, ctx.group_size
         dy, xf, w = grads[0].to(dtype), x.to(dtype), weight.to(dtype)
-        zf = None if z is None else z.to(dtype)
-        gate_first = zf is not None and not ctx.norm_before_gate
+        zf = xf if z is None else z.to(dtype)  # without a gate neither branch below reads it
+        gate_first, gate_last = z is not None and not ctx.norm_before_gate, z is not None and ctx.norm_before_gate
         u = xf * F.silu(zf) if gate_first else xf
         xhat = (grouped(u, size) * rstd).reshape(x.shape)
         dz = None
-        if zf is not None and ctx.norm_before_gate:
+        if gate_last:
             y = xhat * w if bias is None else xhat * w + bias.to(dtype)
-            dz = dy * y * silu_slope(zf)
+            dz = silu_backward(dy * y, zf)
             dy = dy * F.silu(zf)
         tokens = tuple(range(x.dim() - 1))
         dweight = (dy * xhat).sum(tokens).to(weight.dtype)
@@ -69,7 +69,7 @@ class RMSNormFn(torch.autograd.Function):
         dxhat, xg = grouped(dy * w, size), grouped(xhat, size)
         du = (rstd * (dxhat - xg * (dxhat * xg).mean(-1, keepdim=True))).reshape(x.shape)
         if gate_first:
-            dz = du * xf * silu_slope(zf)
+            dz = silu_backward(du * xf, zf)
             du = du * F.silu(zf)
         return du.to(x.dtype), dweight, dbias, None if dz is None else dz.to(z.dtype), None, None, None
 
@@ -83,7 +83,7 @@ def rmsnorm_fn(
     group_size: int | None = None,
     norm_before_gate: bool = True,
 ) -> Tensor:
-    """Gated RMSNorm of x (..., d) in x's dtype. `weight` and `bias` (d,), `z` (..., d); no group size means one group."""
+    """Gated RMSNorm of x (..., d), in its dtype. `weight`, `bias` (d,), `z` (..., d); no group size means one group."""
     return RMSNormFn.apply(x, weight, bias, z, eps, group_size or x.shape[-1], norm_before_gate)
 
 
@@ -113,4 +113,4 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """x (..., d), optional gate z (..., d) -> (..., d)."""
-        return rmsnorm_fn(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate)
+        return rmsnorm_fn(x, self.weight, None, z, self.eps, self.group_size, self.norm_before_gate)

@@ -26,10 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 INFINITE = (0.0, float("inf"))
+"""The `dt_limit` that clamps nothing."""
+LARGEST_CHUNK = 64
+"""Callers ask for the GPU kernel's tile (128 for Nemotron-H); on a CPU chunks of 64 are faster at pico's sizes, and the
+result does not depend on it beyond rounding."""
 
 
 class Plan(NamedTuple):
-    """Which token sees which, from `seq_idx` alone. All are 0/1 in the arithmetic's dtype except `unseen` (0 or -inf)."""
+    """Which token sees which, from `seq_idx` alone. Masks are 0/1 in the arithmetic's dtype, `unseen` is 0/-inf."""
 
     chunk: int
     same: Tensor  # (b or 1, c, k, k): token l (row) sees token s: s <= l, same document
@@ -65,7 +69,7 @@ def make_plan(seq_idx: Tensor | None, length: int, chunk: int, like: Tensor) -> 
 
     `initial_states` belong to document 0, as in the originals. The tail of the last chunk counts to the last document.
     """
-    chunk = min(chunk, length)
+    chunk = min(chunk, length, LARGEST_CHUNK)
     pad = -length % chunk
     if seq_idx is None:
         seq_idx = torch.zeros(1, length, dtype=torch.int32, device=like.device)
@@ -220,7 +224,7 @@ def heads_by_width(D: Tensor, like: Tensor) -> Tensor:
 
 
 class ScanGrads(NamedTuple):
-    """Gradients of a scan in the arithmetic's dtype; `dt` is with respect to the step sizes that the recurrence used."""
+    """Gradients of a scan in the arithmetic's dtype; `dt` is of the step sizes that the recurrence used."""
 
     x: Tensor  # (b, l, h, p)
     dt: Tensor  # (b, l, h)

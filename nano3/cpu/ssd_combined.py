@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nano3.cpu import ssd
-from nano3.cpu.conv import ACTIVATIONS, arithmetic, conv_backward, conv_forward, silu_slope
+from nano3.cpu.conv import ACTIVATIONS, arithmetic, conv_backward, conv_forward, silu_backward
 
 Limit = tuple[float, float]
 
@@ -26,7 +26,7 @@ def cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
 class MambaChunkScanCombinedFn(torch.autograd.Function):
     """Saves for backward what the original saves, and nothing else:
 
-    out (before the gate), x, dt, the sums of dt*A (b, c, h, k) in FP32, A, B, C, D, z, dt_bias, initial_states, seq_idx.
+    out before the gate, x, dt, the sums of dt*A (b, c, h, k) in FP32, A, B, C, D, z, dt_bias, initial_states, seq_idx.
     """
 
     @staticmethod
@@ -62,7 +62,7 @@ class MambaChunkScanCombinedFn(torch.autograd.Function):
         dtype, dout, dz = cum.dtype, grads[0].to(cum.dtype), None
         if z is not None:
             zf = z.to(dtype)
-            dz = dout * out_x.to(dtype) * silu_slope(zf)
+            dz = silu_backward(dout * out_x.to(dtype), zf)
             dout = dout * F.silu(zf)
         step = ssd.step_sizes(dt, dt_bias, ctx.dt_softplus, ctx.dt_limit, dtype)
         scan = ssd.prepare(x, step, A, B, C, seq_idx, ctx.chunk_size, cum)
@@ -193,7 +193,7 @@ class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
         widths, dtype = ctx.widths, arithmetic(zxbcdt)
         z, xBC, dt = widths.parts(zxbcdt)
         zf, dout = z.to(dtype), grads[0].to(dtype)
-        dz = dout * out_x.flatten(2).to(dtype) * silu_slope(zf)
+        dz = silu_backward(dout * out_x.flatten(2).to(dtype), zf)
         dout = (dout * F.silu(zf)).unflatten(-1, (widths.heads, widths.headdim))
 
         x, B, C = widths.x_B_C(conv_forward(xBC, weight, bias, seq_idx, None, ctx.silu))
@@ -244,8 +244,8 @@ def mamba_split_conv1d_scan_combined(
     """
     if rmsnorm_weight is not None or outproj_weight is not None or outproj_bias is not None:
         raise NotImplementedError(
-            f"the CPU backend has no fused norm (eps {rmsnorm_eps}, norm_before_gate {norm_before_gate}) or out_proj in "
-            "mamba_split_conv1d_scan_combined: megatron-core applies both itself"
+            f"mamba_split_conv1d_scan_combined on the CPU has no fused norm (eps {rmsnorm_eps}, norm_before_gate "
+            f"{norm_before_gate}) or out_proj: megatron-core applies both itself"
         )
     if activation not in ACTIVATIONS:
         raise NotImplementedError(f"activation {activation!r}: use one of None, 'silu', 'swish'")
