@@ -1,0 +1,101 @@
+"""Merges a LoRA adapter into its base model, streaming: no GPU, no model in memory.
+
+    python conversion/merge_lora.py BASE_HF ADAPTER OUT
+
+BASE_HF is the Hugging Face folder (or preset) that was tuned, ADAPTER the folder that training wrote. OUT becomes a
+Hugging Face folder that plain transformers loads, none of this project's code needed. Deltas are added in FP32 and each
+tensor keeps its dtype; what the adapter does not target is copied bit for bit, config.json and tokenizer too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_space
+from conversion.plan import CHUNK_BYTES
+from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
+from nano3.arch import resolve_model
+from nano3.cli import UserError, check_output, fresh_output, run
+
+if TYPE_CHECKING:
+    from conversion.adapter import Adapter, Contribution
+
+
+@dataclass
+class Summary:
+    """What a merge did, in tensors. A targeted tensor is identical when its dtype swallowed the whole delta."""
+
+    total: int
+    targeted: int
+    changed: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total} tensors: {self.targeted} targeted, {self.changed} changed, "
+            f"{self.total - self.changed} identical bit for bit"
+        )
+
+
+def merge(base: Path, adapter_folder: Path, out: Path) -> Summary:
+    """Writes base + adapter to `out`. Every tensor of both is checked before one is written; raises `UserError`."""
+    refuse_overlap(out, base, adapter_folder)
+    check_output(out, HF_KIND)
+    if not (adapter_folder / "lora.json").is_file():
+        raise UserError(f"{adapter_folder} is no adapter folder (no lora.json); give the folder that training wrote")
+    with HFFolder(base) as hf:
+        from conversion.adapter import Adapter
+
+        adapter = Adapter(adapter_folder, hf.arch)
+        side = side_files(base)
+        require_space(out, hf.layout.total_bytes + sum((base / path).stat().st_size for path in side))
+        with fresh_output(out, HF_KIND) as folder:
+            copy_files(base, side, folder)
+            with SafetensorsWriter(folder, hf.layout) as writer, progress(hf.layout.total_bytes, "merge") as bar:
+                return _write(hf, adapter, writer, bar)
+
+
+def _write(hf: HFFolder, adapter: Adapter, writer: SafetensorsWriter, bar: Any) -> Summary:
+    parts = adapter.contributions()
+    summary = Summary(total=len(hf.layout.entries), targeted=len(parts))
+    for name, entry in hf.layout.entries.items():
+        if name in parts:
+            summary.changed += _add(hf, name, parts[name], adapter, writer)
+        else:
+            step = max(1, CHUNK_BYTES // entry.row_bytes)
+            for start in range(0, entry.shape[0], step):
+                writer.write(name, start, hf.rows(name, start, min(step, entry.shape[0] - start)))
+        bar.update(entry.stop - entry.start)
+    return summary
+
+
+def _add(hf: HFFolder, name: str, parts: list[Contribution], adapter: Adapter, writer: SafetensorsWriter) -> bool:
+    """Writes one targeted tensor with its deltas; says whether any value changed."""
+    import torch
+
+    changed = False
+    for part in parts:
+        old = hf.rows(name, part.start, part.count)
+        new = (old.float() + adapter.delta(part)).to(old.dtype)
+        writer.write(name, part.start, new)
+        changed |= not torch.equal(new, old)
+    return changed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("base", metavar="BASE_HF", help="Hugging Face model folder, or a preset name such as pico")
+    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder (lora.json and weights/)")
+    parser.add_argument("out", metavar="OUT", type=Path, help="Hugging Face model folder to write")
+    args = parser.parse_args()
+    summary = merge(resolve_model(args.base), args.adapter, args.out)
+    print(f"{args.out}: {summary}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
