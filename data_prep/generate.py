@@ -1,0 +1,96 @@
+"""Writes questions and answers of a reasoning-gym task as chat JSONL, free of held-out questions.
+
+    python data_prep/generate.py --task number_sorting --size 500 --seed 1 --out held.jsonl max_numbers=5
+    python data_prep/generate.py --task number_sorting --size 9000 --seed 2 --out train.jsonl --exclude held.jsonl \
+        max_numbers=5
+
+No question occurs twice in the file, and with `--exclude` none that is, or nearly is, in the named files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.overlap import HeldOut, normalized
+from data_prep.sources import check_file, read_chat, reasoning_gym_rows, write_rows
+from nano3.cli import UserError, run
+
+TRIES = 20
+"""Questions drawn for each one wanted before the task counts as exhausted."""
+
+
+def parse_params(pairs: list[str]) -> dict[str, Any]:
+    """`["max_numbers=5", "cipher=rot"]` -> `{"max_numbers": 5, "cipher": "rot"}`: JSON where it is JSON, else text."""
+    params = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"{pair!r} is not key=value; parameters of the task look like max_numbers=5")
+        if key in ("task", "size", "seed"):
+            raise UserError(f"{pair!r}: give it as --{key} {value}")
+        try:
+            params[key] = json.loads(value)
+        except ValueError:
+            params[key] = value
+    return params
+
+
+def fresh_rows(
+    task: str, size: int, seed: int, held_out: HeldOut | None = None, **params: Any
+) -> Iterator[dict[str, Any]]:
+    """`size` rows of a task with distinct questions, none of which matches `held_out`.
+
+    Raises `UserError` when the task runs out of such questions.
+    """
+    seen: set[str] = set()
+    for row in reasoning_gym_rows(task, size * TRIES, seed, **params):
+        if len(seen) == size:
+            return
+        question = row["messages"][0]["content"]
+        if normalized(question) not in seen and not (held_out and held_out.match(question)):
+            seen.add(normalized(question))
+            yield row
+    if len(seen) < size:
+        raise UserError(
+            f"task {task} gave only {len(seen)} of {size} distinct new questions in {size * TRIES} draws; "
+            "ask for fewer with --size, or widen the task with key=value"
+        )
+
+
+def main() -> int:
+    """Writes the file and says how many rows it has."""
+    parser = argparse.ArgumentParser(
+        description="Write questions and answers of a reasoning-gym task as chat JSONL.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--task", required=True, help="name of the task, such as number_sorting")
+    parser.add_argument("--size", required=True, type=int, help="number of rows")
+    parser.add_argument("--seed", default=1, type=int, help="rows are the same for the same task, seed and parameters")
+    parser.add_argument("--out", required=True, type=Path, help="JSONL file to write, replaced when it exists")
+    parser.add_argument("--exclude", action="append", default=[], help="held-out JSONL to stay clear of; repeatable")
+    parser.add_argument("params", nargs="*", metavar="key=value", help="parameters of the task")
+    args = parser.parse_args()
+    if args.size < 1:
+        raise UserError(f"--size {args.size} must be at least 1")
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out} is a folder; give a file name ending in .jsonl")
+    params = parse_params(args.params)
+    files = [check_file(path) for path in args.exclude]
+    if any(args.out.resolve() == path.resolve() for path in files):
+        raise UserError(f"--out {args.out} is also in --exclude; write to another file")
+    held_out = HeldOut(row for path in files for row in read_chat(path)) if files else None
+    rows = fresh_rows(args.task, args.size, args.seed, held_out, **params)
+    count = write_rows(args.out, tqdm(rows, total=args.size, unit="row", disable=None))
+    clear = f", none of them near the {len(held_out)} questions of {', '.join(args.exclude)}" if held_out else ""
+    print(f"{args.out}: {count} distinct questions of {args.task}{clear}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,142 @@
+"""Contamination: which training questions are, or nearly are, held-out questions.
+
+Only the user's words are compared, not system prompts or answers. Two questions are
+
+* an exact match when they are equal after Unicode NFKC, case folding and collapsing white space;
+* near duplicates when they have the same words in any order (see `_bag`: of questions with two numbers or more, the
+  same numbers and operators and the same words beside the prompt template), or when the Jaccard index of their sets of
+  word 3-grams, the template's taken out, is 0.7 or more.
+
+The template is found, not configured: 3-grams in a tenth, and words in three tenths, of the held-out questions of one
+source (and in five of them at least) are the task's wording and say nothing about one question. Without this step the
+shared wording alone makes most questions of a generated task look alike. Every pair that shares a 3-gram is compared
+exactly through an inverted index of the held-out set; nothing is sampled or hashed.
+
+Not found: the same problem in other words, and different questions with one answer (a text in another cipher).
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_prep.sources import Conversation, read_chat
+
+NEAR_JACCARD = 0.7
+"""Jaccard index from which two questions are near duplicates; the usual threshold of MinHash deduplication."""
+
+GRAM_SHARE, WORD_SHARE, TEMPLATE_LEAST = 0.1, 0.3, 5
+"""Share of a source's questions from which a 3-gram, and a word, belong to its template; and the least count."""
+
+Gram = tuple[str, ...]
+_WORD = re.compile(r"-?\d+(?:\.\d+)?|[^\W\d_]+|[-+*/=<>^%&|~]")
+
+
+@dataclass
+class Overlap:
+    """Pairs (training id, held-out id), and how many questions were compared."""
+
+    training: int = 0
+    held_out: int = 0
+    exact: list[tuple[str, str]] = field(default_factory=list)
+    near: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.exact)} exact, {len(self.near)} near duplicates "
+            f"between {self.training} training and {self.held_out} held-out questions"
+        )
+
+
+def normalized(text: str) -> str:
+    """Text as the exact comparison sees it."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+class HeldOut:
+    """Held-out questions, ready to be compared with any number of training questions."""
+
+    def __init__(self, conversations: Iterable[Conversation]) -> None:
+        self._held = [(row.id, row.source, normalized(row.question)) for row in conversations]
+        self._exact = {text: identity for identity, _, text in self._held}
+        by_source = defaultdict(list)
+        for _, source, text in self._held:
+            by_source[source].append(_words(text))
+        self._template_grams = {s: _common(map(_grams, texts), GRAM_SHARE) for s, texts in by_source.items()}
+        self._template_words = {s: _common(map(set, texts), WORD_SHARE) for s, texts in by_source.items()}
+        self._bags: dict[tuple[str, Gram], str] = {}
+        self._content: list[set[Gram]] = []
+        self._index: dict[Gram, list[int]] = defaultdict(list)
+        for number, (identity, source, text) in enumerate(self._held):
+            words = _words(text)
+            self._bags[source, _bag(words, self._template_words[source])] = identity
+            self._content.append(_grams(words) - self._template_grams[source])
+            for gram in self._content[-1]:
+                self._index[gram].append(number)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def match(self, question: str) -> tuple[str, str] | None:
+        """("exact" or "near", id of a held-out question) for a training question, or None."""
+        text = normalized(question)
+        if text in self._exact:
+            return "exact", self._exact[text]
+        words = _words(text)
+        for source, template in self._template_words.items():
+            same = self._bags.get((source, _bag(words, template)))
+            if same is not None:
+                return "near", same
+        grams = _grams(words)
+        shared = Counter(number for gram in grams for number in self._index.get(gram, ()))
+        for number, count in shared.most_common():
+            identity, source, _ = self._held[number]
+            union = len(self._content[number]) + len(grams - self._template_grams[source]) - count
+            if count >= NEAR_JACCARD * union:
+                return "near", identity
+        return None
+
+
+def find_overlap(training: Iterable[Conversation], held_out: Iterable[Conversation]) -> Overlap:
+    """Every training question that is, or nearly is, a held-out one; the training set is streamed."""
+    held = HeldOut(held_out)
+    overlap = Overlap(held_out=len(held))
+    for row in training:
+        overlap.training += 1
+        match = held.match(row.question)
+        if match:
+            (overlap.exact if match[0] == "exact" else overlap.near).append((row.id, match[1]))
+    return overlap
+
+
+def overlap_of_files(training: Path | str, held_out: Path | str) -> Overlap:
+    """`find_overlap` of two chat JSONL files."""
+    return find_overlap(read_chat(training), read_chat(held_out))
+
+
+def _words(text: str) -> list[str]:
+    """Numbers, words and arithmetic operators; other punctuation says nothing."""
+    return _WORD.findall(text)
+
+
+def _grams(words: list[str]) -> set[Gram]:
+    """Word 3-grams; a shorter text is one gram."""
+    return {tuple(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
+
+
+def _bag(words: list[str], template: set) -> Gram:
+    """The words without their order. Where two numbers or more make the question, its template does not count."""
+    if sum(word[-1].isdigit() for word in words) >= 2:
+        words = [word for word in words if word not in template or not word.isalpha()]
+    return tuple(sorted(words))
+
+
+def _common(sets: Iterable[set], share: float) -> set:
+    """Elements that are in at least `share` of the sets, and in `TEMPLATE_LEAST` of them."""
+    sets = list(sets)
+    counts = Counter(element for one in sets for element in one)
+    return {element for element, count in counts.items() if count >= max(TEMPLATE_LEAST, share * len(sets))}

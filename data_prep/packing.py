@@ -1,0 +1,253 @@
+"""Packs: which documents share one training sequence, and the arrays that training reads.
+
+A pack index is a folder inside the token store and holds document numbers only, so that another sequence length costs
+a second, not another tokenization:
+
+    packs-4096/documents.bin   int64, document numbers, pack after pack
+    packs-4096/packs.idx       int64, packs + 1 offsets into it
+    packs-4096/packs.json      how it was made, for which store
+
+A document of n stored tokens gives n - 1 positions (each predicts the next token), rounded up to `pad_multiple`.
+Documents are shuffled by a seed and each goes where the least room would be left (best fit). Best fit *decreasing*
+wastes no less in practice but puts hundreds of short documents into one pack and sorts the training data by length.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.store import MANIFEST, TokenStore, file_sha256
+from nano3.cli import UserError, fresh_output
+
+KIND = "pack-index"
+VERSION = 1
+_FILES = ("documents.bin", "packs.idx")
+_BITS = 512
+"""Width of one word in the table of free room: Python integers of this size cost about 50 ns an operation."""
+
+
+def best_fit(lengths: np.ndarray, capacity: int, max_documents: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Packs items of `lengths` (n,), each from 1 to `capacity`, at most `max_documents` into a pack.
+
+    Returns the item numbers pack after pack, (n,) int64, and the packs' offsets into them, (packs + 1,) int64. The
+    order of items and of packs is random, and the same for the same seed. O(n) steps, each a look-up of the smallest
+    sufficient room in a two-level bit table of 512 bits a word.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    shortest = int(lengths.min()) if len(lengths) else 1
+    room_of: list[int] = []
+    count_of: list[int] = []
+    pack_of: list[int] = []
+    packs_with: list[list[int]] = [[] for _ in range(capacity + 1)]
+    words = [0] * (capacity // _BITS + 1)
+    nonempty_words = 0
+    for length in lengths[order].tolist():
+        word, bit = divmod(length, _BITS)
+        found = words[word] >> bit << bit
+        if not found:
+            above = nonempty_words >> (word + 1) << (word + 1)
+            if above:
+                word = (above & -above).bit_length() - 1
+                found = words[word]
+        if found:
+            bit = (found & -found).bit_length() - 1
+            room = word * _BITS + bit
+            waiting = packs_with[room]
+            pack = waiting.pop()
+            if not waiting:
+                words[word] ^= 1 << bit
+                if not words[word]:
+                    nonempty_words ^= 1 << word
+        else:
+            room, pack = capacity, len(room_of)
+            room_of.append(capacity)
+            count_of.append(0)
+        pack_of.append(pack)
+        room -= length
+        count_of[pack] += 1
+        if room >= shortest and count_of[pack] < max_documents:
+            waiting = packs_with[room]
+            if not waiting:
+                word, bit = divmod(room, _BITS)
+                words[word] |= 1 << bit
+                nonempty_words |= 1 << word
+            waiting.append(pack)
+    return _grouped(order, np.array(pack_of, dtype=np.int64), rng.permutation(len(room_of)))
+
+
+def _grouped(order: np.ndarray, pack_of: np.ndarray, rank_of_pack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Items grouped by the rank of their pack, each pack in the order in which its items came."""
+    ranks = rank_of_pack[pack_of]
+    counts = np.bincount(ranks, minlength=len(rank_of_pack))
+    return order[np.argsort(ranks, kind="stable")], np.concatenate([[0], np.cumsum(counts)])
+
+
+def index_name(seq_length: int, pad_multiple: int) -> str:
+    """Name of the pack index's folder in its store."""
+    return f"packs-{seq_length}" if pad_multiple == 1 else f"packs-{seq_length}-pad{pad_multiple}"
+
+
+def build_packs(
+    store: TokenStore,
+    seq_length: int,
+    pad_multiple: int = 1,
+    max_documents: int = 64,
+    seed: int = 1234,
+    drop_long: bool = False,
+) -> dict[str, Any]:
+    """Writes the pack index for these settings into the store, replacing an older one, and returns its `packs.json`.
+
+    Raises `UserError` when a document is longer than `seq_length` (unless `drop_long`, which leaves such documents
+    out and counts them), or when nothing is left to train on. Nothing else in the store changes.
+    """
+    check_settings(seq_length, pad_multiple, max_documents)
+    lengths = -(-(store.lengths() - 1) // pad_multiple) * pad_multiple
+    fits = np.flatnonzero(lengths <= seq_length)
+    dropped = len(lengths) - len(fits)
+    if dropped and not drop_long:
+        raise UserError(
+            f"{dropped} of {len(lengths)} documents are longer than --seq-length {seq_length}: the longest takes "
+            f"{lengths.max()} positions; raise --seq-length, or leave them out with --drop-long"
+        )
+    if not len(fits):
+        raise UserError(f"no document fits --seq-length {seq_length} (the shortest takes {lengths.min()}); raise it")
+    items, offsets = best_fit(lengths[fits], seq_length, max_documents, seed)
+    documents = fits[items]
+    supervised = np.add.reduceat(store.loss_mask, store.offsets[:-1], dtype=np.int64)
+    positions = int((store.lengths() - 1)[fits].sum())
+    facts = {
+        "format": KIND,
+        "version": VERSION,
+        "store_sha256": file_sha256(store.folder / MANIFEST),
+        "seq_length": seq_length,
+        "pad_multiple": pad_multiple,
+        "max_documents": max_documents,
+        "seed": seed,
+        "packs": len(offsets) - 1,
+        "documents": len(documents),
+        "dropped_documents": dropped,
+        "positions": positions,
+        "supervised_positions": int(supervised[fits].sum()),
+        "most_documents_in_a_pack": int(np.diff(offsets).max()),
+        "efficiency": round(positions / ((len(offsets) - 1) * seq_length), 6),
+    }
+    if not facts["supervised_positions"]:
+        raise UserError(f"the documents that fit --seq-length {seq_length} have no supervised token; raise it")
+    with fresh_output(store.folder / index_name(seq_length, pad_multiple), KIND) as out:
+        documents.astype("<i8").tofile(out / "documents.bin")
+        offsets.astype("<i8").tofile(out / "packs.idx")
+        (out / "packs.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def check_settings(seq_length: int, pad_multiple: int, max_documents: int) -> None:
+    """Refuses settings under which nothing can be packed, naming the command-line option."""
+    for name, value in (("--seq-length", seq_length), ("--pad-multiple", pad_multiple)):
+        if value < 1:
+            raise UserError(f"{name} {value} must be at least 1")
+    if max_documents < 1:
+        raise UserError(f"--max-docs-per-pack {max_documents} must be at least 1")
+    if seq_length % pad_multiple:
+        raise UserError(
+            f"--seq-length {seq_length} is not a multiple of --pad-multiple {pad_multiple}; "
+            f"the next is {-(-seq_length // pad_multiple) * pad_multiple}"
+        )
+
+
+class PackedDataset:
+    """Training sequences of a token store, by number; opens in a millisecond and holds no data in memory.
+
+    `folder` is the token store; `seq_length` and `pad_multiple` choose its pack index, which `prepare.py` or
+    `repack.py` has made. Raises `UserError` when it is missing, truncated or made for another store.
+    """
+
+    def __init__(self, folder: Path | str, seq_length: int, pad_multiple: int = 1) -> None:
+        self.store = TokenStore(folder)
+        self.index = self.store.folder / index_name(seq_length, pad_multiple)
+        self.facts = self._read_facts(seq_length, pad_multiple)
+        for name, count in zip(_FILES, (self.facts["documents"], self.facts["packs"] + 1), strict=True):
+            path = self.index / name
+            if not path.is_file() or path.stat().st_size != 8 * count:
+                raise UserError(f"{path} is missing or truncated; {self._remedy(seq_length, pad_multiple)}")
+
+    def _read_facts(self, seq_length: int, pad_multiple: int) -> dict[str, Any]:
+        remedy = self._remedy(seq_length, pad_multiple)
+        path = self.index / "packs.json"
+        if not path.is_file():
+            others = sorted(folder.name for folder in self.store.folder.glob("packs-*"))
+            raise UserError(
+                f"the token store has no {self.index.name} (it has {', '.join(others) or 'none'}); {remedy}"
+            )
+        try:
+            facts = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
+        if facts.get("format") != KIND or facts.get("version") != VERSION:
+            raise UserError(f"{path} is not a {KIND} of version {VERSION}; {remedy}")
+        if facts["store_sha256"] != file_sha256(self.store.folder / MANIFEST):
+            raise UserError(f"{path} was made for other data than this store holds; {remedy}")
+        return facts
+
+    def _remedy(self, seq_length: int, pad_multiple: int) -> str:
+        padding = "" if pad_multiple == 1 else f" --pad-multiple {pad_multiple}"
+        return f"run: python data_prep/repack.py {self.store.folder} --seq-length {seq_length}{padding}"
+
+    def __len__(self) -> int:
+        """Number of packs."""
+        return self.facts["packs"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": self.store, "index": self.index, "facts": self.facts}
+
+    @cached_property
+    def _documents(self) -> np.ndarray:
+        return np.memmap(self.index / "documents.bin", dtype="<i8", mode="r")
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        return np.memmap(self.index / "packs.idx", dtype="<i8", mode="r")
+
+    def documents(self, number: int) -> np.ndarray:
+        """Numbers of the documents in a pack, in their order there, (k,) int64."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"pack {number} of {len(self)}")
+        return self._documents[self._offsets[number] : self._offsets[number + 1]]
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        """One training sequence, S = seq_length positions:
+
+        `tokens` and `labels` (S,) int64, `loss_mask` (S,) float32, `position_ids` (S,) int64 from 0 in every segment,
+        `cu_seqlens` (segments + 1,) int32 from 0 to S. A segment is a document with its padding; the room that is left
+        at the end is a segment of its own. Padding is token 0 with loss mask 0.
+        """
+        length, multiple = self.facts["seq_length"], self.facts["pad_multiple"]
+        tokens = np.zeros(length, dtype=np.int64)
+        labels = np.zeros(length, dtype=np.int64)
+        loss_mask = np.zeros(length, dtype=np.float32)
+        position_ids = np.empty(length, dtype=np.int64)
+        ends = [0]
+        for document in self.documents(number).tolist():
+            ids, mask = self.store.document(document)
+            start, stop = ends[-1], ends[-1] + len(ids) - 1
+            tokens[start:stop] = ids[:-1]
+            labels[start:stop] = ids[1:]
+            loss_mask[start:stop] = mask[1:]
+            ends.append(start + -(-(len(ids) - 1) // multiple) * multiple)
+        if ends[-1] < length:
+            ends.append(length)
+        for start, stop in pairwise(ends):
+            position_ids[start:stop] = np.arange(stop - start)
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "position_ids": position_ids,
+            "cu_seqlens": np.array(ends, dtype=np.int32),
+        }

@@ -1,0 +1,32 @@
+"""Makes another pack index for a token store, leaving its tokens as they are.
+
+python data_prep/repack.py runs/data/train --seq-length 8192
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from data_prep.packing import build_packs
+from data_prep.prepare import add_packing_options, packing_arguments, print_packs
+from data_prep.store import TokenStore
+from nano3.cli import run
+
+
+def main() -> int:
+    """Writes the index and prints how full its packs are."""
+    parser = argparse.ArgumentParser(
+        description="Pack a token store for another sequence length.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("store", help="token store that data_prep/prepare.py made")
+    add_packing_options(parser)
+    args = parser.parse_args()
+    packing = packing_arguments(args)
+    print(args.store)
+    print_packs(build_packs(TokenStore(args.store), **packing))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

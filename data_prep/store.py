@@ -1,0 +1,195 @@
+"""The token store: a folder of flat arrays that are memory-mapped, and a manifest that says what they are.
+
+    tokens.bin      int32, little-endian, all documents one after the other
+    loss_mask.bin   uint8, 1 where the model itself wrote the token
+    documents.idx   int64, documents + 1 offsets into the two
+    manifest.json   format version, tokenizer, counts, sources, and size and SHA-256 of the files above
+    packs-*/        pack indexes (data_prep/packing.py), rebuilt without touching any of these
+
+Nothing in it is a pickle, nothing is executed on load, and reading takes no memory but the pages that are touched.
+int32, because a vocabulary of 131,072 does not fit 16 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_prep.tokens import ChatTokenizer, tokenizer_sha256
+from nano3.cli import UserError
+
+KIND = "token-store"
+VERSION = 1
+MANIFEST = "manifest.json"
+FILES = {"tokens.bin": "<i4", "loss_mask.bin": "u1", "documents.idx": "<i8"}
+"""File -> NumPy dtype."""
+
+_REBUILD = "prepare the data again with data_prep/prepare.py"
+
+
+class _HashedFile:
+    """A file that is written front to back, and its SHA-256 with it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = path.open("wb", buffering=1 << 20)
+        self._hash = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.bytes += len(data)
+
+    def close(self) -> dict[str, Any]:
+        self._file.close()
+        return {"bytes": self.bytes, "sha256": self._hash.hexdigest()}
+
+
+class StoreWriter:
+    """Writes a token store into an existing empty folder, one document at a time and in constant memory.
+
+    Use it inside `nano3.cli.fresh_output(out, KIND)`, so that the store appears whole or not at all.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.documents = self.tokens = self.supervised_tokens = self.longest = 0
+        self.sources: dict[str, dict[str, int]] = {}
+        self._max_token = 0
+        self._files = {name: _HashedFile(folder / name) for name in FILES}
+        self._files["documents.idx"].write(np.int64(0).astype("<i8").tobytes())
+
+    def add(self, tokens: np.ndarray, mask: np.ndarray, source: str) -> None:
+        """Appends a document: `tokens` and `mask` of shape (n,), n >= 2. The first token is never predicted."""
+        assert tokens.shape == mask.shape == (len(tokens),), "tokens and mask belong together"
+        assert len(tokens) >= 2, "nothing to predict"
+        assert mask.max() <= 1, "the mask is 0 or 1"
+        assert mask[0] == 0, "nothing predicts the first token"
+        self._files["tokens.bin"].write(tokens.astype("<i4").tobytes())
+        self._files["loss_mask.bin"].write(mask.astype("u1").tobytes())
+        supervised = int(mask.sum(dtype=np.int64))
+        self.documents += 1
+        self.tokens += len(tokens)
+        self.supervised_tokens += supervised
+        self.longest = max(self.longest, len(tokens))
+        self._max_token = max(self._max_token, int(tokens.max()))
+        self._files["documents.idx"].write(np.int64(self.tokens).astype("<i8").tobytes())
+        counts = self.sources.setdefault(source, {"documents": 0, "tokens": 0, "supervised_tokens": 0})
+        for key, value in (("documents", 1), ("tokens", len(tokens)), ("supervised_tokens", supervised)):
+            counts[key] += value
+
+    def finish(self, tokenizer: ChatTokenizer, **facts: Any) -> None:
+        """Closes the files and writes the manifest; `facts` are JSON values to record in it, such as the inputs."""
+        manifest = {
+            "format": KIND,
+            "version": VERSION,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "longest_document": self.longest,
+            "max_token_id": self._max_token,
+            "sources": dict(sorted(self.sources.items())),
+            "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+            "files": {name: {"dtype": FILES[name], **file.close()} for name, file in self._files.items()},
+            **facts,
+        }
+        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def close(self) -> None:
+        """Closes the files without a manifest: what a failed run does, so that no reader takes it for a store."""
+        for file in self._files.values():
+            file.close()
+
+
+class TokenStore:
+    """A token store opened for reading; arrays are mapped on first use and dropped when it is sent to a worker.
+
+    Opening checks the manifest and the size of every file and raises `UserError` naming what is wrong; `verify` also
+    reads every byte.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.manifest = self._read_manifest()
+        for name, facts in self.manifest["files"].items():
+            path = self.folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                raise UserError(f"{path} is missing from the token store; {_REBUILD}")
+            if size != facts["bytes"]:
+                raise UserError(f"{path} has {size} bytes and should have {facts['bytes']}; {_REBUILD}")
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            raise UserError(f"{self.folder} is not a token store (it has no {MANIFEST}); make one with prepare.py")
+        try:
+            manifest = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); {_REBUILD}") from error
+        if not isinstance(manifest, dict) or manifest.get("format") != KIND:
+            raise UserError(f"{path} does not describe a {KIND}; give a folder that data_prep/prepare.py made")
+        if manifest.get("version") != VERSION:
+            raise UserError(f"{path} has version {manifest.get('version')}, this code reads {VERSION}; {_REBUILD}")
+        if set(manifest.get("files", ())) != set(FILES):
+            raise UserError(f"{path} does not list the files {', '.join(FILES)}; {_REBUILD}")
+        return manifest
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return self.manifest["documents"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "manifest": self.manifest}
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """All tokens, (tokens,) int32, mapped."""
+        return self._map("tokens.bin")
+
+    @cached_property
+    def loss_mask(self) -> np.ndarray:
+        """All masks, (tokens,) uint8, mapped."""
+        return self._map("loss_mask.bin")
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Document d is `[offsets[d]:offsets[d + 1]]`; (documents + 1,) int64, mapped."""
+        return self._map("documents.idx")
+
+    def lengths(self) -> np.ndarray:
+        """Stored length of every document, (documents,) int64."""
+        return np.diff(self.offsets)
+
+    def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask of a document, as views of the mapped arrays."""
+        start, end = int(self.offsets[number]), int(self.offsets[number + 1])
+        return self.tokens[start:end], self.loss_mask[start:end]
+
+    def check_tokenizer(self, folder: Path | str) -> None:
+        """Refuses a tokenizer (of the model that is to be trained, say) other than the one that made the store."""
+        if tokenizer_sha256(folder) != self.manifest["tokenizer"]["sha256"]:
+            raise UserError(
+                f"the token store {self.folder} was made with another tokenizer than the one in {folder}; "
+                f"run data_prep/prepare.py with --tokenizer {folder}"
+            )
+
+    def verify(self) -> None:
+        """Reads everything and raises `UserError` for the first file whose SHA-256 differs from the manifest's."""
+        for name, facts in self.manifest["files"].items():
+            if file_sha256(self.folder / name) != facts["sha256"]:
+                raise UserError(f"{self.folder / name} is damaged: its SHA-256 is not the manifest's; {_REBUILD}")
+
+    def _map(self, name: str) -> np.ndarray:
+        return np.memmap(self.folder / name, dtype=FILES[name], mode="r")
+
+
+def file_sha256(path: Path | str) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
