@@ -1,0 +1,64 @@
+# Two commands on a fresh machine: `make demo` runs the main job, `make test` the tests. Each makes .venv when there is none.
+
+PYTHON ?= python3.11
+GPU_PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+REFERENCE := build/reference
+PACKAGES := nano3 recipes data_prep conversion evaluation launch tests
+
+# The models are tiny: one thread per process is fastest, and ranks do not fight over cores.
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test test-full check gpu-check clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z/-]+:.*## ' Makefile | sed -E 's/^([a-z/-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(INSTALLED) ## questions -> tokens -> import -> LoRA on 2 CPU ranks -> merge -> export -> scores (runs/demo)
+	$(PY) recipes/demo.py
+
+test: $(INSTALLED) $(REFERENCE)/.done ## the fast tests, at most 10 minutes on 2 cores
+	$(PY) -m pytest -m "not full"
+
+test-full: $(INSTALLED) $(REFERENCE)/.done ## all tests
+	$(PY) -m pytest
+
+check: $(INSTALLED) ## format, lint, types, and that the light modules stay light
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(PY) -c 'import sys, nano3.arch, nano3.cli, launch.layout; heavy = {"torch", "nemo"} & set(sys.modules); sys.exit(f"imported: {heavy}" if heavy else 0)'
+
+gpu-check: ## what can be checked on a GPU; uses GPU_PYTHON (python3), as in the NeMo container, not .venv
+	@$(GPU_PYTHON) tests/gpu_check.py
+
+clean: ## removes caches and what can be fetched again; keeps runs/ and .venv
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache lightning_logs nemo_experiments
+	find $(PACKAGES) -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo 'kept: runs/ (results) and .venv (about 4 GB): remove them by hand'
+
+$(INSTALLED): requirements.txt constraints.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11, or say where it is: make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "error: $(PYTHON) is not Python 3.11, which the pinned packages need"; exit 2; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# Sources that the tests compare with, apart from .venv: mamba-ssm and causal-conv1d without their CUDA parts, and
+# Transformer Engine's Python. A minute at most, then kept.
+$(REFERENCE)/.done: Makefile | $(INSTALLED)
+	rm -rf $(REFERENCE)
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
+		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target $(REFERENCE) \
+		mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest $(REFERENCE) \
+		transformer-engine==2.10.0
+	touch $@
+
+# The name that the tests' messages give.
+.PHONY: build/reference
+build/reference: $(REFERENCE)/.done
