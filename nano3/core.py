@@ -15,6 +15,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nano3 import cpu
 from nano3.arch import Arch
+from nano3.cli import UserError
+
+MAMBA_CONV_KERNEL = 4
+"""Width of the causal convolution, `d_conv` of Megatron-Core's MambaMixer."""
 
 VOCAB_MULTIPLE = 128
 """Vocabulary rows per tensor-parallel rank are padded to a multiple of this (NeMo's make_vocab_size_divisible_by)."""
@@ -31,7 +35,11 @@ def transformer_kwargs(arch: Arch) -> dict[str, Any]:
 
     Router, activation and normalization follow the model's definition. Auxiliary and z losses are off: with a frozen
     router they would reach the adapters through the hidden states and depend on how documents are packed.
+    The convolution's width and the scan's chunk are defaults of Megatron-Core's mixer, not configuration: another width
+    is refused, another chunk changes nothing but rounding.
     """
+    if arch.conv_kernel != MAMBA_CONV_KERNEL:
+        raise UserError(f"conv_kernel {arch.conv_kernel}: Megatron-Core's Mamba mixer is built with {MAMBA_CONV_KERNEL}")
     return {
         "num_layers": len(arch.layers),
         "hidden_size": arch.hidden_size,
@@ -107,7 +115,8 @@ def mask_padded_vocabulary(model: MambaModel, vocab_size: int) -> None:
 
 def build_mcore_model(
     config: TransformerConfig,
-    arch: Arch,
+    pattern: str,
+    vocab_size: int,
     max_sequence_length: int,
     pre_process: bool = True,
     post_process: bool = True,
@@ -116,12 +125,12 @@ def build_mcore_model(
     model = MambaModel(
         config,
         mamba_stack_spec=mamba_stack_spec,
-        vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
+        vocab_size=padded_vocab_size(vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=max_sequence_length,
-        hybrid_override_pattern=arch.pattern,
+        hybrid_override_pattern=pattern,
         pre_process=pre_process,
         post_process=post_process,
         position_embedding_type="none",
     )
-    mask_padded_vocabulary(model, arch.vocab_size)
+    mask_padded_vocabulary(model, vocab_size)
     return model

@@ -1,0 +1,187 @@
+"""The NeMo 2 recipe: a function that returns the whole configuration of a LoRA run.
+
+`lora_recipe(run)` gives a `run.Partial` of `llm.finetune` that NeMo-Run can serialize, ship and rebuild; `build` and
+call it, and the run starts. The same object runs on CPU ranks and on a cluster.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nano3.model import nano3_model  # switches the CPU backend on where there is no GPU, before NeMo is imported
+
+# isort: split
+import nemo_run as run
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
+
+from data_prep.packing import PackedDataset
+from nano3.adapter_checkpoint import SaveAdapter
+from nano3.arch import Arch
+from nano3.hf_config import read_config
+from nano3.lora import Nano3LoRA
+from nano3.progress import Progress
+from nano3.router import RouterGuard
+from nano3.targets import select
+from recipes.packed_data import PackedDataModule
+from recipes.settings import Run
+
+
+def lora_recipe(task: Run) -> run.Partial:
+    """The whole configuration of a LoRA run.
+
+    Args:
+        task: settings, paths and resources.
+
+    Raises:
+        UserError: a LoRA target names nothing, or the validation store has no packs of this length.
+    """
+    train = task.settings.train
+    return run.Partial(
+        llm.finetune,
+        model=run.Config(nano3_model, folder=task.model, seq_length=train.seq_length, bf16=not task.cpu),
+        data=run.Config(
+            PackedDataModule,
+            train=task.data,
+            validation=task.validation,
+            seq_length=train.seq_length,
+            pad_multiple=task.settings.layout.document_multiple,
+            global_batch=train.global_batch,
+            steps=train.steps,
+            seed=train.seed,
+        ),
+        trainer=_trainer(task),
+        log=_log(task),
+        resume=run.Config(nl.AutoResume, restore_config=run.Config(nl.RestoreConfig, path=task.base, load_artifacts=False)),
+        optim=_optimizer(task),
+        peft=_lora(task),
+        tokenizer=None,
+    )
+
+
+def _lora(task: Run) -> run.Config:
+    lora = task.settings.lora
+    return run.Config(
+        Nano3LoRA,
+        modules=select(Arch.load(task.model), lora.chosen_targets(), lora.experts),
+        dim=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        seed=task.settings.train.seed,
+    )
+
+
+def _trainer(task: Run) -> run.Config:
+    train, out = task.settings.train, Path(task.out)
+    validation_batches = 0
+    if task.validation is not None:
+        pad = task.settings.layout.document_multiple
+        validation_batches = len(PackedDataset(task.validation, train.seq_length, pad)) // train.global_batch
+    return run.Config(
+        nl.Trainer,
+        accelerator="cpu" if task.cpu else "gpu",
+        devices=task.ranks_per_node,
+        num_nodes=task.nodes,
+        max_steps=train.steps,
+        strategy=_strategy(task),
+        plugins=None if task.cpu else run.Config(nl.MegatronMixedPrecision, precision="bf16-mixed"),
+        callbacks=[
+            run.Config(RouterGuard),
+            run.Config(SaveAdapter, out=str(out / "adapter"), facts=_facts(task)),
+            run.Config(Progress, folder=task.out, every=task.settings.log.every, steps=train.steps),
+        ],
+        limit_val_batches=validation_batches,
+        val_check_interval=(train.validate_every or train.steps) if validation_batches else None,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=1,
+    )
+
+
+def _strategy(task: Run) -> run.Config:
+    layout = task.settings.layout
+    return run.Config(
+        nl.MegatronStrategy,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=(torch.float32 if task.cpu else torch.bfloat16) if layout.pp > 1 else None,
+        process_group_backend="gloo" if task.cpu else None,
+        ddp=run.Config(
+            DistributedDataParallelConfig,
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=not task.cpu,
+            overlap_grad_reduce=False,
+            average_in_collective=False,  # gradients are sums, divided once by the tokens of the global batch
+        ),
+        ckpt_load_optimizer=False,
+        ckpt_async_save=False,
+        replace_progress_bar=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _optimizer(task: Run) -> run.Config:
+    train = task.settings.train
+    return run.Config(
+        MegatronOptimizerModule,
+        config=run.Config(
+            OptimizerConfig,
+            optimizer="adam",
+            lr=train.lr,
+            weight_decay=train.weight_decay,
+            adam_beta1=0.9,
+            adam_beta2=train.beta2,
+            adam_eps=1e-8,
+            clip_grad=train.clip,
+            bf16=not task.cpu,
+            params_dtype=torch.float32 if task.cpu else torch.bfloat16,
+            use_distributed_optimizer=not task.cpu,
+        ),
+        lr_scheduler=run.Config(
+            CosineAnnealingScheduler,
+            max_steps=train.steps,
+            warmup_steps=train.warmup,
+            constant_steps=0,
+            min_lr=train.min_lr,
+        ),
+    )
+
+
+def _log(task: Run) -> run.Config:
+    out = Path(task.out)
+    board = run.Config(TensorBoardLogger, save_dir=str(out), name="tensorboard", version="")
+    return run.Config(
+        nl.NeMoLogger,
+        explicit_log_dir=str(out / "nemo"),
+        ckpt=None,
+        tensorboard=board if task.settings.log.tensorboard else None,
+        update_logger_directory=False,
+    )
+
+
+def _facts(task: Run) -> dict[str, Any]:
+    """What `lora.json` says, so that a merge can check what it is given."""
+    lora = task.settings.lora
+    return {
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "dropout": lora.dropout,
+        "targets": lora.chosen_targets(),
+        "experts": lora.experts,
+        "base_config": read_config(task.model),
+    }

@@ -1,0 +1,113 @@
+"""The packed token store as a NeMo 2 data module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from nemo.lightning.data import WrappedDataLoader
+from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from torch.utils.data import Dataset
+
+from data_prep.packing import PackedDataset
+from nano3.cli import UserError
+
+
+class Epochs(Dataset):
+    """`samples` packs in a seeded order, epoch after epoch.
+
+    Which pack sample i is depends on i and the seed alone, not on ranks or workers: a run that goes on at sample i
+    sees what it would have seen.
+    """
+
+    def __init__(self, packs: PackedDataset, samples: int, seed: int, shuffle: bool) -> None:
+        self.packs, self.samples, self.seed, self.shuffle = packs, samples, seed, shuffle
+        self._epoch, self._order = -1, np.arange(len(packs))
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def pack_of(self, sample: int) -> int:
+        """Number of the pack that is sample `sample`."""
+        epoch, place = divmod(sample, len(self.packs))
+        if self.shuffle and epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.packs))
+        return int(self._order[place])
+
+    def __getitem__(self, sample: int) -> dict[str, np.ndarray]:
+        return self.packs[self.pack_of(sample)]
+
+
+def collate(items: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """One pack as a micro batch: (1, seq_length) tensors, `cu_seqlens` (segments + 1,), `max_seqlen` ()."""
+    (item,) = items
+    batch = {key: torch.from_numpy(value)[None] for key, value in item.items() if key != "cu_seqlens"}
+    boundaries = torch.from_numpy(item["cu_seqlens"])
+    return {**batch, "cu_seqlens": boundaries, "max_seqlen": boundaries.diff().max()}
+
+
+class PackedDataModule(pl.LightningDataModule):
+    """Packs of a token store, one to a micro batch.
+
+    Args:
+        train: folder of the token store to train on.
+        validation: folder of the one to validate on, or None.
+        seq_length: length of a pack.
+        pad_multiple: what each document in a pack is padded to a multiple of (context parallelism wants 2 * cp).
+        global_batch: packs per step over all ranks.
+        steps: of the whole run.
+        seed: of the order of packs.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        validation: str | None,
+        seq_length: int,
+        pad_multiple: int,
+        global_batch: int,
+        steps: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.train, self.validation, self.seq_length, self.pad_multiple = train, validation, seq_length, pad_multiple
+        self.micro_batch_size, self.global_batch_size, self.steps, self.seed = 1, global_batch, steps, seed
+        self.data_sampler = MegatronDataSampler(
+            seq_len=seq_length, micro_batch_size=1, global_batch_size=global_batch, output_log=False
+        )
+        self.tokenizer = None
+
+    def setup(self, stage: str = "") -> None:
+        del stage
+        packs = PackedDataset(self.train, self.seq_length, self.pad_multiple)
+        self._train = Epochs(packs, self.steps * self.global_batch_size, self.seed, shuffle=True)
+        self._validation = None
+        if self.validation is not None:
+            held = PackedDataset(self.validation, self.seq_length, self.pad_multiple)
+            whole = len(held) // self.global_batch_size * self.global_batch_size
+            if not whole:
+                raise UserError(
+                    f"the validation store {self.validation} has {len(held)} packs, fewer than one global batch of "
+                    f"{self.global_batch_size}; lower train.global_batch or validate on more"
+                )
+            self._validation = Epochs(held, whole, self.seed, shuffle=False)
+
+    def tokens_in_step(self, step: int) -> int:
+        """Tokens of documents (no padding) in the global batch of `step`, counted from 0."""
+        first = step * self.global_batch_size
+        packs = self._train.packs
+        return sum(
+            int((packs.store.lengths()[packs.documents(self._train.pack_of(sample))] - 1).sum())
+            for sample in range(first, first + self.global_batch_size)
+        )
+
+    def _loader(self, dataset: Epochs, mode: str) -> Any:
+        return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=0, collate_fn=collate)
+
+    def train_dataloader(self) -> Any:
+        return self._loader(self._train, "train")
+
+    def val_dataloader(self) -> Any:
+        return self._loader(self._validation, "validation") if self._validation else []

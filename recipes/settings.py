@@ -1,0 +1,125 @@
+"""Everything that a LoRA run can be told: the groups of `key=value`, their defaults and what they mean.
+
+Imports neither torch nor NeMo, so that a wrong key or layout is refused at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from launch.layout import Layout
+from nano3.targets import PRESETS
+
+
+@dataclass
+class LoraSettings:
+    """Which layers get an adapter, and how large."""
+
+    preset: Literal["all", "attention"] = "all"
+    """The targets by a name: all linear layers but router, embedding and lm_head; or the attention layers' only."""
+    targets: list[str] = field(default_factory=list)
+    """Names (`in_proj`) or patterns (`*.layers.5.*`) instead of the preset's; empty: the preset's."""
+    rank: int = 32
+    """Rows of A and columns of B; a multiple of layout.tp."""
+    alpha: float = 32.0
+    """The delta is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Probability on the adapters' input, while training."""
+    experts: Literal["shared", "none"] = "shared"
+    """Routed experts: one adapter per layer for all of them, or none."""
+
+    def chosen_targets(self) -> list[str]:
+        """The targets, with the preset resolved."""
+        return list(self.targets or PRESETS[self.preset])
+
+
+@dataclass
+class TrainSettings:
+    """How long and how fast."""
+
+    steps: int = 300
+    """Optimizer steps."""
+    lr: float = 1e-4
+    """Peak learning rate; cosine to `min_lr`."""
+    min_lr: float = 0.0
+    """Learning rate at the last step."""
+    warmup: int = 50
+    """Steps of linear warm-up."""
+    global_batch: int = 128
+    """Packs per step over all ranks."""
+    seq_length: int = 4096
+    """Positions in a pack; the token store must have a pack index of this length."""
+    weight_decay: float = 0.1
+    """Of AdamW."""
+    beta2: float = 0.95
+    """Of AdamW; beta1 is 0.9."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    validate_every: int = 0
+    """Steps between validations; 0: only at the end."""
+    seed: int = 1234
+    """Of the adapters' first A, the order of packs and dropout."""
+
+
+@dataclass
+class LogSettings:
+    """What is shown and kept."""
+
+    every: int = 10
+    """Steps between progress lines; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    """Write TensorBoard events to OUT/tensorboard."""
+
+
+@dataclass
+class Settings:
+    """All groups. Defaults: NVIDIA's published LoRA recipe for this model, in the layout that its evidence favours."""
+
+    layout: Layout = field(default_factory=Layout)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    router: Literal["frozen"] = "frozen"
+    """Router weight and correction bias stay as they are, verified by hash."""
+    log: LogSettings = field(default_factory=LogSettings)
+
+
+@dataclass
+class Run:
+    """One run: the settings, and the paths and resources that the flags give."""
+
+    model: str
+    """Folder with the model's config.json."""
+    base: str
+    """NeMo checkpoint with the base weights."""
+    data: str
+    validation: str | None
+    out: str
+    nodes: int
+    ranks_per_node: int
+    cpu: bool
+    settings: Settings = field(default_factory=Settings)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the whole run."""
+        return self.nodes * self.ranks_per_node
+
+    def to_json(self) -> str:
+        """The run as JSON, for the ranks' processes."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Run:
+        """The inverse of `to_json`."""
+        raw: dict[str, Any] = json.loads(text)
+        groups = raw.pop("settings")
+        settings = Settings(
+            layout=Layout(**groups["layout"]),
+            lora=LoraSettings(**groups["lora"]),
+            train=TrainSettings(**groups["train"]),
+            router=groups["router"],
+            log=LogSettings(**groups["log"]),
+        )
+        return cls(**raw, settings=settings)
