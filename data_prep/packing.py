@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.store import MANIFEST, TokenStore, file_sha256
+from data_prep.store import MANIFEST, TokenStore, file_sha256, mapped
 from nano3.cli import UserError, fresh_output
 
 KIND = "pack-index"
@@ -109,19 +109,20 @@ def build_packs(
     """
     check_settings(seq_length, pad_multiple, max_documents)
     lengths = -(-(store.lengths() - 1) // pad_multiple) * pad_multiple
-    fits = np.flatnonzero(lengths <= seq_length)
-    dropped = len(lengths) - len(fits)
-    if dropped and not drop_long:
+    fits, too_long = np.flatnonzero(lengths <= seq_length), np.flatnonzero(lengths > seq_length)
+    if len(too_long) and not drop_long:
         raise UserError(
-            f"{dropped} of {len(lengths)} documents are longer than --seq-length {seq_length}: the longest takes "
+            f"{len(too_long)} of {len(lengths)} documents are longer than --seq-length {seq_length}: the longest takes "
             f"{lengths.max()} positions; raise --seq-length, or leave them out with --drop-long"
         )
     if not len(fits):
         raise UserError(f"no document fits --seq-length {seq_length} (the shortest takes {lengths.min()}); raise it")
     items, offsets = best_fit(lengths[fits], seq_length, max_documents, seed)
     documents = fits[items]
-    supervised = np.add.reduceat(store.loss_mask, store.offsets[:-1], dtype=np.int64)
-    positions = int((store.lengths() - 1)[fits].sum())
+    packs, positions = len(offsets) - 1, int((store.lengths() - 1)[fits].sum())
+    lost = sum(int(store.document(number)[1].sum()) for number in too_long.tolist())
+    if lost == store.manifest["supervised_tokens"]:
+        raise UserError(f"the documents that fit --seq-length {seq_length} have no supervised token; raise it")
     facts = {
         "format": KIND,
         "version": VERSION,
@@ -130,16 +131,14 @@ def build_packs(
         "pad_multiple": pad_multiple,
         "max_documents": max_documents,
         "seed": seed,
-        "packs": len(offsets) - 1,
+        "packs": packs,
         "documents": len(documents),
-        "dropped_documents": dropped,
+        "dropped_documents": len(too_long),
         "positions": positions,
-        "supervised_positions": int(supervised[fits].sum()),
+        "supervised_positions": store.manifest["supervised_tokens"] - lost,
         "most_documents_in_a_pack": int(np.diff(offsets).max()),
-        "efficiency": round(positions / ((len(offsets) - 1) * seq_length), 6),
+        "efficiency": round(positions / (packs * seq_length), 6),
     }
-    if not facts["supervised_positions"]:
-        raise UserError(f"the documents that fit --seq-length {seq_length} have no supervised token; raise it")
     with fresh_output(store.folder / index_name(seq_length, pad_multiple), KIND) as out:
         documents.astype("<i8").tofile(out / "documents.bin")
         offsets.astype("<i8").tofile(out / "packs.idx")
@@ -208,11 +207,11 @@ class PackedDataset:
 
     @cached_property
     def _documents(self) -> np.ndarray:
-        return np.memmap(self.index / "documents.bin", dtype="<i8", mode="r")
+        return mapped(self.index / "documents.bin", "<i8")
 
     @cached_property
     def _offsets(self) -> np.ndarray:
-        return np.memmap(self.index / "packs.idx", dtype="<i8", mode="r")
+        return mapped(self.index / "packs.idx", "<i8")
 
     def documents(self, number: int) -> np.ndarray:
         """Numbers of the documents in a pack, in their order there, (k,) int64."""

@@ -142,7 +142,9 @@ def main() -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--input", required=True, action="append", help="chat JSONL ('messages'); repeatable")
-    parser.add_argument("--tokenizer", required=True, type=Path, help="folder of the model or of its tokenizer")
+    parser.add_argument(
+        "--tokenizer", required=True, type=Path, help="pico, or the folder of the model or of its tokenizer"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder for the token store")
     parser.add_argument(
         "--thinking",

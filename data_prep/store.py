@@ -186,7 +186,12 @@ class TokenStore:
                 raise UserError(f"{self.folder / name} is damaged: its SHA-256 is not the manifest's; {_REBUILD}")
 
     def _map(self, name: str) -> np.ndarray:
-        return np.memmap(self.folder / name, dtype=FILES[name], mode="r")
+        return mapped(self.folder / name, FILES[name])
+
+
+def mapped(path: Path, dtype: str) -> np.ndarray:
+    """A file as a read-only array that takes no memory; a plain `ndarray`, since slicing a `memmap` is slow."""
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
 
 
 def file_sha256(path: Path | str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.chat import SPECIAL_IDS, Segment, render, text_of
+from nano3.arch import PRESETS
 from nano3.cli import UserError
 
 _HEAD = 32
@@ -32,8 +33,8 @@ class Encoded(NamedTuple):
 
 
 def tokenizer_file(folder: Path | str) -> Path:
-    """`tokenizer.json` of a model or tokenizer folder; `UserError` when there is none."""
-    path = Path(folder) / "tokenizer.json"
+    """`tokenizer.json` of a preset (`pico`) or of a model or tokenizer folder; `UserError` when there is none."""
+    path = PRESETS.get(str(folder), Path(folder)) / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"no tokenizer.json in {folder}; give the folder of a model or of its tokenizer")
     return path

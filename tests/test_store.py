@@ -109,7 +109,7 @@ def test_store_round_trip(store: Path) -> None:
 def test_reader_maps_and_never_loads(store: Path) -> None:
     opened = TokenStore(store)
     assert "tokens" not in vars(opened)
-    assert isinstance(opened.tokens, np.memmap)
+    assert isinstance(opened.tokens.base, np.memmap)
     assert not opened.tokens.flags.writeable
     copy = pickle.loads(pickle.dumps(opened))
     assert "tokens" not in vars(copy)
