@@ -1,0 +1,188 @@
+"""The report of a tuning run: report.json for machines and report.html, one file without outside parts, for people."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from evaluation.charts import Series, bar_chart, line_chart, stage_bar
+from evaluation.score import is_correct
+
+REQUIRED = (
+    "n",
+    "base_accuracy",
+    "tuned_accuracy",
+    "ci95_gain",
+    "train_tokens",
+    "seconds",
+    "router_unchanged",
+    "layout",
+    "git_commit",
+)
+"""Fields of every report. `seconds` maps stage to seconds, `layout` group to size, `ci95_gain` is [low, high]."""
+
+_SHOWN = {*REQUIRED, "gain", "ci95_base", "ci95_tuned", "task", "forgetting", "settings", "overlap", "router_sha256"}
+"""Fields that have their own place on the page; all others are listed under "More"."""
+
+Examples = Sequence[Mapping[str, str]]
+
+
+def write_report(
+    folder: Path | str, report: Mapping[str, Any], curve: Mapping[str, Series], examples: Examples
+) -> tuple[Path, Path]:
+    """Writes `report.json` and `report.html` into `folder` and returns their paths.
+
+    `report` has the fields of `REQUIRED`, and may have gain, ci95_base, ci95_tuned (see `evaluation.score.compare`),
+    task (a sentence), overlap (name -> count), forgetting (old task -> {"base": accuracy, "tuned": accuracy,
+    "n": questions}), router_sha256, settings (name -> value), and anything else that JSON can hold. `curve` maps a
+    series' name to its (step, loss) points. For `examples` see `examples_from`. Raises `ValueError` when a required
+    field is missing.
+    """
+    missing = [name for name in REQUIRED if name not in report]
+    if missing:
+        raise ValueError(f"the report lacks {', '.join(missing)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "report.json", folder / "report.html"
+    texts = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", render(report, curve, examples)
+    for path, text in zip(paths, texts, strict=True):
+        temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    return paths
+
+
+def examples_from(base: Mapping[str, Any], tuned: Mapping[str, Any], count: int = 10) -> list[dict[str, str]]:
+    """The first `count` questions with both models' answers, from two results of `evaluation.evaluate`.
+
+    Each has question, expected, before and after; an answer that did not end within its tokens ends in `…`.
+    """
+    after = {row["id"]: row for row in tuned["answers"]}
+    return [
+        {
+            "question": row["question"],
+            "expected": row["expected"],
+            "before": _answer(row),
+            "after": _answer(after[row["id"]]),
+        }
+        for row in base["answers"][:count]
+    ]
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    return row["answer"] if row["finished"] else row["answer"] + " …"
+
+
+def render(report: Mapping[str, Any], curve: Mapping[str, Series], examples: Examples) -> str:
+    """The page's HTML. Whatever comes from data is escaped."""
+    sections = [
+        _headline(report),
+        _section("Scores", _scores(report)),
+        _section("Loss", line_chart(curve, "step", "loss")),
+        _section(f"{len(examples)} answers before and after", _examples(examples)),
+        _section("Old tasks", _forgetting(report["forgetting"])) if report.get("forgetting") else "",
+        _section(f"Time: {sum(report['seconds'].values()):.0f} s", stage_bar(report["seconds"])),
+        _section("Run", _facts(report)),
+        _section("Settings", _table(report["settings"])) if report.get("settings") else "",
+        _section("More", _table(rest)) if (rest := {k: v for k, v in report.items() if k not in _SHOWN}) else "",
+    ]
+    title = escape(str(report.get("task", "LoRA tuning report")))
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    return (
+        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
+        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    base, tuned = report["base_accuracy"], report["tuned_accuracy"]
+    low, high = report["ci95_gain"]
+    router = "router unchanged" if report["router_unchanged"] else "ROUTER CHANGED"
+    return (
+        f"<header><p class='kicker'>LoRA tuning report</p><h1>{escape(str(report.get('task', '')))}</h1>"
+        f"<p class='scores'><span class='before'>{base:.1%}</span> <span class='arrow'>→</span> "
+        f"<span class='after'>{tuned:.1%}</span></p>"
+        f"<p>{_points(tuned - base)} points on {report['n']:,} held-out questions "
+        f"(95% interval {_points(low)} to {_points(high)}), {report['train_tokens']:,} training tokens, "
+        f"<span class='{'good' if report['router_unchanged'] else 'bad'}'>{router}</span></p></header>"
+    )
+
+
+def _scores(report: Mapping[str, Any]) -> str:
+    bars = {
+        name: (report[f"{name}_accuracy"], tuple(report[f"ci95_{name}"]) if f"ci95_{name}" in report else None)
+        for name in ("base", "tuned")
+    }
+    return bar_chart(bars, "accuracy before and after") + (
+        "<p class='fine'>Greedy answers by plain transformers, exact match. 95% intervals: Wilson; "
+        "of the gain: paired, Newcombe 1998.</p>"
+    )
+
+
+def _examples(examples: Examples) -> str:
+    rows = []
+    for example in examples:
+        cells = [f"<td>{escape(example['question'])}</td><td><code>{escape(example['expected'])}</code></td>"]
+        for key in ("before", "after"):
+            right = is_correct(example[key], example["expected"])
+            sort, mark = ("good", "✓") if right else ("bad", "✗")
+            cells.append(f"<td class='{sort}'>{mark} <code>{escape(example[key]) or '—'}</code></td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    head = "<tr><th>question</th><th>expected</th><th>before</th><th>after</th></tr>"
+    return (
+        f"<div class='wide'><table class='examples'><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _forgetting(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{task['base']:.1%}</td><td>{task['tuned']:.1%}</td>"
+        f"<td class='{'bad' if task['tuned'] < task['base'] else 'good'}'>{_points(task['tuned'] - task['base'])}</td>"
+        f"<td>{task['n']:,}</td></tr>"
+        for name, task in tasks.items()
+    )
+    head = "<tr><th>task of the pretraining</th><th>before</th><th>after</th><th>points</th><th>questions</th></tr>"
+    return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+
+
+def _facts(report: Mapping[str, Any]) -> str:
+    facts = {
+        "commit": report["git_commit"],
+        "layout": report["layout"],
+        "training tokens": f"{report['train_tokens']:,}",
+        "router and expert bias": "unchanged" if report["router_unchanged"] else "CHANGED",
+        **({"router SHA-256": report["router_sha256"]} if "router_sha256" in report else {}),
+        **{f"overlap with training: {name}": count for name, count in report.get("overlap", {}).items()},
+    }
+    return _table(facts)
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = "".join(f"<tr><th>{escape(str(name))}</th><td>{_cell(value)}</td></tr>" for name, value in values.items())
+    return f"<table class='facts'><tbody>{rows}</tbody></table>"
+
+
+def _cell(value: Any) -> str:
+    """A value in words: mappings as `name value` pairs, lists with commas, booleans as yes and no."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{escape(str(name))} {_cell(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(inner) for inner in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return escape(f"{value:.6g}" if isinstance(value, float) else str(value))
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{body}\n</section>"

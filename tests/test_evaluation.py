@@ -1,0 +1,410 @@
+"""Scoring: answers in batches equal answers one by one, intervals equal published ones, reports hold what they must."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from evaluation.charts import line_chart
+from evaluation.evaluate import evaluate_model, main
+from evaluation.generate import Answer, _cut, encode_prompts, greedy_answers, load_tokenizer
+from evaluation.hf_model import load_reference
+from evaluation.questions import load_questions
+from evaluation.report import REQUIRED, examples_from, write_report
+from evaluation.score import compare, gain_interval, is_correct, normalize, wilson_interval
+from nano3.cli import UserError
+from recipes.pico_tokenizer import save_tokenizer, vocabulary
+from tests.tiny import tiny_hf_folder
+
+STOP = 11
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random FP32 model with a real tokenizer and chat template, made to end its turn now and then."""
+    torch.set_num_threads(1)
+    path = tiny_hf_folder(
+        tmp_path_factory.mktemp("model") / "hf",
+        vocab_size=len(vocabulary()),
+        hybrid_override_pattern="MEM*EME",
+        initializer_range=0.3,
+        torch_dtype="float32",
+    )
+    save_tokenizer(path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"][STOP] *= 1.6  # a longer vector wins more often
+    # A small time step (softplus(-8) = 3.4e-4), below transformers' floor of 1e-3.
+    tensors |= {name: value - 8 for name, value in tensors.items() if name.endswith("dt_bias")}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_reference(folder, torch.float32)
+
+
+def prompts(count: int, shortest: int = 5, longest: int = 40) -> list[list[int]]:
+    generator = random.Random(0)
+    length = [generator.randint(shortest, longest) for _ in range(count)]
+    return [[generator.randrange(16, len(vocabulary())) for _ in range(size)] for size in length]
+
+
+def rows(count: int) -> list[dict]:
+    return [
+        {
+            "id": f"q{number}",
+            "source": "odd" if number % 2 else "even",
+            "messages": [
+                {"role": "user", "content": f"Sort these numbers in ascending order: {number}, 3, 2"},
+                {"role": "assistant", "content": f"2, 3, {number}"},
+            ],
+        }
+        for number in range(count)
+    ]
+
+
+def write_rows(path: Path, content: list) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in content))
+    return path
+
+
+def test_a_batch_gives_the_answers_that_each_prompt_gets_alone(model):
+    questions = prompts(24)
+    together = greedy_answers(model, questions, max_new_tokens=12, batch_size=24, progress=False)
+    alone = [greedy_answers(model, [question], 12, 1, progress=False)[0] for question in questions]
+    assert together == alone
+    assert len({answer.tokens for answer in alone}) > 12  # a comparison of empty answers would show nothing
+    assert {answer.finished for answer in alone} == {True, False}
+    uneven = greedy_answers(model, questions, max_new_tokens=12, batch_size=7, progress=False)
+    assert uneven == alone
+
+
+def test_left_padding_is_harmless_only_with_its_mask(model):
+    short, long = prompts(2, 9, 9)[0], prompts(1, 30, 30)[0]
+    padded = torch.tensor([[0] * 21 + short, long])
+    mask = (torch.arange(30) >= torch.tensor([[21], [0]])).long()
+    with torch.inference_mode():
+        expected = model(torch.tensor([short])).logits[0, -1]
+        masked = model(padded, attention_mask=mask).logits[0, -1]
+        unmasked = model(padded).logits[0, -1]
+    assert (masked - expected).abs().max() < 1e-4
+    assert (unmasked - expected).abs().max() > 1e-2
+
+
+def test_the_reference_does_not_clamp_the_time_step(model):
+    """Token by token transformers never clamps: a prompt at once agrees with it only when its floor is gone."""
+    prompt = torch.tensor([prompts(1, 20, 20)[0]])
+    mixers = [module for module in model.modules() if hasattr(module, "time_step_limit")]
+    assert len(mixers) == 3
+    assert {mixer.time_step_limit for mixer in mixers} == {(0.0, math.inf)}
+    with torch.inference_mode():
+        at_once = model(prompt).logits[0, -1]
+        cache = model(prompt[:, :1], use_cache=True).past_key_values
+        for position in range(1, prompt.shape[1]):
+            stepwise = model(prompt[:, position : position + 1], past_key_values=cache, use_cache=True).logits[0, -1]
+        for mixer in mixers:
+            mixer.time_step_limit = (1e-3, math.inf)
+        clamped = model(prompt).logits[0, -1]
+    for mixer in mixers:
+        mixer.time_step_limit = (0.0, math.inf)
+    assert (at_once - stepwise).abs().max() < 1e-4
+    assert (clamped - stepwise).abs().max() > 1e-3
+
+
+def test_the_reference_keeps_clear_of_the_cpu_stand_ins():
+    """In a process that has them, the reference runs transformers' own formulas; imported over them, it says so."""
+    code = """
+import importlib, inspect, sys, torch
+from nano3.cpu import mamba_standin
+from evaluation import hf_model
+mamba_standin.install()
+hf_model._import_without_stand_ins()
+model_code = sys.modules[hf_model._MODEL_CODE]
+chosen = inspect.getclosurevars(model_code.mamba2_chunk_scan).nonlocals["implementation"]
+import mamba_ssm
+print(chosen.__module__, hasattr(mamba_ssm, "ops"))
+importlib.reload(model_code)
+try:
+    hf_model._import_without_stand_ins()
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    clean, refused = done.stdout.splitlines()
+    assert clean == "transformers.models.nemotron_h.modeling_nemotron_h True"
+    assert "call load_reference earlier" in refused
+
+
+def test_an_answer_ends_before_the_first_stop_token():
+    assert _cut([5, 6, 11, 0, 0]) == Answer((5, 6), True)
+    assert _cut([2, 7]) == Answer((), True)
+    assert _cut([5, 6]) == Answer((5, 6), False)
+
+
+def test_prompts_come_from_the_folders_own_template(folder):
+    tokenizer = load_tokenizer(str(folder))
+    [ids] = encode_prompts(tokenizer, [[{"role": "user", "content": "Sort"}]])
+    text = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nSort<|im_end|>\n<|im_start|>assistant\n<think></think>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert ids[0] == 10  # <|im_start|>; no <s> before it
+
+
+def test_normalization_touches_white_space_only():
+    assert normalize("  1,\t2 \n 3 ") == "1, 2 3"
+    assert is_correct(" 1, 2\n", "1, 2")
+    assert not is_correct("1,2", "1, 2")
+    assert not is_correct("Yes", "yes")
+    assert not is_correct("", "")
+
+
+def test_wilson_interval_by_hand():
+    # 0 of n: [0, z²/(n + z²)]; n of n mirrors it; one half lies symmetric around 1/2
+    z2 = 1.959963984540054**2
+    assert wilson_interval(0, 10) == pytest.approx((0.0, z2 / (10 + z2)), abs=1e-12)
+    assert wilson_interval(10, 10) == pytest.approx((10 / (10 + z2), 1.0), abs=1e-12)
+    low, high = wilson_interval(250, 500)
+    assert (low + high, high - low) == pytest.approx((1, (z2 / (500 + z2)) ** 0.5), abs=1e-12)
+
+
+def paired(both: int, tuned_only: int, base_only: int, neither: int) -> tuple[list[bool], list[bool]]:
+    """Base and tuned answers with these counts."""
+    cells = [(True, True)] * both + [(False, True)] * tuned_only + [(True, False)] * base_only
+    base, tuned = zip(*(cells + [(False, False)] * neither), strict=True)
+    return list(base), list(tuned)
+
+
+@pytest.mark.parametrize(
+    ("cells", "low", "high"),
+    [
+        ((36, 12, 2, 0), 0.0569, 0.3404),  # Newcombe 1998, table III, method 10
+        ((14, 5, 0, 22), 0.011, 0.226),  # Altman et al., Statistics with Confidence, 2000, table 6.2
+    ],
+)
+def test_gain_interval_equals_published_examples(cells, low, high):
+    digits = len(str(low)) - 2
+    assert gain_interval(*paired(*cells)) == pytest.approx((low, high), abs=0.51 * 10**-digits)
+
+
+def test_gain_interval_is_paired_symmetric_and_never_empty():
+    base, tuned = paired(40, 420, 10, 30)
+    low, high = gain_interval(base, tuned)
+    assert low < 410 / 500 < high
+    assert gain_interval(tuned, base) == pytest.approx((-high, -low))
+    # large n: close to the normal formula, variance (b + c - (b - c)²/n) / n²
+    spread = 1.96 * math.sqrt(430 - 410**2 / 500) / 500
+    assert (high - low) / 2 == pytest.approx(spread, rel=0.03)
+    # the same accuracies, but agreeing question by question: a narrower interval
+    agreeing, crossing = gain_interval(*paired(200, 50, 0, 250)), gain_interval(*paired(0, 250, 200, 50))
+    assert agreeing[1] - agreeing[0] < 0.5 * (crossing[1] - crossing[0])
+    low, high = gain_interval(*paired(0, 50, 0, 0))
+    assert high == pytest.approx(1)
+    assert 0.85 < low < 0.95
+    low, high = gain_interval(*paired(25, 0, 0, 25))
+    assert low == pytest.approx(-high)
+    assert 0 < high < 0.1
+
+
+def test_comparison_pairs_by_id():
+    def result(flags: dict[str, bool]) -> dict:
+        return {"answers": [{"id": key, "correct": flag} for key, flag in flags.items()]}
+
+    report = compare(result({"a": True, "b": False, "c": False}), result({"c": True, "b": True, "a": True}))
+    assert (report["n"], report["base_accuracy"], report["tuned_accuracy"]) == (3, 1 / 3, 1.0)
+    assert report["gain"] == pytest.approx(2 / 3)
+    assert report["ci95_gain"] == list(gain_interval([True, False, False], [True, True, True]))
+    with pytest.raises(UserError, match="different questions"):
+        compare(result({"a": True}), result({"b": True}))
+
+
+def test_scores_of_a_folder(folder, tmp_path):
+    questions = load_questions(write_rows(tmp_path / "q.jsonl", rows(6)))
+    first = evaluate_model(folder, questions, max_new_tokens=8, progress=False)
+    told = [replace(question, answer=row["answer"]) for question, row in zip(questions, first["answers"], strict=True)]
+    second = evaluate_model(folder, told, max_new_tokens=8, progress=False)
+    finished = sum(row["finished"] and bool(row["answer"].strip()) for row in first["answers"])
+    assert first["correct"] == 0
+    assert second["correct"] == finished  # an answer that did not end is not right, whatever it says
+    assert first["n"] == second["n"] == 6
+    assert first["unfinished"] == sum(not row["finished"] for row in first["answers"])
+    assert {source: part["n"] for source, part in first["by_source"].items()} == {"even": 3, "odd": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "holds no questions"),
+        ([rows(1)[0], "{oops"], r"q.jsonl line 2: not valid JSON"),
+        ([{"id": 1, "messages": []}], r"q.jsonl line 1: no source"),
+        ([{"id": 1, "source": "s", "messages": "x"}], r"line 1: messages must be a list"),
+        ([{"id": 1, "source": "s", "messages": [{"role": "user", "content": "x"}]}], r"line 1: the last message must"),
+        ([rows(1)[0], "", rows(1)[0]], r"line 3: id q0 comes twice"),
+        (["[1]"], r"line 1: no id, source, messages"),
+    ],
+)  # fmt: skip
+def test_bad_questions_name_file_and_line(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        load_questions(write_rows(tmp_path / "q.jsonl", content))
+
+
+def test_missing_questions_and_limits(tmp_path):
+    with pytest.raises(UserError, match="no questions at"):
+        load_questions(tmp_path / "none.jsonl")
+    path = write_rows(tmp_path / "q.jsonl", rows(5))
+    assert [question.id for question in load_questions(path, limit=2)] == ["q0", "q1"]
+    with pytest.raises(UserError, match="limit is 0"):
+        load_questions(path, limit=0)
+
+
+def truncated(path: Path) -> None:
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def without_a_tensor(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    del tensors["backbone.layers.0.mixer.in_proj.weight"]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def of_another_width(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 32}))
+
+
+def quantized(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt"}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "cannot load"),
+        (without_a_tensor, "1 missing keys, first .*layers.0.mixer.in_proj.weight"),
+        (of_another_width, "cannot load|mismatched"),
+        (quantized, "quantized by modelopt"),
+        (lambda path: (path / "config.json").unlink(), "no config.json"),
+    ],
+    ids=["truncated", "missing tensor", "another architecture", "quantized", "no config"],
+)
+def test_a_damaged_folder_is_refused(folder, tmp_path, damage, message):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    damage(copy)
+    with pytest.raises(UserError, match=message):
+        load_reference(copy, torch.float32)
+
+
+def test_the_script_writes_a_result_whole_or_refuses(folder, tmp_path, monkeypatch, capsys):
+    questions = write_rows(tmp_path / "q.jsonl", rows(3))
+    out = tmp_path / "new" / "result.json"
+    command = ["evaluate.py", str(folder), "--questions", str(questions), "--out", str(out), "--max-new-tokens", "4"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 0
+    assert main() == 0  # our own result may be replaced
+    assert json.loads(out.read_text())["n"] == 3
+    assert os.listdir(out.parent) == ["result.json"]
+    assert "0 of 3 right" in capsys.readouterr().out
+    out.write_text("{}")
+    with pytest.raises(UserError, match="is not a result of this script"):
+        main()
+    assert out.read_text() == "{}"
+
+
+def test_the_script_refuses_fast_and_without_a_traceback(tmp_path):
+    """Exit code 2 and one line, before torch is imported."""
+    script = Path(__file__).parents[1] / "evaluation" / "evaluate.py"
+    command = [sys.executable, str(script), str(tmp_path), "--questions", "none.jsonl", "--out", "x.json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"error: no config.json at {tmp_path}; give a Hugging Face model folder\n"
+    assert os.listdir(tmp_path) == []
+
+
+REPORT = {
+    "n": 500,
+    "base_accuracy": 0.082,
+    "tuned_accuracy": 0.884,
+    "ci95_gain": [0.76, 0.84],
+    "train_tokens": 1234567,
+    "seconds": {"train": 75.0, "merge": 25.0},
+    "router_unchanged": True,
+    "layout": {"tp": 1, "ep": 2},
+    "git_commit": "abc123",
+}
+
+
+def test_report_holds_its_fields_and_escapes_what_models_say(tmp_path):
+    extra = {
+        "ci95_base": [0.06, 0.11],
+        "ci95_tuned": [0.85, 0.91],
+        "forgetting": {"copy": {"base": 0.97, "tuned": 0.93, "n": 100}},
+        "settings": {"lora.rank": 16},
+        "something": "else",
+    }
+    examples = [{"question": "<script>alert(1)</script>", "expected": "1, 2", "before": "", "after": "1,  2"}]
+    curve = {"training": [(1, 2.0), (2, math.nan), (3, 1.0)], "validation": [(3, 1.1)]}
+    data, page = write_report(tmp_path / "demo", REPORT | extra, curve, examples)
+    assert json.loads(data.read_text()) == REPORT | extra
+    html = page.read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)" in html
+    assert not re.search(r"https?://|src=|@import|url\(", html)  # nothing from outside
+    assert re.search(r"✗ <code>—</code>.*✓ <code>1,  2</code>", html)
+    for text in ("8.2%", "88.4%", "+80.2 points", "+76.0 to +84.0", "router unchanged", "−4.0", "abc123", "something"):
+        assert text in html
+    assert "nan" not in html
+    assert sorted(os.listdir(data.parent)) == ["report.html", "report.json"]
+    tree = ElementTree.fromstring(html[html.index("<main>") : html.index("</body>")])  # well-formed, all of it
+    assert len(tree.findall(".//svg")) == 3
+    changed = write_report(tmp_path / "demo", REPORT | {"router_unchanged": False}, {}, [])[1].read_text()
+    assert "ROUTER CHANGED" in changed
+    assert "no points recorded" in changed
+
+
+def test_a_curve_lies_where_its_axes_say():
+    """Axes from 0 to 2 and 1 to 3; the middle point is half way across and up."""
+    svg = line_chart({"loss": [(1, 0.0), (2, 1.0), (3, 2.0)]}, "step", "loss")
+    x, y = zip(*(map(float, place.split()) for place in re.search(r"d='M([^']*)'", svg)[1].split("L")), strict=True)
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
+    assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=0.2)
+    assert y[0] > y[2]  # SVG counts downwards
+
+
+@pytest.mark.parametrize("field", REQUIRED)
+def test_a_report_without_a_required_field_is_an_error(tmp_path, field):
+    with pytest.raises(ValueError, match=f"lacks {field}"):
+        write_report(tmp_path, {name: value for name, value in REPORT.items() if name != field}, {}, [])
+    assert os.listdir(tmp_path) == []
+
+
+def test_examples_pair_the_two_results():
+    def result(answers: dict[str, tuple[str, bool]]) -> dict:
+        rows = [
+            {"id": key, "question": f"{key}?", "expected": "1", "answer": text, "finished": finished}
+            for key, (text, finished) in answers.items()
+        ]
+        return {"answers": rows}
+
+    base, tuned = result({"a": ("0", True), "b": ("1", False)}), result({"b": ("1", True), "a": ("2", True)})
+    assert examples_from(base, tuned) == [
+        {"question": "a?", "expected": "1", "before": "0", "after": "2"},
+        {"question": "b?", "expected": "1", "before": "1 …", "after": "1"},
+    ]
+    assert len(examples_from(base, tuned, count=1)) == 1
