@@ -212,7 +212,7 @@ def main() -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", required=True, type=Path, help="folder for the Hugging Face checkpoint")
-    parser.add_argument("--tokens", default=6_000_000, type=int, help="tokens to train on, padding not counted")
+    parser.add_argument("--tokens", default=3_400_000, type=int, help="tokens to train on, padding not counted")
     parser.add_argument("--seed", default=1, type=int, help="seed of the weights and of the training examples")
     args = parser.parse_args()
     if args.tokens < 1:

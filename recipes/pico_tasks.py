@@ -112,6 +112,9 @@ PRETRAINING = {
 }
 """Task name -> (task, its share of the pretraining examples)."""
 
+DEMO = Task("sort_6_to_8", "number_sorting", _sorting("ascending"), _numbers(6, 8))
+"""What the demo teaches: pretraining sorted at most 5 numbers, so its instruction is known and its ability is not."""
+
 
 def endless_rows(task: Task, seed: int) -> Iterator[dict[str, Any]]:
     """Chat rows {id, source, messages} of a task, always the same for the same seed; questions may repeat."""
