@@ -18,8 +18,8 @@ from typing import Any
 
 from evaluation.questions import Question, load_questions
 from evaluation.score import is_correct, wilson_interval
-from nano3.arch import read_config
 from nano3.cli import UserError, run
+from nano3.hf_config import read_config
 
 KIND = "evaluation-result"
 """Marks our result files: a second run may replace one, and never somebody else's file."""

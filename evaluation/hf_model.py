@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nano3.arch import read_config
 from nano3.cli import UserError
+from nano3.hf_config import read_config
 
 if TYPE_CHECKING:
     import torch

@@ -246,17 +246,26 @@ def test_scores_of_a_folder(folder, tmp_path):
     ("content", "message"),
     [
         ([], "holds no questions"),
-        ([rows(1)[0], "{oops"], r"q.jsonl line 2: not valid JSON"),
-        ([{"id": 1, "messages": []}], r"q.jsonl line 1: no source"),
-        ([{"id": 1, "source": "s", "messages": "x"}], r"line 1: messages must be a list"),
-        ([{"id": 1, "source": "s", "messages": [{"role": "user", "content": "x"}]}], r"line 1: the last message must"),
-        ([rows(1)[0], "", rows(1)[0]], r"line 3: id q0 comes twice"),
-        (["[1]"], r"line 1: no id, source, messages"),
+        ([rows(1)[0], "{oops"], r"q.jsonl:2: not valid JSON"),
+        ([{"id": 1, "source": "s"}], r"q.jsonl:1: a row must be a JSON object with 'messages'"),
+        ([{"id": 1, "source": "s", "messages": "x"}], r":1: messages must be a list"),
+        ([{"id": 1, "source": "s", "messages": [{"role": "user", "content": "x"}]}], r":1: the last message must"),
+        ([rows(1)[0], "", rows(1)[0]], r":3: id q0 comes twice"),
+        (["[1]"], r":1: a row must be a JSON object"),
     ],
 )  # fmt: skip
 def test_bad_questions_name_file_and_line(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         load_questions(write_rows(tmp_path / "q.jsonl", content))
+
+
+def test_rows_may_leave_out_id_and_source_and_hold_any_text(tmp_path):
+    text = "first\u2028second\x0bthird"  # str.splitlines() would cut a row here
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "1"}]
+    path = tmp_path / "held.jsonl"
+    path.write_text(json.dumps({"messages": messages}, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    [question] = load_questions(path)
+    assert (question.id, question.source, question.text, question.answer) == (f"{path}:1", "held", text, "1")
 
 
 def test_missing_questions_and_limits(tmp_path):
