@@ -10,7 +10,7 @@ projection that feeds it, and one in which a shift by a token is a slice. Arithm
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,73 +30,85 @@ def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.silu_backward(grad, x)
 
 
-def foreign_tokens(seq_idx: Tensor, width: int) -> list[Tensor]:
-    """For k = 0 .. width-2, (b, l, 1) true where the token width-1-k places back belongs to another document.
+class Edges(NamedTuple):
+    """The tokens (r of them) so close behind the start of a document that some of their taps belong to another one."""
 
-    Tokens before the first one are `initial_states` or zeros; they count to the first document, as in the original.
+    batch: Tensor  # (r, 1)
+    taps: Tensor  # (r, w): positions of the taps in the padded input
+    foreign: Tensor  # (r, w, 1): true where the tap belongs to another document
+
+    @property
+    def token(self) -> tuple[Tensor, Tensor]:
+        """Index of the tokens themselves in an unpadded (b, l, d)."""
+        return self.batch[:, 0], self.taps[:, 0]
+
+
+def find_edges(seq_idx: Tensor, batch: int, width: int) -> Edges:
+    """From seq_idx (b or 1, l). What stands before the first token (initial states or zeros) is of its document."""
+    padded = torch.cat([seq_idx[:, :1].expand(-1, width - 1), seq_idx], 1).expand(batch, -1)
+    foreign = padded.unfold(1, width, 1) != seq_idx.unsqueeze(-1)
+    rows = foreign.any(-1).nonzero()
+    offsets = torch.arange(width, device=seq_idx.device)
+    return Edges(rows[:, :1], rows[:, 1:] + offsets, foreign[rows[:, 0], rows[:, 1]].unsqueeze(-1))
+
+
+class Convolution:
+    """One convolution of x (b, l, d) and what its backward needs.
+
+    `weight` (d, w), `bias` (d,), `seq_idx` (b, l), `initial` (b, d, w-1). All tokens but the few at document edges are
+    computed without looking at documents, as shifts of the whole input; those at edges one by one, with their taps.
     """
-    padded = torch.cat([seq_idx[:, :1].expand(-1, width - 1), seq_idx], 1)
-    length = seq_idx.shape[1]
-    return [(padded[:, k : k + length] != seq_idx).unsqueeze(-1) for k in range(width - 1)]
 
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial: Tensor | None, silu: bool
+    ) -> None:
+        dtype = arithmetic(x, weight)
+        self.dtype, self.length, self.silu = x.dtype, x.shape[1], silu
+        self.has_bias, self.has_initial = bias is not None, initial is not None
+        self.weight = weight.to(dtype).t()  # (w, d)
+        batch, width = x.shape[0], weight.shape[1]
+        before = x.new_zeros(batch, width - 1, x.shape[2]) if initial is None else initial.to(x.dtype).transpose(1, 2)
+        self.padded = torch.cat([before, x], 1).to(dtype)
+        self.edges = None if seq_idx is None else find_edges(seq_idx, batch, width)
+        y = self.shifted(0) * self.weight[0]
+        for k in range(1, width):
+            y.addcmul_(self.shifted(k), self.weight[k])
+        if self.edges is not None:
+            y[self.edges.token] = (self.edge_taps(self.edges) * self.weight).sum(1)
+        self.preactivation = y if bias is None else y.add_(bias.to(dtype))
 
-def taps(x: Tensor, width: int, seq_idx: Tensor | None, initial: Tensor | None) -> list[Tensor]:
-    """The `width` shifted copies of x (b, l, d), oldest first, with other documents' tokens set to zero."""
-    length = x.shape[1]
-    head = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if initial is None else initial.to(x.dtype).transpose(1, 2)
-    padded = torch.cat([head, x], 1)
-    shifted = [padded[:, k : k + length] for k in range(width)]
-    if seq_idx is not None:
-        for k, foreign in enumerate(foreign_tokens(seq_idx, width)):
-            shifted[k] = shifted[k].masked_fill(foreign, 0.0)
-    return shifted
+    def shifted(self, k: int) -> Tensor:
+        """Tap k of every token, (b, l, d), the oldest first."""
+        return self.padded[:, k : k + self.length]
 
+    def edge_taps(self, edges: Edges) -> Tensor:
+        """The taps of the tokens at edges (r, w, d), with other documents' set to zero."""
+        return self.padded[edges.batch, edges.taps].masked_fill_(edges.foreign, 0.0)
 
-def preactivation(shifted: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """bias + sum over the taps, (b, l, d); `weight` (d, w) and `bias` (d,) in the arithmetic's dtype."""
-    y = shifted[-1] * weight[:, -1]
-    for k in range(len(shifted) - 1):
-        y = y.addcmul_(shifted[k], weight[:, k])
-    return y if bias is None else y.add_(bias)
+    def output(self) -> Tensor:
+        """(b, l, d) in x's dtype."""
+        return (F.silu(self.preactivation) if self.silu else self.preactivation).to(self.dtype)
 
-
-def conv_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial: Tensor | None, silu: bool
-) -> Tensor:
-    """The convolution of x (b, l, d), in x's dtype. `weight` (d, w), `bias` (d,), `initial` (b, d, w-1)."""
-    dtype = arithmetic(x, weight)
-    shifted = taps(x.to(dtype), weight.shape[1], seq_idx, initial)
-    y = preactivation(shifted, weight.to(dtype), None if bias is None else bias.to(dtype))
-    return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
-
-
-def conv_backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial: Tensor | None,
-    silu: bool,
-    dout: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x (b, l, d), weight, bias and initial states, in the arithmetic's dtype; None for what was None."""
-    dtype, width, length = arithmetic(x, weight), weight.shape[1], x.shape[1]
-    w = weight.to(dtype)
-    shifted = taps(x.to(dtype), width, seq_idx, initial)
-    dy = dout.to(dtype)
-    if silu:
-        dy = silu_backward(dy, preactivation(shifted, w, None if bias is None else bias.to(dtype)))
-    product = torch.empty_like(dy)  # one buffer: fresh memory costs more than the arithmetic
-    dweight = torch.stack([torch.mul(dy, tap, out=product).sum((0, 1)) for tap in shifted], 1)
-    dpadded = dy.new_zeros(dy.shape[0], length + width - 1, dy.shape[2])
-    foreign = [] if seq_idx is None else foreign_tokens(seq_idx, width)
-    for k in range(width):
-        grad = torch.mul(dy, w[:, k], out=product)
-        if k < len(foreign):
-            grad.masked_fill_(foreign[k], 0.0)
-        dpadded[:, k : k + length].add_(grad)
-    dinitial = None if initial is None else dpadded[:, : width - 1].transpose(1, 2)
-    return dpadded[:, width - 1 :], dweight, None if bias is None else dy.sum((0, 1)), dinitial
+    def backward(self, dout: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Gradients of x (b, l, d), weight, bias and initial states, in the arithmetic's dtype; None where absent."""
+        width = self.weight.shape[0]
+        dy = dout.to(self.weight.dtype)
+        dy = silu_backward(dy, self.preactivation) if self.silu else dy.clone()
+        dbias = dy.sum((0, 1)) if self.has_bias else None
+        dpadded = torch.zeros_like(self.padded)
+        dweight = torch.zeros_like(self.weight)
+        if self.edges is not None:
+            dedge = dy[self.edges.token].unsqueeze(1)  # (r, 1, d)
+            dy[self.edges.token] = 0.0
+            dweight += (dedge * self.edge_taps(self.edges)).sum(0)
+            dtaps = (dedge * self.weight).masked_fill_(self.edges.foreign, 0.0)
+            dpadded.index_put_((self.edges.batch.expand_as(self.edges.taps), self.edges.taps), dtaps, accumulate=True)
+        product = torch.empty_like(dy)  # one buffer: fresh memory costs more than the arithmetic
+        for k in range(width):
+            dpadded[:, k : k + self.length].addcmul_(dy, self.weight[k])
+            dweight[k] += torch.mul(dy, self.shifted(k), out=product).sum((0, 1))
+        dinitial = dpadded[:, : width - 1].transpose(1, 2) if self.has_initial else None
+        return dpadded[:, width - 1 :], dweight.t(), dbias, dinitial
 
 
 class CausalConv1dFn(torch.autograd.Function):
@@ -114,14 +126,13 @@ class CausalConv1dFn(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, seq_idx, initial_states)
         ctx.silu = silu
-        return conv_forward(x.transpose(1, 2), weight, bias, seq_idx, initial_states, silu).transpose(1, 2)
+        return Convolution(x.transpose(1, 2), weight, bias, seq_idx, initial_states, silu).output().transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias, seq_idx, initial = ctx.saved_tensors
-        dx, dweight, dbias, dinitial = conv_backward(
-            x.transpose(1, 2), weight, bias, seq_idx, initial, ctx.silu, grads[0].transpose(1, 2)
-        )
+        convolution = Convolution(x.transpose(1, 2), weight, bias, seq_idx, initial, ctx.silu)
+        dx, dweight, dbias, dinitial = convolution.backward(grads[0].transpose(1, 2))
         return (
             dx.transpose(1, 2).to(x.dtype),
             dweight.to(weight.dtype),

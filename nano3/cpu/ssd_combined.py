@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nano3.cpu import ssd
-from nano3.cpu.conv import ACTIVATIONS, arithmetic, conv_backward, conv_forward, silu_backward
+from nano3.cpu.conv import ACTIVATIONS, Convolution, arithmetic, silu_backward
 
 Limit = tuple[float, float]
 
@@ -175,7 +175,7 @@ class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         widths = Widths(zxbcdt, conv1d_weight, D, headdim, ngroups)
         z, xBC, dt = widths.parts(zxbcdt)
-        x, B, C = widths.x_B_C(conv_forward(xBC, conv1d_weight, conv1d_bias, seq_idx, None, silu))
+        x, B, C = widths.x_B_C(Convolution(xBC, conv1d_weight, conv1d_bias, seq_idx, None, silu).output())
         step = ssd.step_sizes(dt, dt_bias, True, dt_limit, arithmetic(zxbcdt))
         scan = ssd.prepare(x, step, A, B, C, seq_idx, chunk_size)
         out, final = ssd.scan_forward(scan, D, initial_states, zxbcdt.shape[1])
@@ -196,12 +196,13 @@ class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
         dz = silu_backward(dout * out_x.flatten(2).to(dtype), zf)
         dout = (dout * F.silu(zf)).unflatten(-1, (widths.heads, widths.headdim))
 
-        x, B, C = widths.x_B_C(conv_forward(xBC, weight, bias, seq_idx, None, ctx.silu))
+        convolution = Convolution(xBC, weight, bias, seq_idx, None, ctx.silu)
+        x, B, C = widths.x_B_C(convolution.output())
         step = ssd.step_sizes(dt, dt_bias, True, ctx.dt_limit, dtype)
         g = ssd.scan_backward(ssd.prepare(x, step, A, B, C, seq_idx, ctx.chunk_size), A, D, initial, dout, grads[1])
         ddt = ssd.step_sizes_backward(g.dt, dt, dt_bias, True, ctx.dt_limit)
         dconv = torch.cat([g.x.flatten(2), g.B.flatten(2), g.C.flatten(2)], -1)
-        dxBC, dweight, dbias, _ = conv_backward(xBC, weight, bias, seq_idx, None, ctx.silu, dconv)
+        dxBC, dweight, dbias, _ = convolution.backward(dconv)
         inputs = (torch.cat([dz, dxBC, ddt], -1), zxbcdt), (dweight, weight), (dbias, bias)
         others = (ddt.sum((0, 1)), dt_bias), (g.A, A), (g.D, D)
         nones = (None,) * 5
