@@ -104,7 +104,15 @@ def _write_tokenizer(path: Path, vocab_size: int) -> None:
     tokenizer = {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": w, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+            {
+                "id": i,
+                "content": w,
+                "special": True,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+            }
             for i, w in enumerate(special)
         ],
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
