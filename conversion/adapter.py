@@ -55,6 +55,7 @@ class Adapter:
         }
         check_tensors(f"adapter {folder}", self._reader.shapes, expected)
         for key in expected:
+            self._reader.dtype(key)  # refuses what is not floating point
             if not torch.isfinite(self._reader.whole(key)).all():
                 raise UserError(f"adapter {folder}: {key} holds NaN or infinity; the training diverged")
         self._factors = lru_cache(maxsize=4)(self._read_factors)
