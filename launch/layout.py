@@ -154,9 +154,8 @@ def _check_pipeline(arch: Arch, layout: Layout) -> None:
     """Equal stages: `MambaStack` gives each layers // pp and drops the remainder without a word (mamba_block.py)."""
     layers = len(arch.pattern)
     if layers % layout.pp:
-        rule = (
-            f"layout.pp must divide the layers: {layers} / {layout.pp} leaves {layers % layout.pp} layers in no stage"
-        )
+        left = f"{layers % layout.pp} of {layers} layers in no stage"
+        rule = f"layout.pp must divide the layers: {layers} / {layout.pp} leaves {left}"
         raise _refused(rule, "layout.pp", layout.pp, _divisors(layers))
 
 

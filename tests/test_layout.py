@@ -61,7 +61,7 @@ def test_layouts_that_megatron_core_can_train(arch, layout, world):
         (Layout(tp=16), 16, r"Mamba groups \(n_groups\): 8 / 16; nearest valid layout.tp: 1, 2, 4, 8$"),
         (Layout(tp=2, sp=False), 2, r"layout.sp=false with layout.tp=2"),
         (Layout(sp=True), 1, r"layout.sp=true needs tensor parallelism"),
-        (Layout(pp=3), 3, r"52 / 3 leaves 1 layers in no stage; nearest valid layout.pp: 1, 2, 4, 13$"),
+        (Layout(pp=3), 3, r"52 / 3 leaves 1 of 52 layers in no stage; nearest valid layout.pp: 1, 2, 4, 13$"),
         (Layout(cp=3), 3, r"64 / 1 = 64\) .* \(8 / 1 = 8\); nearest valid layout.cp: 1, 2, 4, 8$"),
         (Layout(tp=8, cp=16), 128, r"64 / 8 = 8\) .* \(8 / 8 = 1\); nearest valid layout.cp: 1, 2, 4, 8$"),
         (Layout(ep=3), 3, r"n_routed_experts\): 128 / 3; nearest valid layout.ep: 1, 2, 4, 8$"),
