@@ -151,10 +151,10 @@ def test_vocabulary_padding_is_zeros_and_goes_away(tmp_path: Path):
 # ------------------------------------------------------------------ against megatron-core itself
 
 
-def probe(*arguments: str, ranks: int = 0) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+def python(arguments: list[str]) -> str:
+    """Runs Python in a fresh process on the CPU backend and returns what it printed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NANO3_CPU": "1"}
-    command = [sys.executable, *launcher, "-m", "tests.megatron_probe", *arguments]
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -167,7 +167,7 @@ def test_the_plan_is_what_the_stock_model_asks_for(tmp_path: Path):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "config.json").write_text(json.dumps(TINY_CONFIG | overrides))
         configs.append(tmp_path / str(number))
-    wanted = json.loads(probe("plan", *map(str, configs)))
+    wanted = json.loads(python(["-m", "tests.megatron_probe", "plan", *map(str, configs)]))
     for config, model in zip(configs, wanted, strict=True):
         arch = Arch.load(config)
         plan = make_plan(arch, {name: spec.dtype for name, spec in arch.tensors().items()})
@@ -182,7 +182,8 @@ def test_megatron_loads_it_on_two_ranks(tmp_path: Path):
     """
     source = tiny_hf_folder(tmp_path / "source", vocab_size=100, hybrid_override_pattern="ME*-")
     to_nemo(source, tmp_path / "nemo")
-    probe("load", str(tmp_path / "nemo"), "2", "2", ranks=2)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.megatron_probe"]
+    python([*launcher, "load", str(tmp_path / "nemo"), "2", "2"])
     hf = load_file(source / "model.safetensors")
     ranks = [torch.load(tmp_path / "nemo" / f"rank{rank}.pt") for rank in range(2)]
 
@@ -335,3 +336,13 @@ def test_scripts_refuse_with_one_line_and_exit_code_2(tmp_path: Path):
     assert done.stderr.count("\n") == 1
     assert "truncated" in done.stderr
     assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.full
+def test_nemo_imports_restores_and_exports_with_the_same_code(tmp_path: Path):
+    """llm.import_ckpt, AutoResume with RestoreConfig, io.load_context and llm.export_ckpt, in one fresh process."""
+    source = tiny_hf_folder(tmp_path / "source", shards=2)
+    nemo, back = tmp_path / "nemo", tmp_path / "back"
+    python(["-m", "tests.nemo_io_probe", str(source), str(nemo), str(back)])
+    assert tree(back) == tree(source)
+    assert (nemo / "context" / "io.json").is_file()

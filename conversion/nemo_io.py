@@ -1,0 +1,84 @@
+"""The one place of `conversion/` that knows NeMo: the `context/` of a checkpoint, and NeMo's own import and export.
+
+Importing this module registers the connectors, so that
+
+    llm.import_ckpt(model, source="hf:///path/to/hf", output_path=OUT)
+    llm.export_ckpt(path=OUT, target="hf", output_path=HF)
+
+run the same code as `conversion/hf_to_nemo.py` and `conversion/nemo_to_hf.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nano3.model import Nano3Model, nano3_config  # first: it switches the CPU backend on before NeMo is imported
+
+# isort: split
+
+import nemo.lightning as nl
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.lightning import io
+from nemo.lightning.io.artifact import DirOrStringArtifact
+from nemo.lightning.io.pl import TrainerContext
+
+from conversion import hf_to_nemo, nemo_to_hf
+from conversion.folders import SIDE
+from nano3.arch import Arch
+
+if not hasattr(AutoTokenizer, "__io_artifacts__"):
+    # NeMo 2.7.3 does this itself, but only after importing a module that transformers 5 no longer has, and without it a
+    # context with a tokenizer can be neither written nor read.
+    io.track_io(AutoTokenizer, artifacts=[DirOrStringArtifact("pretrained_model_name", required=False)])
+
+
+def describe(hf: Path) -> Nano3Model:
+    """The NeMo model of a Hugging Face folder: configuration and, if it has one, tokenizer; no weights."""
+    arch = Arch.load(hf)
+    tokenizer = AutoTokenizer(str(hf)) if (hf / "tokenizer_config.json").is_file() else None
+    return Nano3Model(nano3_config(arch, arch.max_position_embeddings, bf16=True), tokenizer=tokenizer)
+
+
+def write_context(folder: Path, hf: Path) -> None:
+    """Writes NeMo's `context/`: model and tokenizer for `AutoResume`, `RestoreConfig` and `io.load_context`."""
+    trainer = nl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    TrainerContext(model=describe(hf), trainer=trainer, extra={}).io_dump(folder, yaml_attrs=["model"])
+
+
+@io.model_importer(Nano3Model, "hf")
+class HFImporter(io.ModelConnector["str", Nano3Model]):
+    """`hf://FOLDER` -> NeMo checkpoint."""
+
+    def init(self) -> Nano3Model:
+        return describe(Path(str(self)))
+
+    def apply(self, output_path: Path) -> Path:
+        hf_to_nemo.convert(Path(str(self)), Path(output_path))
+        return output_path
+
+    def on_import_ckpt(self, model: Nano3Model) -> None:
+        """Gives the model the tokenizer of the folder."""
+        tokenizer: Any = describe(Path(str(self))).tokenizer
+        if tokenizer is not None:
+            model.tokenizer = tokenizer
+            model.__io__.tokenizer = tokenizer.__io__
+
+
+@io.model_exporter(Nano3Model, "hf")
+class HFExporter(io.ModelConnector[Nano3Model, "str"]):
+    """NeMo checkpoint -> Hugging Face folder."""
+
+    def init(self) -> Nano3Model:
+        return describe(Path(str(self)) / SIDE)
+
+    def apply(self, output_path: Path) -> Path:
+        nemo_to_hf.convert(Path(str(self)), Path(output_path))
+        return output_path
+
+    def nemo_load(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuses: NeMo would load the whole model, only to ask whether ModelOpt had quantized it.
+
+        NeMo takes a RuntimeError here as "not quantized" and goes on to `apply`, which streams.
+        """
+        raise RuntimeError("this exporter streams and never loads the model")
