@@ -39,7 +39,9 @@ def transformer_kwargs(arch: Arch) -> dict[str, Any]:
     is refused, another chunk changes nothing but rounding.
     """
     if arch.conv_kernel != MAMBA_CONV_KERNEL:
-        raise UserError(f"conv_kernel {arch.conv_kernel}: Megatron-Core's Mamba mixer is built with {MAMBA_CONV_KERNEL}")
+        raise UserError(
+            f"conv_kernel {arch.conv_kernel}: Megatron-Core's Mamba mixer is built with {MAMBA_CONV_KERNEL}"
+        )
     return {
         "num_layers": len(arch.layers),
         "hidden_size": arch.hidden_size,
@@ -107,7 +109,9 @@ def mask_padded_vocabulary(model: MambaModel, vocab_size: int) -> None:
 
     def hook(_module: torch.nn.Module, _inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         logits, bias = output
-        mask = padded if logits.shape[-1] == local else torch.arange(logits.shape[-1], device=logits.device) >= vocab_size
+        mask = (
+            padded if logits.shape[-1] == local else torch.arange(logits.shape[-1], device=logits.device) >= vocab_size
+        )
         return logits.masked_fill(mask, torch.finfo(logits.dtype).min), bias
 
     layer.register_forward_hook(hook)

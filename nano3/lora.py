@@ -89,9 +89,14 @@ class SharedExpertsAdapter(nn.Module):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
         """Both matrices whole; replicas on every tensor- and data-parallel rank, of which one writes."""
-        groups = {"dp_cp_group": metadata["dp_cp_group"]} if metadata and "dp_cp_group" in metadata else {}
+        del metadata  # names the groups of the experts around it; the replicas are over the dense model's groups
         return make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True), prefix, {}, sharded_offsets, **groups
+            self.state_dict(keep_vars=True),
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
 
 

@@ -58,7 +58,9 @@ def lora_recipe(task: Run) -> run.Partial:
         ),
         trainer=_trainer(task),
         log=_log(task),
-        resume=run.Config(nl.AutoResume, restore_config=run.Config(nl.RestoreConfig, path=task.base, load_artifacts=False)),
+        resume=run.Config(
+            nl.AutoResume, restore_config=run.Config(nl.RestoreConfig, path=task.base, load_artifacts=False)
+        ),
         optim=_optimizer(task),
         peft=_lora(task),
         tokenizer=None,

@@ -9,35 +9,10 @@ import numpy as np
 import torch
 from nemo.lightning.data import WrappedDataLoader
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
-from torch.utils.data import Dataset
 
+from data_prep.epochs import Epochs
 from data_prep.packing import PackedDataset
 from nano3.cli import UserError
-
-
-class Epochs(Dataset):
-    """`samples` packs in a seeded order, epoch after epoch.
-
-    Which pack sample i is depends on i and the seed alone, not on ranks or workers: a run that goes on at sample i
-    sees what it would have seen.
-    """
-
-    def __init__(self, packs: PackedDataset, samples: int, seed: int, shuffle: bool) -> None:
-        self.packs, self.samples, self.seed, self.shuffle = packs, samples, seed, shuffle
-        self._epoch, self._order = -1, np.arange(len(packs))
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def pack_of(self, sample: int) -> int:
-        """Number of the pack that is sample `sample`."""
-        epoch, place = divmod(sample, len(self.packs))
-        if self.shuffle and epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.packs))
-        return int(self._order[place])
-
-    def __getitem__(self, sample: int) -> dict[str, np.ndarray]:
-        return self.packs[self.pack_of(sample)]
 
 
 def collate(items: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

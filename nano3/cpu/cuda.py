@@ -158,7 +158,7 @@ def install() -> None:
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
         "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
         "is_initialized": lambda: True,
-                "device_count": lambda: 1,
+        "device_count": lambda: 1,
         **{name: _answering(None) for name in _NO_EFFECT},
         **{name: _answering(0) for name in _ZERO},
     }

@@ -85,7 +85,9 @@ class DotProductAttention(TransformerEngineBaseModule):
             raise ValueError("packed self-attention needs equal cu_seqlens for queries and keys")
         bounds = q_bounds.tolist()
         if bounds[0] != 0 or bounds[-1] != query_layer.shape[0]:
-            raise ValueError(f"cu_seqlens run from {bounds[0]} to {bounds[-1]}, the pack has {query_layer.shape[0]} tokens")
+            raise ValueError(
+                f"cu_seqlens run from {bounds[0]} to {bounds[-1]}, the pack has {query_layer.shape[0]} tokens"
+            )
         outputs = [
             self._causal(*(t[start:end].unsqueeze(1) for t in (query_layer, key_layer, value_layer))).squeeze(1)
             for start, end in zip(bounds[:-1], bounds[1:], strict=True)

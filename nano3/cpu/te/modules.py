@@ -20,11 +20,28 @@ from nano3.cpu.te.norm import RMSNorm
 
 
 @contextlib.contextmanager
-def _fp8_off(enabled: bool = False, **_settings: Any) -> Iterator[None]:
-    """`fp8_autocast` and `fp8_model_init`: there is no FP8 arithmetic here, so asking for it is an error."""
-    if enabled:
+def fp8_autocast(
+    enabled: bool = True,
+    calibrating: bool = False,
+    fp8_recipe: Any = None,
+    fp8_group: Any = None,
+    _graph: bool = False,
+) -> Iterator[None]:
+    """There is no FP8 arithmetic here, so asking for it is an error; off, it does nothing."""
+    del fp8_recipe, fp8_group, _graph
+    if enabled or calibrating:
         raise NotImplementedError("FP8 training needs Transformer Engine on a GPU; the CPU path has BF16 and FP32")
     yield
+
+
+@contextlib.contextmanager
+def fp8_model_init(
+    enabled: bool = True, recipe: Any = None, preserve_high_precision_init_val: bool = False
+) -> Iterator[None]:
+    """See `fp8_autocast`."""
+    del recipe, preserve_high_precision_init_val
+    with fp8_autocast(enabled):
+        yield
 
 
 class FP8GlobalStateManager:
@@ -113,12 +130,12 @@ def install() -> None:
     _module("transformer_engine.common.recipe", Format=Format, Recipe=_Recipe, DelayedScaling=DelayedScaling)
     modules = {
         cls.__name__: cls
-        for cls in (Linear, LayerNormLinear, GroupedLinear, RMSNorm, DotProductAttention, TransformerEngineBaseModule)
+        for cls in (Linear, LayerNormLinear, GroupedLinear, RMSNorm, DotProductAttention)
     }
-    _module("transformer_engine.pytorch", **modules, fp8_autocast=_fp8_off, fp8_model_init=_fp8_off)
+    _module("transformer_engine.pytorch", **modules, fp8_autocast=fp8_autocast, fp8_model_init=fp8_model_init)
     _module("transformer_engine.pytorch.ops", Sequential=torch.nn.Sequential, FusibleOperation=torch.nn.Module)
     _module("transformer_engine.pytorch.tensor", QuantizedTensor=QuantizedTensor)
-    _module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=_fp8_off)
+    _module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=fp8_autocast)
     _module(
         "transformer_engine.pytorch.distributed",
         CudaRNGStatesTracker=CudaRNGStatesTracker,

@@ -34,8 +34,8 @@ class RMSNorm(TransformerEngineBaseModule):
         refuse("RMSNorm", zero_centered_gamma=zero_centered_gamma)
         self.eps = eps
         shape = hidden_size if normalized_shape is None else normalized_shape
-        self.weight = Parameter(torch.ones(shape, dtype=params_dtype, device=device))  # type: ignore[call-overload]
+        self.weight = Parameter(torch.ones(shape, dtype=params_dtype, device=device))  # type: ignore[call-overload, arg-type]
         self.weight.sequence_parallel = bool(sequence_parallel)  # type: ignore[attr-defined]
 
-    def forward(self, inp: torch.Tensor) -> torch.Tensor:
-        return rms_norm(inp, self.weight, self.eps)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return rms_norm(input, self.weight, self.eps)

@@ -1,0 +1,197 @@
+"""LoRA fine-tuning of Nemotron-3-Nano with NeMo 2 and Megatron-Core.
+
+    python recipes/nemotron_lora.py --nodes 2 --model /models/nano --data /data/store
+    python recipes/nemotron_lora.py --model pico --data runs/demo/train --local --ranks 2 layout.ep=2
+
+MODEL is a preset (pico, nano), a Hugging Face folder or a NeMo checkpoint; DATA a token store (data_prep/prepare.py).
+Everything else is key=value in the groups layout, lora, train, router and log: --dry-run prints them all. OUT/adapter
+is what conversion/merge_lora.py merges; OUT also has metrics.jsonl and TensorBoard events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from conversion.names import linears
+from launch import layout as layouts
+from launch.overrides import apply_overrides, flatten
+from nano3.arch import PRESETS, Arch, resolve_model
+from nano3.cli import UserError, check_output, fresh_output, run
+from nano3.targets import select
+from recipes.settings import Run, Settings
+
+KIND = "lora-run"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags for paths and resources; the rest is key=value."""
+    parse = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parse.add_argument("--model", default="nano", help="pico, nano, or a folder (default: nano)")
+    parse.add_argument("--data", type=Path, help="token store to train on")
+    parse.add_argument("--validation", type=Path, help="token store to validate on (default: no validation)")
+    parse.add_argument("--out", type=Path, default=Path("runs/lora"), help="folder to write (default: runs/lora)")
+    parse.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
+    parse.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each machine (default: 8)")
+    parse.add_argument("--local", action="store_true", help="run on CPU ranks of this machine instead of GPUs")
+    parse.add_argument("--ranks", type=int, default=1, help="CPU ranks with --local (default: 1)")
+    parse.add_argument("--dry-run", action="store_true", help="print the resolved recipe and layout, start nothing")
+    parse.add_argument("--overwrite", action="store_true", help="replace the finished run in OUT")
+    parse.add_argument("settings", nargs="*", metavar="key=value", help="for example layout.ep=8 lora.rank=16")
+    return parse
+
+
+def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
+    """The run that the arguments describe, its settings, layout, targets and paths checked. Raises `UserError`."""
+    model, base = _model(args.model)
+    arch = Arch.load(model)
+    ranks = args.ranks if args.local else args.gpus_per_node
+    if args.local and args.nodes != 1:
+        raise UserError("--local runs on this machine alone; leave --nodes out and give --ranks")
+    settings = Settings()
+    if not args.local:
+        settings.layout.ep = _experts_in_a_node(arch, ranks)
+    apply_overrides(settings, args.settings)
+    train = settings.train
+    layouts.validate(arch, settings.layout, args.nodes * ranks, train.seq_length, train.global_batch)
+    if settings.layout.cp > 1:
+        raise UserError(
+            "layout.cp > 1: packed documents are not yet cut over context-parallel ranks here; use layout.cp=1"
+        )
+    select(arch, settings.lora.chosen_targets(), settings.lora.experts)
+    _check_numbers(settings)
+    task = Run(
+        model=str(model),
+        base=str(base or args.out.resolve() / "base"),
+        data=str(args.data.resolve()) if args.data else "",
+        validation=str(args.validation.resolve()) if args.validation else None,
+        out=str(args.out.resolve()),
+        nodes=args.nodes,
+        ranks_per_node=ranks,
+        cpu=args.local,
+        settings=settings,
+    )
+    return task, arch
+
+
+def _model(name: str) -> tuple[Path, Path | None]:
+    """The folder with config.json, and the NeMo checkpoint when `name` is one."""
+    folder = Path(name)
+    if name not in PRESETS and (folder / "weights").is_dir() and (folder / "hf").is_dir():
+        return (folder / "hf").resolve(), folder.resolve()
+    return resolve_model(name).resolve(), None
+
+
+def _experts_in_a_node(arch: Arch, gpus: int) -> int:
+    """Expert parallel as wide as a node's NVLink domain: TP1 with EP8 is the layout of the published recipe."""
+    return max(size for size in range(1, gpus + 1) if gpus % size == 0 and arch.n_routed_experts % size == 0)
+
+
+def _check_numbers(settings: Settings) -> None:
+    train, lora = settings.train, settings.lora
+    for name, value, least in (
+        ("train.steps", train.steps, 1),
+        ("train.warmup", train.warmup, 0),
+        ("train.validate_every", train.validate_every, 0),
+        ("lora.rank", lora.rank, 1),
+        ("log.every", settings.log.every, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name}={value} must be at least {least}")
+    if train.warmup >= train.steps:
+        raise UserError(f"train.warmup={train.warmup} must be smaller than train.steps={train.steps}")
+    if not train.lr > 0:
+        raise UserError(f"train.lr={train.lr} must be positive")
+    if not 0 <= lora.dropout < 1:
+        raise UserError(f"lora.dropout={lora.dropout} must be at least 0 and below 1")
+    if lora.rank % settings.layout.tp:
+        raise UserError(f"lora.rank={lora.rank} must be a multiple of layout.tp={settings.layout.tp}")
+
+
+def trainable_parameters(task: Run, arch: Arch) -> int:
+    """Adapter parameters: rank * (in + out) for every adapted linear layer, one for all routed experts of a layer."""
+    lora = task.settings.lora
+    chosen = set(select(arch, lora.chosen_targets(), lora.experts))
+    return sum(
+        lora.rank * (linear.rows + linear.width)
+        for number in range(len(arch.layers))
+        for linear in linears(arch, number)
+        if f"decoder.layers.{number}.{linear.module}" in chosen
+    )
+
+
+def describe(task: Run, arch: Arch) -> str:
+    """The resolved recipe for people."""
+    lines = [f"model       {task.model} ({arch.parameters:,} parameters, {arch.active_parameters:,} active)"]
+    lines += [f"data        {task.data or '(none given)'}", f"out         {task.out}"]
+    lines += [f"adapters    {trainable_parameters(task, arch):,} parameters"]
+    lines += ["settings", *(f"  {key}={_text(value)}" for key, value in flatten(task.settings).items())]
+    return "\n".join([*lines, "layout", task.settings.layout.describe(arch, task.ranks)])
+
+
+def _text(value: object) -> str:
+    return ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
+
+
+def check_data(task: Run, arch: Arch) -> None:
+    """Opens the stores: packs of this length exist and every token is in the vocabulary. Raises `UserError`."""
+    from data_prep.packing import PackedDataset
+
+    if not task.data:
+        raise UserError("no data: give --data STORE, a token store made by data_prep/prepare.py")
+    for store in filter(None, (task.data, task.validation)):
+        packs = PackedDataset(store, task.settings.train.seq_length, task.settings.layout.document_multiple)
+        packs.store.check_tokenizer(task.model)
+        largest = packs.store.manifest["max_token_id"]
+        if largest >= arch.vocab_size:
+            raise UserError(f"{store} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}")
+
+
+def train(task: Run, arch: Arch) -> int:
+    """Imports the base weights where needed and runs the recipe on this machine's ranks; returns the exit code."""
+    from conversion.hf_to_nemo import convert
+    from launch.local import run_ranks
+
+    check_data(task, arch)
+    out = Path(task.out)
+    with fresh_output(out, KIND) as folder:
+        (folder / "run.json").write_text(task.to_json() + "\n")
+    if Path(task.base) == out / "base":
+        print("importing the base weights ...", file=sys.stderr)
+        convert(Path(task.model), out / "base", context=False)
+    print(f"training on {task.ranks} {'CPU' if task.cpu else 'GPU'} ranks; logs in {out / 'logs'}", file=sys.stderr)
+    started = time.monotonic()
+    environment = {"NANO3_CPU": "1" if task.cpu else "0"}
+    code = run_ranks(["-m", "recipes.worker", str(out / "run.json")], task.ranks, out / "logs", environment)
+    if code == 0:
+        print(f"adapter: {out / 'adapter'} ({time.monotonic() - started:.0f} s)")
+    return code
+
+
+def main() -> int:
+    args = parser().parse_args()
+    task, arch = resolve(args)
+    if args.dry_run:
+        print(describe(task, arch))
+        return 0
+    if task.nodes > 1:
+        raise UserError(
+            f"--nodes {task.nodes} needs a cluster, and submitting to one is not part of this version. "
+            "See what would run with --dry-run, or run the same recipe on CPU ranks with --local --ranks R"
+        )
+    if not task.cpu and not any(os.path.exists(f"/dev/nvidia{number}") for number in range(16)):
+        raise UserError(
+            "this machine has no NVIDIA GPU; add --local to run on CPU ranks, or --dry-run to see the recipe"
+        )
+    if (check_output(task.out, KIND) / "adapter").exists() and not args.overwrite:
+        raise UserError(f"{task.out} holds a finished run; choose another --out, or replace it with --overwrite")
+    return train(task, arch)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,90 @@
+"""The same recipe on one rank, with expert parallel 2 and with tensor parallel 2: one loss, one gradient."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conversion.hf_to_nemo import convert
+from conversion.torch_dist import TorchDistReader
+from data_prep.epochs import Epochs
+from data_prep.packing import build_packs
+from data_prep.store import TokenStore
+from launch.layout import Layout
+from launch.local import run_ranks
+from recipes.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
+from tests.tiny import tiny_hf_folder
+from tests.tiny_store import tiny_store
+
+SEQ_LENGTH = 64
+LAYOUTS = {"one": (1, Layout()), "ep2": (2, Layout(ep=2)), "tp2": (2, Layout(tp=2))}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the outputs of all layouts."""
+    folder = tmp_path_factory.mktemp("parity")
+    source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"})
+    convert(source, folder / "nemo", context=False)
+    tiny_store(folder / "store", documents=60, longest=30, vocab_size=128)
+    build_packs(TokenStore(folder / "store"), SEQ_LENGTH)
+    for name, (ranks, layout) in LAYOUTS.items():
+        settings = Settings(
+            layout=layout,
+            lora=LoraSettings(rank=4, alpha=8.0),
+            train=TrainSettings(steps=1, warmup=0, global_batch=4, seq_length=SEQ_LENGTH, clip=1e9),
+            log=LogSettings(tensorboard=False),
+        )
+        out = folder / name
+        task = Run(str(source), str(folder / "nemo"), str(folder / "store"), str(folder / "store"), str(out), 1, ranks, True, settings)  # fmt: skip
+        (folder / f"{name}.json").write_text(task.to_json())
+    for name, (ranks, _) in LAYOUTS.items():
+        argv = ["-m", "tests.parity_worker", *(str(folder / part) for part in (f"{name}.json", "initial", f"{name}-grad"))]
+        code = run_ranks(argv, ranks, folder / name / "logs", {"NANO3_CPU": "1"})
+        assert code == 0, (folder / name / "logs" / "rank0.log").read_text()[-3000:]
+    return folder
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("layout", ["ep2", "tp2"])
+def test_loss_and_gradients_equal_those_of_one_rank(runs, layout):
+    ours, single = metrics(runs / layout), metrics(runs / "one")
+    assert ours[0]["loss"] == pytest.approx(single[0]["loss"], rel=1e-5)
+    assert ours[0]["grad_norm"] == pytest.approx(single[0]["grad_norm"], rel=1e-5)
+    assert ours[0]["tokens"] == single[0]["tokens"]
+    assert ours[-1]["val_loss"] == pytest.approx(single[-1]["val_loss"], rel=1e-5)
+    reader, expected = (TorchDistReader(runs / f"{name}-grad" / "weights") for name in (layout, "one"))
+    assert set(reader.shapes) == set(expected.shapes)
+    assert len(expected.shapes) == 2 * 10 + 2 * 4  # ten adapted layers, two of them an in_proj with five sections
+    for key in expected.shapes:
+        reference = expected.whole(key)
+        assert reference.abs().max() > 0, f"{key} has no gradient at all"
+        error = (reader.whole(key) - reference).abs().max() / reference.abs().max()
+        assert error < 1e-5, (key, error)
+
+
+def test_the_router_has_one_hash_on_every_layout(runs):
+    digests = {json.loads((runs / name / "adapter" / "lora.json").read_text())["router_sha256"] for name in LAYOUTS}
+    assert len(digests) == 1
+
+
+def test_a_recipe_rebuilt_in_a_fresh_process_is_equal(runs):
+    # Compared by the ranks themselves (tests/parity_worker.py): they would have ended with an error.
+    assert all((runs / f"{name}.recipe").is_file() for name in LAYOUTS)
+
+
+def test_packs_without_a_gap_are_what_one_rank_sees():
+    class Packs:
+        def __len__(self) -> int:
+            return 5
+
+    order = Epochs(Packs(), 12, seed=1, shuffle=True)
+    first, second = [order.pack_of(i) for i in range(5)], [order.pack_of(i) for i in range(5, 10)]
+    assert sorted(first) == sorted(second) == [0, 1, 2, 3, 4]
+    assert first != second
+    assert [order.pack_of(i) for i in (7, 2, 7)] == [second[2], first[2], second[2]]
+    assert np.array_equal([Epochs(Packs(), 12, 1, False).pack_of(i) for i in range(6)], [0, 1, 2, 3, 4, 0])

@@ -1,0 +1,23 @@
+"""A token store of random documents, for tests that only need batches."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from data_prep.store import KIND, StoreWriter
+from nano3.cli import fresh_output
+
+
+def tiny_store(path: Path, documents: int, longest: int, vocab_size: int, seed: int = 0) -> Path:
+    """Writes `documents` of 2 to `longest` random tokens; about half are supervised, the last of each always."""
+    rng = np.random.default_rng(seed)
+    with fresh_output(path, KIND) as folder:
+        writer = StoreWriter(folder)
+        for _ in range(documents):
+            length = int(rng.integers(2, longest + 1))
+            mask = (rng.random(length) < 0.5).astype(np.uint8)
+            mask[0], mask[-1] = 0, 1
+            writer.add(rng.integers(3, vocab_size, length), mask, "random")
+        writer.finish(SimpleNamespace(sha256="none", vocab_size=vocab_size))  # type: ignore[arg-type]
+    return path
