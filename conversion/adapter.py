@@ -7,6 +7,7 @@ has `linear_in` A (rank, in) and `linear_out` B (out, rank), rows in Megatron's 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -21,10 +22,13 @@ from conversion.folders import WEIGHTS
 from conversion.layout import check_tensors
 from conversion.names import Linear, linears
 from conversion.plan import PREFIX
-from conversion.torch_dist import TorchDistReader
+from conversion.torch_dist import RowReader, TorchDistReader
 from nano3.arch import Arch
 from nano3.cli import UserError
+from nano3.digest import combine, layer_digest
 from nano3.targets import select
+
+_ROUTER = ("weight", "e_score_correction_bias")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Adapter:
     """An adapter that fits `arch`. Raises `UserError` when it is incomplete, broken, or of another model."""
 
     def __init__(self, folder: Path, arch: Arch) -> None:
-        self.folder = folder
+        self.folder, self.arch = folder, arch
         self.info = _read_info(folder)
         self.rank, self.scale = self.info["rank"], self.info["alpha"] / self.info["rank"]
         recorded = Arch.from_config(self.info["base_config"], f"{folder}/lora.json")
@@ -59,6 +63,33 @@ class Adapter:
             if not torch.isfinite(self._reader.whole(key)).all():
                 raise UserError(f"adapter {folder}: {key} holds NaN or infinity; the training diverged")
         self._factors = lru_cache(maxsize=4)(self._read_factors)
+
+    def check_base(self, rows: RowReader) -> bool:
+        """Compares the routers of the base, read by `rows`, with those that training recorded.
+
+        Two checkpoints of one architecture (the Base and the post-trained model) pass every check of shapes; their
+        routers tell them apart. Returns False when the adapter records none; raises `UserError` when they differ.
+        Training in BF16 holds FP32 routers rounded, so both readings of the base count.
+        """
+        recorded = self.info.get("router_sha256")
+        if not recorded:
+            return False
+        experts = self.arch.n_routed_experts
+        layers = {
+            number: [rows(f"backbone.layers.{number}.mixer.gate.{name}", 0, experts) for name in _ROUTER]
+            for number in self.arch.moe_layers
+        }
+        for rounded in itertools.product((False, True), repeat=2):
+            held = {
+                number: layer_digest(*(t.bfloat16() if cut else t for t, cut in zip(pair, rounded, strict=True)))
+                for number, pair in layers.items()
+            }
+            if combine(held) == recorded:
+                return True
+        raise UserError(
+            f"adapter {self.folder} was trained on another checkpoint of this architecture: the base's routers are not "
+            "those that it records (router_sha256); give the base that was tuned"
+        )
 
     def contributions(self) -> dict[str, list[Contribution]]:
         """Hugging Face tensor name -> what is added to which of its rows."""

@@ -30,12 +30,14 @@ class Summary:
 
     total: int
     targeted: int
+    same_routers: bool
     changed: int = 0
 
     def __str__(self) -> str:
         return (
             f"{self.total} tensors: {self.targeted} targeted, {self.changed} changed, "
-            f"{self.total - self.changed} identical bit for bit"
+            f"{self.total - self.changed} identical bit for bit; routers "
+            + ("are those of the training run" if self.same_routers else "not compared, the adapter records none")
         )
 
 
@@ -49,17 +51,18 @@ def merge(base: Path, adapter_folder: Path, out: Path) -> Summary:
         from conversion.adapter import Adapter
 
         adapter = Adapter(adapter_folder, hf.arch)
+        same_routers = adapter.check_base(hf.rows)
         side = side_files(base)
         require_space(out, hf.layout.total_bytes + sum((base / path).stat().st_size for path in side))
         with fresh_output(out, HF_KIND) as folder:
             copy_files(base, side, folder)
             with SafetensorsWriter(folder, hf.layout) as writer, progress(hf.layout.total_bytes, "merge") as bar:
-                return _write(hf, adapter, writer, bar)
+                return _write(hf, adapter, same_routers, writer, bar)
 
 
-def _write(hf: HFFolder, adapter: Adapter, writer: SafetensorsWriter, bar: Any) -> Summary:
+def _write(hf: HFFolder, adapter: Adapter, same_routers: bool, writer: SafetensorsWriter, bar: Any) -> Summary:
     parts = adapter.contributions()
-    summary = Summary(total=len(hf.layout.entries), targeted=len(parts))
+    summary = Summary(len(hf.layout.entries), len(parts), same_routers)
     for name, entry in hf.layout.entries.items():
         if name in parts:
             summary.changed += _add(hf, name, parts[name], adapter, writer)

@@ -17,6 +17,7 @@ from conversion.merge_lora import merge
 from conversion.names import linears
 from nano3.arch import Arch
 from nano3.cli import UserError
+from nano3.digest import combine, layer_digest
 from nano3.targets import PRESETS, select
 from tests.test_conversion import tree, truncate
 from tests.tiny import TINY_CONFIG, tiny_hf_folder
@@ -98,6 +99,7 @@ def test_zero_adapter_changes_no_file(tmp_path: Path):
     assert tree(tmp_path / "out") == tree(base)
     # 2 Mamba layers of 2 matrices, 4 in attention, 2 MoE layers of 2 matrices for 8 routed and 1 shared expert
     assert (summary.targeted, summary.changed) == (2 * 2 + 4 + 2 * 2 * 9, 0)
+    assert "not compared" in str(summary)
     assert summary.total == len(Arch.load(base).tensors())
 
 
@@ -205,6 +207,25 @@ def test_plain_transformers_loads_the_result(tmp_path: Path):
     assert torch.equal(
         dict(model.named_parameters())[name.replace("backbone.", f"{model.base_model_prefix}.", 1)], after[name]
     )
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_base_must_have_the_routers_of_the_training_run(rounded: bool, tmp_path: Path):
+    """Another checkpoint of the same architecture is refused; a base trained in BF16 (routers rounded) is accepted."""
+    base = tiny_hf_folder(tmp_path / "base", torch_dtype="float32", seed=1)
+    other = tiny_hf_folder(tmp_path / "other", torch_dtype="float32", seed=2)
+    held = load_file(base / "model.safetensors")
+    digests = {}
+    for layer in (1, 4):
+        weight = held[HF.format(layer, "gate")]
+        bias = held[f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias"]
+        digests[layer] = layer_digest(weight.bfloat16() if rounded else weight, bias)
+    recorded = {"config": TINY_CONFIG | {"torch_dtype": "float32"}, "router_sha256": combine(digests)}
+    adapter = write_adapter(tmp_path / "adapter", **recorded)
+    assert merge(base, adapter, tmp_path / "out").same_routers
+    with pytest.raises(UserError, match="another checkpoint of this architecture"):
+        merge(other, adapter, tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
 
 
 IN = "module.decoder.layers.0.mixer.out_proj.adapter.linear_in.weight"
