@@ -21,6 +21,7 @@ from megatron.core.models.mamba import MambaModel  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from nemo.collections.llm.gpt.model.base import GPTModel  # noqa: E402
 from nemo.collections.llm.gpt.model.ssm import SSMConfig  # noqa: E402
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction  # noqa: E402
 
 from nano3 import compat  # noqa: E402
 from nano3.arch import Arch  # noqa: E402
@@ -89,8 +90,42 @@ class Nano3Config(SSMConfig):
         )
 
 
+class ValidationLoss(MaskedTokenLossReduction):
+    """Adds up loss and supervised tokens over a whole validation: its mean is over tokens, not over batches."""
+
+    def __init__(self) -> None:
+        super().__init__(validation_step=True)
+        self.total = torch.zeros(2)
+
+    def reduce(self, losses_reduced_per_micro_batch: Any) -> torch.Tensor:
+        for micro_batch in losses_reduced_per_micro_batch or ():
+            self.total += micro_batch["loss_sum_and_ub_size"].to(self.total)
+        return super().reduce(losses_reduced_per_micro_batch)
+
+    def take(self) -> float:
+        """Mean loss per supervised token since the last call, over all ranks; every rank must call it."""
+        total, self.total = self.total.double().cuda(), torch.zeros(2)
+        for group in (
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+            parallel_state.get_pipeline_model_parallel_group(),  # all but the last stage add nothing
+        ):
+            torch.distributed.all_reduce(total, group=group)
+        return float(total[0] / total[1])
+
+
 class Nano3Model(GPTModel):
     """NeMo's GPT training machinery around Megatron-Core's Mamba hybrid."""
+
+    @property
+    def validation_loss_reduction(self) -> ValidationLoss:
+        """NeMo's, with sums over the whole validation."""
+        if self._validation_loss_reduction is None:
+            self._validation_loss_reduction = ValidationLoss()
+        return self._validation_loss_reduction
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `validation_loss`. NeMo's own `val_loss` is the mean of the batches' means."""
+        self.log("validation_loss", self.validation_loss_reduction.take())
 
 
 def nano3_config(arch: Arch, seq_length: int, bf16: bool) -> Nano3Config:

@@ -20,11 +20,11 @@ def line(step: int, steps: int, loss: float, lr: float, grad_norm: float, tokens
 
 
 class Progress(pl.Callback):
-    """Prints every `every` steps and writes every step, from the last rank's point of view of the loss.
+    """Prints every `every` steps and writes every step, a validation's loss among them.
 
     Args:
         folder: where `metrics.jsonl` goes; one object a step with step, loss, lr, grad_norm, tokens, seconds, and
-            val_loss objects when a validation has run.
+            validation_loss objects when a validation has run.
         every: steps between printed lines.
         steps: of the whole run.
     """
@@ -62,8 +62,8 @@ class Progress(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         del pl_module
-        if trainer.is_global_zero and "val_loss" in trainer.callback_metrics and not trainer.sanity_checking:
-            loss = float(trainer.callback_metrics["val_loss"])
-            self._write(step=trainer.global_step, val_loss=loss)
+        if trainer.is_global_zero and "validation_loss" in trainer.callback_metrics and not trainer.sanity_checking:
+            loss = float(trainer.callback_metrics["validation_loss"])
+            self._write(step=trainer.global_step, validation_loss=loss)
             print(f"step {trainer.global_step}/{self.steps}  validation loss {loss:.4f}", flush=True)
         self.last = time.monotonic()

@@ -84,7 +84,9 @@ def _trainer(task: Run) -> run.Config:
     validation_batches = 0
     if task.validation is not None:
         pad = task.settings.layout.document_multiple
-        validation_batches = len(PackedDataset(task.validation, train.seq_length, pad)) // train.global_batch
+        packs = len(PackedDataset(task.validation, train.seq_length, pad))
+        # Lightning counts what a rank's loader gives: micro batches, and only whole global batches of them.
+        validation_batches = packs // train.global_batch * (train.global_batch // task.settings.layout.dp(task.ranks))
     return run.Config(
         nl.Trainer,
         accelerator="cpu" if task.cpu else "gpu",

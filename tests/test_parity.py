@@ -56,10 +56,10 @@ def test_loss_and_gradients_equal_those_of_one_rank(runs, layout):
     assert ours[0]["loss"] == pytest.approx(single[0]["loss"], rel=1e-5)
     assert ours[0]["grad_norm"] == pytest.approx(single[0]["grad_norm"], rel=1e-5)
     assert ours[0]["tokens"] == single[0]["tokens"]
-    assert ours[-1]["val_loss"] == pytest.approx(single[-1]["val_loss"], rel=1e-5)
+    assert ours[-1]["validation_loss"] == pytest.approx(single[-1]["validation_loss"], rel=1e-5)
     reader, expected = (TorchDistReader(runs / f"{name}-grad" / "weights") for name in (layout, "one"))
     assert set(reader.shapes) == set(expected.shapes)
-    assert len(expected.shapes) == 2 * 10 + 2 * 4  # ten adapted layers, two of them an in_proj with five sections
+    assert len(expected.shapes) == 2 * 14 + 2 * 4  # fourteen adapted layers, two of them an in_proj with five sections
     for key in expected.shapes:
         reference = expected.whole(key)
         assert reference.abs().max() > 0, f"{key} has no gradient at all"
