@@ -114,7 +114,8 @@ class Adapter:
 
     def _keys(self, path: str, linear: Linear) -> Mapping[str, tuple[int, ...]]:
         """Keys and shapes of a module's factors: A first, then B, or its sections from top to bottom."""
-        prefix = f"{PREFIX}{path}.adapter."
+        layer = path.removesuffix(linear.module)
+        prefix = f"{PREFIX}{layer}{linear.module_key}.adapter."
         out = f"{prefix}linear_out.weight"
         keys = {f"{prefix}linear_in.weight": (self.rank, linear.width)}
         if linear.sections:

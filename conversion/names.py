@@ -82,8 +82,13 @@ class Linear:
         return sum(block.count for block in self.blocks) // (self.experts or 1)
 
     @property
+    def module_key(self) -> str:
+        """What megatron-core calls the module in checkpoints: grouped experts are stored as if each were a module."""
+        return self.module.replace("mlp.experts.", "mlp.experts.experts.")
+
+    @property
     def weight_key(self) -> str:
-        return (self.module.replace("mlp.experts.", "mlp.experts.experts.")) + ".weight"
+        return self.module_key + ".weight"
 
 
 def linears(arch: Arch, number: int) -> tuple[Linear, ...]:
@@ -145,8 +150,7 @@ def extra_state_keys(arch: Arch) -> dict[str, int]:
     for number, letter in enumerate(arch.layers):
         prefix = f"decoder.layers.{number}."
         for linear in linears(arch, number):
-            module = linear.weight_key.removesuffix(".weight")
-            keys[f"{prefix}{module}._extra_state"] = linear.experts or 1
+            keys[f"{prefix}{linear.module_key}._extra_state"] = linear.experts or 1
         if letter == "E":
             keys[f"{prefix}pre_mlp_layernorm._extra_state"] = 1
     return keys | {"decoder.final_norm._extra_state": 1, "output_layer._extra_state": 1}

@@ -26,7 +26,7 @@ def adapter_state(model: nn.Module) -> dict[str, Any]:
 
 
 def save_adapter(model: nn.Module, out: Path, facts: dict[str, Any]) -> None:
-    """Writes the folder `out` from all ranks: `weights/` and `lora.json` with `facts`. It appears whole or not at all."""
+    """Writes the folder `out` from all ranks, whole or not at all: `weights/`, and `lora.json` with `facts`."""
     state = adapter_state(model)
     if dist.get_rank() > 0:
         folder = [""]

@@ -19,7 +19,7 @@ MARKER = "nano3.json"
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The message names the thing and the remedy; scripts print it and exit with 2."""
+    """A mistake that the user can mend. The message names the thing and the remedy; scripts then exit with 2."""
 
 
 def run(main: Callable[[], int | None]) -> None:

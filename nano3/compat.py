@@ -13,10 +13,10 @@ from typing import Any
 
 
 def without_dropped_arguments(function: Callable) -> Callable:
-    """`function`, also called with keyword arguments that it no longer has, as long as they ask for nothing (None or 1).
+    """`function`, which may also be called with keyword arguments that it no longer has, if they ask for nothing.
 
     Raises:
-        TypeError: such an argument has a value, so that leaving it out would change the run.
+        TypeError: such an argument is neither None nor 1, so that leaving it out would change the run.
     """
     known = inspect.signature(function).parameters
 

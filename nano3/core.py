@@ -96,8 +96,9 @@ def _fusions() -> dict[str, Any]:
 def mask_padded_vocabulary(model: MambaModel, vocab_size: int) -> None:
     """Gives padded vocabulary rows no probability.
 
-    Their weights are zero, hence their logits too, and a softmax over them would take probability from real tokens.
-    A hook on the output layer sets their logits to the dtype's lowest value, on whichever tensor-parallel rank they are.
+    Their weights are zero, hence their logits too, and a softmax over them would take probability from real
+    tokens. A hook on the output layer sets their logits to the dtype's lowest value, on whichever tensor-parallel
+    rank they are.
     """
     if not model.post_process or model.vocab_size == vocab_size:
         return

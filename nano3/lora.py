@@ -132,7 +132,7 @@ class Nano3LoRA(PEFT):
             raise UserError(f"LoRA targets found no layer in the model: {', '.join(missed[:5])}")
         return model
 
-    def _wrap_layer(self, layer: nn.Module, chosen: set[str]) -> set[str]:
+    def _wrap_layer(self, layer: Any, chosen: set[str]) -> set[str]:
         """Wraps what is chosen in one layer; returns the paths that were found."""
         found = set()
         for name, module in list(layer.named_modules()):
@@ -143,11 +143,11 @@ class Nano3LoRA(PEFT):
                 found.add(path)
         return found
 
-    def _adapter(self, module: nn.Module, path: str, parent: nn.Module) -> nn.Module:
+    def _adapter(self, module: Any, path: str, parent: nn.Module) -> nn.Module:
         if ".mlp.experts." in path:
             if parallel_state.get_expert_tensor_parallel_world_size() > 1:
                 raise UserError("adapters on routed experts need layout.etp=1")
-            adapter: nn.Module = SharedExpertsAdapter(module.in_features, module.out_features, self, module.config)
+            adapter: Any = SharedExpertsAdapter(module.in_features, module.out_features, self, module.config)
             split = None
         else:
             adapter, split = self._dense_adapter(module, path, parent)

@@ -119,7 +119,7 @@ class Nano3Model(GPTModel):
     @property
     def validation_loss_reduction(self) -> ValidationLoss:
         """NeMo's, with sums over the whole validation."""
-        if self._validation_loss_reduction is None:
+        if self._validation_loss_reduction is None:  # type: ignore[has-type]  # GPTModel.__init__ sets it
             self._validation_loss_reduction = ValidationLoss()
         return self._validation_loss_reduction
 
@@ -129,7 +129,7 @@ class Nano3Model(GPTModel):
 
 
 def nano3_config(arch: Arch, seq_length: int, bf16: bool) -> Nano3Config:
-    """The configuration for `arch`, BF16 or FP32, with gradients divided by the supervised tokens of the global batch."""
+    """The configuration for `arch`, BF16 or FP32; gradients are divided by the global batch's supervised tokens."""
     return Nano3Config(
         **transformer_kwargs(arch),
         hybrid_override_pattern=arch.pattern,

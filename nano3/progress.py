@@ -53,7 +53,7 @@ class Progress(pl.Callback):
         step, now, metrics = trainer.global_step, time.monotonic(), trainer.callback_metrics
         loss, norm = float(metrics["reduced_train_loss"]), float(metrics.get("grad_norm", float("nan")))
         tokens = trainer.datamodule.tokens_in_step(step - 1)  # type: ignore[attr-defined]
-        rate = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0] if trainer.lr_scheduler_configs else 0.0
+        rate = float(trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0])
         self._write(step=step, loss=loss, lr=rate, grad_norm=norm, tokens=tokens, seconds=now - self.last)
         if step == 1 or step % self.every == 0 or step == self.steps:
             left = (now - self.started) / step * (self.steps - step)

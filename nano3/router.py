@@ -6,28 +6,13 @@ what holds it still is `moe_router_bias_update_rate=0`. The hash covers both.
 
 from __future__ import annotations
 
-import hashlib
-
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from megatron.core.ssm.mamba_block import MambaStack
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import nn
 
-
-def layer_digest(weight: torch.Tensor, bias: torch.Tensor) -> str:
-    """SHA-256 over weight (experts, hidden) and correction bias (experts,), both as FP32 bytes."""
-    digest = hashlib.sha256()
-    for tensor in (weight, bias):
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def combine(layers: dict[int, str]) -> str:
-    """One SHA-256 over the layers' digests in layer order, the number of each layer included."""
-    text = "".join(f"{number}:{digest}\n" for number, digest in sorted(layers.items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+from nano3.digest import combine, layer_digest
 
 
 def router_digest(model: nn.Module) -> str:

@@ -46,7 +46,7 @@ def select(arch: Arch, targets: list[str] | tuple[str, ...], experts: str) -> li
     Args:
         arch: the model.
         targets: names or patterns, see the module's docstring.
-        experts: "shared" (one adapter per layer for all its routed experts) or "none" (routed experts stay as they are).
+        experts: "shared" (one adapter per layer for all its routed experts) or "none" (routed experts stay untouched).
 
     Raises:
         UserError: a target names nothing, or nothing is left.

@@ -19,10 +19,13 @@ def main() -> int:
     # NeMo and its dependencies speak a hundred lines before the first step; errors still come through.
     warnings.filterwarnings("ignore")
     os.environ.setdefault("NEMO_LOG_LEVEL", "ERROR")
-    from recipes.lora_recipe import lora_recipe
+    from nano3 import cpu
 
+    cpu.enable()  # before NeMo is imported
     import fiddle
     from nemo.utils import logging as nemo_logging
+
+    from recipes.lora_recipe import lora_recipe
 
     nemo_logging.set_verbosity(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -27,7 +27,7 @@ class Probe(pl.Callback):
     def __init__(self, initial: str, gradients: str) -> None:
         self.initial, self.gradients = Path(initial), Path(gradients)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         # Not earlier: NeMo adds the adapters and makes the optimizer when the first epoch starts.
         from megatron.core import dist_checkpointing
 
@@ -46,6 +46,8 @@ class Probe(pl.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         from nano3.adapter_checkpoint import save_adapter
+
+        del trainer
 
         with torch.no_grad():
             for _, parameter in self._adapters(pl_module):

@@ -34,7 +34,7 @@ def adapter_tensors(arch: Arch, targets: tuple[str, ...], experts: str) -> dict[
         linear = next(
             m for m in linears(arch, int(path.split(".")[2])) if path.endswith(f"s.{path.split('.')[2]}.{m.module}")
         )
-        prefix = f"module.{path}.adapter."
+        prefix = f"module.{path.replace('mlp.experts', 'mlp.experts.experts')}.adapter."
         tensors[f"{prefix}linear_in.weight"] = torch.full((RANK, linear.width), A)
         for suffix, rows in [(f".{name}", n) for name, n in linear.sections] or [("", linear.rows)]:
             tensors[f"{prefix}linear_out.weight{suffix}"] = torch.zeros(rows, RANK)
@@ -132,7 +132,7 @@ def test_qkv_rows_are_ungrouped(tmp_path: Path):
 
 def test_every_routed_expert_gets_the_shared_delta(tmp_path: Path):
     """All 8 experts of layer 1, not those of layer 4, not the shared expert, not the router."""
-    before, after = merged(tmp_path, fill(LAYER.format(1, "mlp.experts.linear_fc1"), (10, 0.0), (14, 1.0)))
+    before, after = merged(tmp_path, fill(LAYER.format(1, "mlp.experts.experts.linear_fc1"), (10, 0.0), (14, 1.0)))
     delta = rows((10, 0.0), (14, 1.0))
     check(before, after, {HF.format(1, f"experts.{expert}.up_proj"): delta for expert in range(8)})
 
@@ -236,8 +236,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "missing tensor": ({"change": lambda t: t.pop(IN)}, "lacks " + IN),
     "unknown tensor": ({"change": lambda t: t.update({"module.x": torch.zeros(1)})}, r"holds module\.x"),
     "per-expert keys": (
-        {"change": lambda t: t.update({"module.decoder.layers.1.mlp.experts.3.adapter.w": torch.zeros(1)})},
-        r"holds module\.decoder\.layers\.1\.mlp\.experts\.3",
+        {"change": lambda t: t.update({"module.decoder.layers.1.mlp.experts.experts.3.w": torch.zeros(1)})},
+        r"holds module\.decoder\.layers\.1\.mlp\.experts\.experts\.3",
     ),
     "experts not announced": ({"experts": "none", "change": lambda t: t.update(_experts())}, "mlp.experts"),
     "wrong rank": ({"rank": 8}, r"has shape \(4, 64\)|has shape \(4, 32\)"),
@@ -252,7 +252,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 def _experts() -> dict[str, torch.Tensor]:
     every = adapter_tensors(Arch.from_config(TINY_CONFIG), PRESETS["all"], "shared")
-    return {key: value for key, value in every.items() if ".mlp.experts." in key}
+    return {key: value for key, value in every.items() if ".mlp.experts.experts." in key}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -18,7 +18,10 @@ LENGTHS = (7, 1, 12, 20)
 EVERYTHING_FP32 = {"": "F32"}
 
 
-@pytest.fixture(scope="module", params=[{}, {"vocab_size": 133, "hybrid_override_pattern": "M-*EM"}], ids=["tiny", "odd"])
+CONFIGS = {"tiny": {}, "odd": {"vocab_size": 133, "hybrid_override_pattern": "M-*EM"}}
+
+
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
 def probe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, Path]:
     """Results of tests/model_probe.py, the Hugging Face folder, and the adapter folder."""
     folder = tmp_path_factory.mktemp("model")

@@ -36,11 +36,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             train=TrainSettings(steps=1, warmup=0, global_batch=4, seq_length=SEQ_LENGTH, clip=1e9),
             log=LogSettings(tensorboard=False),
         )
-        out = folder / name
-        task = Run(str(source), str(folder / "nemo"), str(folder / "store"), str(folder / "store"), str(out), 1, ranks, True, settings)  # fmt: skip
+        store, base = str(folder / "store"), str(folder / "nemo")
+        task = Run(str(source), base, store, store, str(folder / name), 1, ranks, True, settings)
         (folder / f"{name}.json").write_text(task.to_json())
     for name, (ranks, _) in LAYOUTS.items():
-        argv = ["-m", "tests.parity_worker", *(str(folder / part) for part in (f"{name}.json", "initial", f"{name}-grad"))]
+        paths = (str(folder / part) for part in (f"{name}.json", "initial", f"{name}-grad"))
+        argv = ["-m", "tests.parity_worker", *paths]
         code = run_ranks(argv, ranks, folder / name / "logs", {"NANO3_CPU": "1"})
         assert code == 0, (folder / name / "logs" / "rank0.log").read_text()[-3000:]
     return folder

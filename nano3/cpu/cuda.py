@@ -20,14 +20,59 @@ from typing import Any
 import torch
 
 _FACTORIES = (
-    "empty zeros ones full tensor as_tensor arange rand randn randint randperm linspace eye empty_strided "
-    "empty_like zeros_like ones_like full_like rand_like randn_like"
-).split()
-_NEW_FACTORIES = "new_empty new_zeros new_ones new_full new_tensor".split()
-_TENSOR_TYPES = "FloatTensor HalfTensor BFloat16Tensor DoubleTensor LongTensor IntTensor ByteTensor BoolTensor".split()
-
-_NO_EFFECT = "synchronize set_device empty_cache ipc_collect reset_peak_memory_stats".split()
-_ZERO = "current_device memory_allocated memory_reserved max_memory_allocated max_memory_reserved utilization".split()
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "tensor",
+    "as_tensor",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "linspace",
+    "eye",
+    "empty_strided",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+)
+_NEW_FACTORIES = (
+    "new_empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_tensor",
+)
+_TENSOR_TYPES = (
+    "FloatTensor",
+    "HalfTensor",
+    "BFloat16Tensor",
+    "DoubleTensor",
+    "LongTensor",
+    "IntTensor",
+    "ByteTensor",
+    "BoolTensor",
+)
+_NO_EFFECT = (
+    "synchronize",
+    "set_device",
+    "empty_cache",
+    "ipc_collect",
+    "reset_peak_memory_stats",
+)
+_ZERO = (
+    "current_device",
+    "memory_allocated",
+    "memory_reserved",
+    "max_memory_allocated",
+    "max_memory_reserved",
+    "utilization",
+)
 
 _target = "cpu"
 
@@ -123,6 +168,16 @@ def _itself() -> Callable:
     return lambda self, *_args, **_kwargs: self
 
 
+def _get_rng_state(device: Any = "cuda") -> torch.Tensor:
+    del device  # there is one generator
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = "cuda") -> None:
+    del device
+    torch.set_rng_state(new_state)
+
+
 class _SilenceSharedGenerator(logging.Filter):
     """Drops one warning of the tracker: that the CPU generator moved, which it must when it is the CUDA generator."""
 
@@ -153,8 +208,8 @@ def install() -> None:
         "stream": lambda *_args: contextlib.nullcontext(),
         "device": lambda *_args: contextlib.nullcontext(),
         "default_generators": (torch.default_generator,),
-        "get_rng_state": lambda device=None: torch.get_rng_state(),
-        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
         "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
         "is_initialized": lambda: True,

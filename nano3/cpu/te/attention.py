@@ -9,6 +9,7 @@ flash attention does on GPUs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class DotProductAttention(TransformerEngineBaseModule):
             )
         outputs = [
             self._causal(*(t[start:end].unsqueeze(1) for t in (query_layer, key_layer, value_layer))).squeeze(1)
-            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+            for start, end in pairwise(bounds)
             if end > start
         ]
         return torch.cat(outputs)

@@ -177,10 +177,10 @@ class LayerNormLinear(_ParallelLinear):
 
 
 class GroupedLinear(TransformerEngineBaseModule):
-    """One linear layer per expert over tokens sorted by expert; signature of transformer_engine.pytorch.GroupedLinear 2.10.
+    """One linear layer per expert, over tokens sorted by expert; signature of Transformer Engine 2.10's GroupedLinear.
 
-    Input (tokens, in) with `m_splits[i]` rows for expert i; parameters `weight0`, `weight1`, ... of (out, in). An expert
-    without tokens takes part with zero rows, so its weights keep a (zero) gradient, as on GPUs.
+    Input (tokens, in) with `m_splits[i]` rows for expert i; parameters `weight0`, `weight1`, ... of (out, in). An
+    expert without tokens takes part with zero rows, so its weights keep a (zero) gradient, as on GPUs.
     """
 
     def __init__(

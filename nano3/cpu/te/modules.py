@@ -69,7 +69,7 @@ def is_fp8_activation_recompute_enabled() -> bool:
 
 
 def _gpu_only(name: str) -> Callable:
-    """A function that Megatron-Core imports by name and calls only with a fusion that the CPU configuration leaves off."""
+    """A function that Megatron-Core imports by name and calls only for a fusion that is off on CPUs."""
 
     def refuse(*_args: Any, **_settings: Any) -> None:
         raise NotImplementedError(f"transformer_engine's {name} is a CUDA kernel; moe_router_fusion needs a GPU")
@@ -128,10 +128,7 @@ def install() -> None:
     _module("transformer_engine", __version__=VERSION)
     _module("transformer_engine.common")
     _module("transformer_engine.common.recipe", Format=Format, Recipe=_Recipe, DelayedScaling=DelayedScaling)
-    modules = {
-        cls.__name__: cls
-        for cls in (Linear, LayerNormLinear, GroupedLinear, RMSNorm, DotProductAttention)
-    }
+    modules = {cls.__name__: cls for cls in (Linear, LayerNormLinear, GroupedLinear, RMSNorm, DotProductAttention)}
     _module("transformer_engine.pytorch", **modules, fp8_autocast=fp8_autocast, fp8_model_init=fp8_model_init)
     _module("transformer_engine.pytorch.ops", Sequential=torch.nn.Sequential, FusibleOperation=torch.nn.Module)
     _module("transformer_engine.pytorch.tensor", QuantizedTensor=QuantizedTensor)
@@ -142,7 +139,7 @@ def install() -> None:
         activation_recompute_forward=activation_recompute_forward,
         is_fp8_activation_recompute_enabled=is_fp8_activation_recompute_enabled,
     )
-    router = "fused_compute_score_for_moe_aux_loss fused_moe_aux_loss fused_topk_with_score_function".split()
+    router = ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")
     _module("transformer_engine.pytorch.router", **{name: _gpu_only(name) for name in router})
     _module("transformer_engine.pytorch.module")
     _module("transformer_engine.pytorch.module.base", TransformerEngineBaseModule=TransformerEngineBaseModule)

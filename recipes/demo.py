@@ -1,0 +1,229 @@
+"""From raw questions to a merged Hugging Face checkpoint, on two CPU ranks, in minutes.
+
+    python recipes/demo.py
+
+Teaches pico, the small model of this repository, a task that its pretraining did not contain: held-out and training
+questions from reasoning-gym, an overlap check, packed stores, HF -> NeMo, the LoRA recipe with expert parallel 2, merge
+into a Hugging Face folder, and greedy answers of the base and the tuned model by plain transformers. Writes
+OUT/report.json and OUT/report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nano3.arch import resolve_model
+from nano3.cli import UserError, check_output, fresh_output, run
+from recipes.pico_tasks import DEMO, PRETRAINING
+
+KIND = "demo-run"
+OLD_QUESTIONS = 60
+"""Held-out questions of each old task, for what the tuning made the model forget."""
+HELD_OUT_SEED, TRAINING_SEED = 101, 202
+RECIPE = [
+    "layout.ep=2",
+    "lora.rank=16",
+    "lora.alpha=32",
+    "train.steps=240",
+    "train.warmup=10",
+    "train.lr=4e-3",
+    "train.weight_decay=0.0",
+    "train.global_batch=2",
+    "train.seq_length=1024",
+    "log.every=20",
+]
+"""The run's settings; everything else is the recipe's default."""
+
+
+class Stages:
+    """Seconds by stage, each announced when it starts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"== {name}", flush=True)
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 1)
+
+
+def prepare_data(out: Path, held_out: int, training: int, old_training: int) -> dict[str, int]:
+    """Writes held-out and training questions and their packed stores; returns the overlap counts, which are 0."""
+    from data_prep.overlap import HeldOut, overlap_of_files
+    from data_prep.prepare import prepare
+    from data_prep.sources import write_rows
+    from recipes.pico_tasks import conversations, rows
+
+    pico = resolve_model("pico")
+    held = rows(DEMO, held_out, HELD_OUT_SEED)
+    old = {name: rows(task, OLD_QUESTIONS, HELD_OUT_SEED) for name, (task, _) in PRETRAINING.items()}
+    forbidden = HeldOut(conversations([*held, *(row for part in old.values() for row in part)]))
+    train = rows(DEMO, training, TRAINING_SEED, forbidden)
+    for task, share in PRETRAINING.values():
+        train += rows(task, max(1, int(share * old_training)), TRAINING_SEED, forbidden)
+    write_rows(out / "held_out.jsonl", held)
+    write_rows(out / "old_tasks.jsonl", [{**row, "source": name} for name, part in old.items() for row in part])
+    write_rows(out / "train.jsonl", train)
+    overlap = overlap_of_files(out / "train.jsonl", out / "held_out.jsonl")
+    print(overlap)
+    if overlap.exact or overlap.near:
+        raise UserError("training and held-out questions overlap; the score would mean nothing")
+    for name, questions in (("train", "train.jsonl"), ("validation", "held_out.jsonl")):
+        prepare([out / questions], pico, out / name, seq_length=1024, thinking=False)
+    return {"exact": len(overlap.exact), "near": len(overlap.near)}
+
+
+def train(out: Path, ranks: int) -> dict[str, Any]:
+    """Runs the LoRA recipe on CPU ranks; returns what the report says about it."""
+    from recipes import nemotron_lora as recipe
+
+    flags = ["--model", "pico", "--local", "--ranks", str(ranks), "--out", str(out / "lora")]
+    flags += ["--data", str(out / "train"), "--validation", str(out / "validation"), *RECIPE]
+    task, arch = recipe.resolve(recipe.parser().parse_args(flags))
+    code = recipe.train(task, arch)
+    if code:
+        raise SystemExit(code)
+    metrics = [json.loads(line) for line in (out / "lora" / "metrics.jsonl").read_text().splitlines()]
+    layout = task.settings.layout
+    return {
+        "metrics": metrics,
+        "train_tokens": sum(row.get("tokens", 0) for row in metrics),
+        "layout": {name: getattr(layout, name) for name in ("tp", "pp", "cp", "ep", "etp")} | {"ranks": ranks},
+        "adapter_parameters": recipe.trainable_parameters(task, arch),
+        "settings": dict(item.split("=", 1) for item in RECIPE),
+    }
+
+
+def router_unchanged(adapter: Path, *folders: Path) -> bool:
+    """Whether the routers of these Hugging Face folders are, bit for bit, those that training hashed at its end."""
+    from conversion.adapter import Adapter
+    from conversion.safetensors_io import HFFolder
+
+    unchanged = True
+    for folder in folders:
+        with HFFolder(folder) as hf:
+            try:
+                unchanged &= Adapter(adapter, hf.arch).check_base(hf.rows)
+            except UserError as error:
+                print(f"router: {error}", flush=True)
+                unchanged = False
+    return unchanged
+
+
+def score(out: Path, base: Path, merged: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Results of the base and the tuned model on the held-out questions, and accuracies on the old tasks."""
+    from evaluation.evaluate import evaluate_model, write_result
+    from evaluation.questions import load_questions
+
+    results = {}
+    for name, folder in (("base", base), ("tuned", merged)):
+        for questions in ("held_out", "old_tasks"):
+            result = evaluate_model(folder, load_questions(out / f"{questions}.jsonl"))
+            write_result(result, out / f"{name}_{questions}.json")
+            results[name, questions] = result
+    old = {
+        task: {"base": part["accuracy"], "tuned": results["tuned", "old_tasks"]["by_source"][task]["accuracy"]}
+        | {"n": part["n"]}
+        for task, part in results["base", "old_tasks"]["by_source"].items()
+    }
+    return results["base", "held_out"], results["tuned", "held_out"], old
+
+
+def git_commit() -> str:
+    """The commit that ran, `unknown` outside a git checkout; `+changes` when files differ from it."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit, changes = (
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+changes" if changes else "")
+
+
+def report(out: Path, stages: Stages, facts: dict[str, Any], scores: tuple[Any, Any, Any]) -> dict[str, Any]:
+    """Writes report.json and report.html; returns the report."""
+    from evaluation.report import examples_from, write_report
+    from evaluation.score import compare
+
+    base, tuned, old = scores
+    metrics = facts.pop("metrics")
+    content = {
+        "task": "Teach pico to sort 6 to 8 numbers",
+        **compare(base, tuned),
+        **facts,
+        "seconds": stages.seconds,
+        "git_commit": git_commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}",
+        "command": "make demo",
+        "forgetting": old,
+    }
+    curve = {
+        "training": [(row["step"], row["loss"]) for row in metrics if "loss" in row],
+        "validation": [(row["step"], row["validation_loss"]) for row in metrics if "validation_loss" in row],
+    }
+    write_report(out, content, curve, examples_from(base, tuned))
+    return content
+
+
+def demo(out: Path, ranks: int, held_out: int, training: int, old_training: int) -> dict[str, Any]:
+    """The whole path from questions to the report; `out` is replaced when it is a demo's."""
+    from conversion.merge_lora import merge
+
+    base, stages = resolve_model("pico"), Stages()
+    with fresh_output(out, KIND):
+        pass
+    with stages.stage("data"):
+        overlap = prepare_data(out, held_out, training, old_training)
+    with stages.stage("train"):
+        facts = train(out, ranks)
+    with stages.stage("merge"):
+        print(merge(base, out / "lora" / "adapter", out / "merged"))
+    with stages.stage("score"):
+        scores = score(out, base, out / "merged")
+    adapter = out / "lora" / "adapter"
+    facts |= {
+        "overlap": overlap,
+        "router_sha256": json.loads((adapter / "lora.json").read_text())["router_sha256"],
+        "router_unchanged": router_unchanged(adapter, base, out / "merged"),
+    }
+    return report(out, stages, facts, scores)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)")
+    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks, a multiple of 2 (default: 2)")
+    parser.add_argument("--held-out", type=int, default=500, metavar="N", help="questions to score (default: 500)")
+    parser.add_argument("--training", type=int, default=6000, metavar="N", help="new questions to train on")
+    parser.add_argument("--old-training", type=int, default=1500, metavar="N", help="old questions mixed in")
+    args = parser.parse_args()
+    check_output(args.out, KIND)
+    started = time.monotonic()
+    result = demo(args.out.resolve(), args.ranks, args.held_out, args.training, args.old_training)
+    low, high = result["ci95_gain"]
+    print(
+        f"\n{result['task']}: {result['base_accuracy']:.1%} -> {result['tuned_accuracy']:.1%} on {result['n']} "
+        f"held-out questions (95 % interval of the gain {low:+.1%} to {high:+.1%}), {time.monotonic() - started:.0f} s\n"
+        f"{args.out / 'report.json'}\n{args.out / 'report.html'}"
+    )
+    return 0 if result["router_unchanged"] else 1
+
+
+if __name__ == "__main__":
+    run(main)
