@@ -112,8 +112,8 @@ PRETRAINING = {
 }
 """Task name -> (task, its share of the pretraining examples)."""
 
-DEMO = Task("sort_6_to_8", "number_sorting", _sorting("ascending"), _numbers(6, 8))
-"""What the demo teaches: pretraining sorted at most 5 numbers, so its instruction is known and its ability is not."""
+DEMO = Task("sort_8_to_10", "number_sorting", _sorting("ascending"), _numbers(8, 10))
+"""What the demo teaches. Pretraining sorted at most 5 numbers: the instruction is known to pico, the ability is not."""
 
 
 def endless_rows(task: Task, seed: int) -> Iterator[dict[str, Any]]:
