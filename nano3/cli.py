@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +24,23 @@ class UserError(ValueError):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs `main` as a script: exit code 0 or its own, 2 with one line for a `UserError`, 130 for Ctrl-C."""
+    """Runs `main` as a script: exit code 0 or its own, 2 with one line for a `UserError`, 130 for Ctrl-C.
+
+    Libraries' warnings about their own dependencies are left out, here and in processes that are started from here;
+    PYTHONWARNINGS brings them back.
+    """
+    if "PYTHONWARNINGS" not in os.environ:
+        os.environ["PYTHONWARNINGS"] = "ignore"
+        warnings.simplefilter("ignore")
     try:
         sys.exit(main() or 0)
     except UserError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

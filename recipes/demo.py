@@ -33,7 +33,7 @@ RECIPE = [
     "layout.ep=2",
     "lora.rank=16",
     "lora.alpha=32",
-    "train.steps=240",
+    "train.steps=300",
     "train.warmup=10",
     "train.lr=4e-3",
     "train.weight_decay=0.0",
@@ -210,7 +210,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks, a multiple of 2 (default: 2)")
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="questions to score (default: 500)")
-    parser.add_argument("--training", type=int, default=6000, metavar="N", help="new questions to train on")
+    parser.add_argument("--training", type=int, default=7500, metavar="N", help="new questions to train on")
     parser.add_argument("--old-training", type=int, default=1500, metavar="N", help="old questions mixed in")
     args = parser.parse_args()
     check_output(args.out, KIND)
@@ -219,7 +219,8 @@ def main() -> int:
     low, high = result["ci95_gain"]
     print(
         f"\n{result['task']}: {result['base_accuracy']:.1%} -> {result['tuned_accuracy']:.1%} on {result['n']} "
-        f"held-out questions (95 % interval of the gain {low:+.1%} to {high:+.1%}), {time.monotonic() - started:.0f} s\n"
+        f"held-out questions (95 % interval of the gain {low:+.1%} to {high:+.1%}), "
+        f"{time.monotonic() - started:.0f} s\n"
         f"{args.out / 'report.json'}\n{args.out / 'report.html'}"
     )
     return 0 if result["router_unchanged"] else 1

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from conversion.names import linears
 from launch import layout as layouts
@@ -25,6 +26,17 @@ from nano3.targets import select
 from recipes.settings import Run, Settings
 
 KIND = "lora-run"
+
+
+def nemotron_3_nano_lora(task: Run) -> Any:
+    """The recipe: the whole NeMo 2 configuration of a run, a `run.Partial` of `llm.finetune`.
+
+    NeMo-Run serializes it, ships it and rebuilds it; built and called, it trains. Its parts are functions of
+    recipes/lora_recipe.py, a file of its own because it imports NeMo, which takes many seconds.
+    """
+    from recipes.lora_recipe import lora_recipe
+
+    return lora_recipe(task)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,6 +74,11 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
     if settings.layout.cp > 1:
         raise UserError(
             "layout.cp > 1: packed documents are not yet cut over context-parallel ranks here; use layout.cp=1"
+        )
+    if settings.layout.etp > 1 and settings.lora.experts == "shared":
+        raise UserError(
+            f"layout.etp={settings.layout.etp}: adapters on routed experts are whole on every rank; "
+            "use layout.etp=1, or lora.experts=none"
         )
     select(arch, settings.lora.chosen_targets(), settings.lora.experts)
     _check_numbers(settings)

@@ -6,6 +6,7 @@ Rank 0 of a one-rank run writes the random adapter INITIAL; every other run star
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,28 @@ class Probe(pl.Callback):
         return [(name, p) for name, p in module.named_parameters() if ".adapter." in name]
 
 
+def forget_a_reduction() -> None:
+    """The fault of NVIDIA's Megatron-Bridge#5229: shared adapters whose gradients stay on their expert-parallel rank."""
+    from nano3 import lora
+
+    make = lora.SharedExpertsAdapter.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        make(self, *args)
+        for parameter in self.parameters():
+            parameter.allreduce = False
+
+    lora.SharedExpertsAdapter.__init__ = init
+
+
 def main() -> None:
     import fiddle
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
     from recipes.lora_recipe import lora_recipe
 
+    if os.environ.get("FAULT") == "reduction":
+        forget_a_reduction()
     task = Run.from_json(Path(sys.argv[1]).read_text())
     recipe = lora_recipe(task)
     sent = Path(sys.argv[1]).with_suffix(".recipe")

@@ -40,11 +40,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         task = Run(str(source), base, store, store, str(folder / name), 1, ranks, True, settings)
         (folder / f"{name}.json").write_text(task.to_json())
     for name, (ranks, _) in LAYOUTS.items():
-        paths = (str(folder / part) for part in (f"{name}.json", "initial", f"{name}-grad"))
-        argv = ["-m", "tests.parity_worker", *paths]
-        code = run_ranks(argv, ranks, folder / name / "logs", {"NANO3_CPU": "1"})
-        assert code == 0, (folder / name / "logs" / "rank0.log").read_text()[-3000:]
+        launch(folder, name, ranks, f"{name}-grad")
     return folder
+
+
+def launch(folder: Path, name: str, ranks: int, gradients: str, **environment: str) -> None:
+    paths = (str(folder / part) for part in (f"{name}.json", "initial", gradients))
+    logs = folder / name / "logs"
+    code = run_ranks(["-m", "tests.parity_worker", *paths], ranks, logs, {"NANO3_CPU": "1", **environment})
+    assert code == 0, (logs / "rank0.log").read_text()[-3000:]
+
+
+def largest_errors(folder: Path, gradients: str) -> dict[str, float]:
+    """Largest error of every adapter tensor's gradient against one rank's, relative to that gradient's largest value."""
+    reader, expected = (TorchDistReader(folder / name / "weights") for name in (gradients, "one-grad"))
+    assert set(reader.shapes) == set(expected.shapes)
+    assert len(expected.shapes) == 2 * 14 + 2 * 4  # fourteen adapted layers, two of them an in_proj with five sections
+    errors = {}
+    for key in expected.shapes:
+        reference = expected.whole(key)
+        assert reference.abs().max() > 0, f"{key} has no gradient at all"
+        errors[key] = float((reader.whole(key) - reference).abs().max() / reference.abs().max())
+    return errors
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -58,14 +75,15 @@ def test_loss_and_gradients_equal_those_of_one_rank(runs, layout):
     assert ours[0]["grad_norm"] == pytest.approx(single[0]["grad_norm"], rel=1e-5)
     assert ours[0]["tokens"] == single[0]["tokens"]
     assert ours[-1]["validation_loss"] == pytest.approx(single[-1]["validation_loss"], rel=1e-5)
-    reader, expected = (TorchDistReader(runs / f"{name}-grad" / "weights") for name in (layout, "one"))
-    assert set(reader.shapes) == set(expected.shapes)
-    assert len(expected.shapes) == 2 * 14 + 2 * 4  # fourteen adapted layers, two of them an in_proj with five sections
-    for key in expected.shapes:
-        reference = expected.whole(key)
-        assert reference.abs().max() > 0, f"{key} has no gradient at all"
-        error = (reader.whole(key) - reference).abs().max() / reference.abs().max()
-        assert error < 1e-5, (key, error)
+    errors = largest_errors(runs, f"{layout}-grad")
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.full
+def test_a_forgotten_reduction_is_noticed(runs):
+    launch(runs, "ep2", 2, "fault-grad", FAULT="reduction")
+    wrong = {key for key, error in largest_errors(runs, "fault-grad").items() if error > 1e-5}
+    assert wrong == {key for key in largest_errors(runs, "ep2-grad") if ".mlp.experts." in key}
 
 
 def test_the_router_has_one_hash_on_every_layout(runs):

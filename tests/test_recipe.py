@@ -1,0 +1,119 @@
+"""What the recipe's command line prints, derives and refuses; nothing here imports torch or NeMo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.layout import Layout
+from recipes.settings import LoraSettings, Run, Settings
+from tests.tiny_store import tiny_store
+
+SCRIPT = "recipes/nemotron_lora.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
+
+
+def refused(*arguments: str) -> str:
+    """The one line that a refused call prints; no traceback, exit code 2."""
+    done = run(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_dry_run_of_two_nodes_is_the_published_recipe_in_numbers():
+    done = run("--nodes", "2", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    # Rank 32 on every linear layer, one adapter for all routed experts of a layer: 33.4M as Megatron-Bridge counts.
+    assert "33,368,064 parameters" in done.stdout
+    assert "31,577,937,344 parameters, 3,580,073,408 active" in done.stdout
+    assert "layout.ep=8" in done.stdout
+    assert "16 of 128 experts per rank" in done.stdout
+
+
+def test_trainable_parameters_by_hand():
+    from nano3.arch import Arch, resolve_model
+    from recipes.nemotron_lora import trainable_parameters
+
+    settings = Settings(lora=LoraSettings(preset="attention", rank=2))
+    task = Run("", "", "", None, "", 1, 1, True, settings)
+    # Six layers of linear_qkv 2688 -> 4096 + 2 * 256 and linear_proj 4096 -> 2688.
+    assert trainable_parameters(task, Arch.load(resolve_model("nano"))) == 6 * 2 * (2688 + 4608 + 4096 + 2688)
+
+
+def test_a_run_survives_its_json():
+    task = Run("m", "b", "d", None, "o", 2, 8, False, Settings(layout=Layout(tp=2), lora=LoraSettings(targets=["x"])))
+    assert Run.from_json(task.to_json()) == task
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodes", "2"], ["--nodes 2", "cluster", "--dry-run"]),
+        (["--model", "nowhere"], ["nowhere", "preset"]),
+        (["lora.rnk=4"], ["lora.rnk", "lora.rank"]),
+        (["lora.rank=many"], ["lora.rank", "many", "whole number"]),
+        (["lora.targets=linear_kqv"], ["linear_kqv", "linear_qkv"]),
+        (["lora.preset=some"], ["lora.preset", "some", "attention"]),
+        (["layout.tp=3"], ["layout.tp", "3"]),
+        (["layout.pp=3"], ["52", "layout.pp"]),
+        (["layout.cp=2", "train.seq_length=4096"], ["layout.cp"]),
+        (["layout.etp=2", "layout.ep=4"], ["layout.etp", "routed experts"]),
+        (["lora.rank=3", "layout.tp=2"], ["lora.rank=3", "layout.tp=2"]),
+        (["train.warmup=300"], ["train.warmup=300", "train.steps=300"]),
+        (["train.lr=0"], ["train.lr"]),
+        (["lora.dropout=1"], ["lora.dropout"]),
+        (["--local", "--ranks", "3", "layout.ep=2"], ["3"]),
+        (["--local", "--nodes", "2"], ["--local", "--ranks"]),
+        (["router=free"], ["router", "frozen"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refused_with_the_thing_and_the_remedy(arguments, words):
+    line = refused(*arguments)
+    assert all(word in line for word in words), line
+
+
+def local(tmp_path: Path, *arguments: str) -> list[str]:
+    common = [
+        "--model",
+        "pico",
+        "--local",
+        "--out",
+        str(tmp_path / "out"),
+        "train.seq_length=64",
+        "train.global_batch=2",
+    ]
+    return [*common, *arguments]
+
+
+def test_data_that_cannot_be_used_is_refused_and_nothing_is_written(tmp_path):
+    tiny_store(tmp_path / "store", documents=5, longest=9, vocab_size=100)
+    (tmp_path / "empty").mkdir()
+    for arguments, word in (
+        ([], "--data"),
+        (["--data", str(tmp_path / "absent")], "absent"),
+        (["--data", str(tmp_path / "empty")], "empty"),
+        (["--data", str(tmp_path / "store")], "data_prep/repack.py"),  # no packs of this length
+    ):
+        assert word in refused(*local(tmp_path, *arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    assert "not a lora-run" in refused(*local(tmp_path))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_finished_run_is_not_lost_to_a_second_one(tmp_path):
+    (tmp_path / "out" / "adapter").mkdir(parents=True)
+    (tmp_path / "out" / "nano3.json").write_text(json.dumps({"kind": "lora-run"}))
+    assert "--overwrite" in refused(*local(tmp_path))
