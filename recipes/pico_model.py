@@ -89,7 +89,7 @@ def mamba_forward(mixer: Any, hidden_states: Tensor, **_: Any) -> Tensor:
     convolution is a sum of shifted products, which beats a grouped `conv1d` on a CPU. Right padding is harmless since
     everything is causal. Shape in and out: (b, l, hidden).
     """
-    b, length, _ = hidden_states.shape
+    b, length = hidden_states.shape[:2]
     g, h, p, n = mixer.n_groups, mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
     gate, xbc, dt = mixer.in_proj(hidden_states).split([h * p, mixer.conv_dim, h], dim=-1)
     kernel = mixer.conv1d.weight[:, 0]
