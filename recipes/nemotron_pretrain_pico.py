@@ -2,9 +2,10 @@
 
     python recipes/nemotron_pretrain_pico.py --out runs/pico
 
-Full-parameter training with plain transformers, not NeMo: one process on one core makes about 6,000 tokens/s here,
-several times what the NeMo path makes on a model this small, and no part of the LoRA recipe depends on how pico came
-to be. The committed model in nano3/presets/pico was made by this script; its README has the command and the curve.
+Full-parameter training with plain transformers, not NeMo: one process on one core, with a Mamba scan written for short
+sequences, made 4,500 tokens per CPU-second in the committed run, and stock transformers takes twice as long a step.
+No part of the LoRA recipe depends on how pico came to be. The committed model in nano3/presets/pico was made by this
+script; its README has the command and the curve.
 
 The loss is the mean over the examples of a batch of the mean cross-entropy of an example's answer, so that a one-digit
 answer counts as much as a long one. Experts are balanced as in the real model's training: the router's correction
