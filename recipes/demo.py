@@ -26,6 +26,8 @@ from nano3.cli import UserError, check_output, fresh_output, run
 from recipes.pico_tasks import DEMO, PRETRAINING
 
 KIND = "demo-run"
+TITLE = "Teach pico to sort 8 to 10 numbers"
+"""`recipes.pico_tasks.DEMO` in words; pretraining sorted at most 5."""
 OLD_QUESTIONS = 60
 """Held-out questions of each old task, for what the tuning made the model forget."""
 HELD_OUT_SEED, TRAINING_SEED = 101, 202
@@ -161,7 +163,7 @@ def report(out: Path, stages: Stages, facts: dict[str, Any], scores: tuple[Any, 
     base, tuned, old = scores
     metrics = facts.pop("metrics")
     content = {
-        "task": "Teach pico to sort 6 to 8 numbers",
+        "task": TITLE,
         **compare(base, tuned),
         **facts,
         "seconds": stages.seconds,
