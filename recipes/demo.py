@@ -31,6 +31,8 @@ TITLE = "Teach pico to sort 8 to 10 numbers"
 OLD_QUESTIONS = 60
 """Held-out questions of each old task, for what the tuning made the model forget."""
 HELD_OUT_SEED, TRAINING_SEED = 101, 202
+LEAST_GAIN, LEAST_LOW = 0.30, 0.15
+"""What the demo promises: below this it fails, since then something on the path is broken."""
 RECIPE = [
     "layout.ep=2",
     "lora.rank=16",
@@ -225,7 +227,15 @@ def main() -> int:
         f"{time.monotonic() - started:.0f} s\n"
         f"{args.out / 'report.json'}\n{args.out / 'report.html'}"
     )
-    return 0 if result["router_unchanged"] else 1
+    if not result["router_unchanged"]:
+        print("FAILED: the router is not what it was")
+        return 1
+    if result["gain"] < LEAST_GAIN or low < LEAST_LOW:
+        print(
+            f"FAILED: the gain must be at least {LEAST_GAIN:.0%}, the lower end of its interval above {LEAST_LOW:.0%}"
+        )
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def build(folder: Path) -> tuple[torch.nn.Module, Arch]:
     config = TransformerConfig(**transformer_kwargs(arch), params_dtype=torch.float32)
     model = build_mcore_model(config, arch.pattern, arch.vocab_size, 128).eval()
     state = dist_checkpointing.load(model.sharded_state_dict(prefix="module."), str(folder / "weights"))
-    model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()}, strict=False)
+    model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
     return model, arch
 
 

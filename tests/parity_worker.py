@@ -61,7 +61,7 @@ class Probe(pl.Callback):
 
 
 def forget_a_reduction() -> None:
-    """The fault of NVIDIA's Megatron-Bridge#5229: shared adapters whose gradients stay on their expert-parallel rank."""
+    """A fault that users have met: gradients of shared adapters that stay on their expert-parallel rank."""
     from nano3 import lora
 
     make = lora.SharedExpertsAdapter.__init__

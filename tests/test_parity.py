@@ -52,7 +52,7 @@ def launch(folder: Path, name: str, ranks: int, gradients: str, **environment: s
 
 
 def largest_errors(folder: Path, gradients: str) -> dict[str, float]:
-    """Largest error of every adapter tensor's gradient against one rank's, relative to that gradient's largest value."""
+    """Largest error of every adapter gradient against one rank's, relative to that gradient's largest value."""
     reader, expected = (TorchDistReader(folder / name / "weights") for name in (gradients, "one-grad"))
     assert set(reader.shapes) == set(expected.shapes)
     assert len(expected.shapes) == 2 * 14 + 2 * 4  # fourteen adapted layers, two of them an in_proj with five sections

@@ -18,6 +18,12 @@ import torch.nn.functional as F
 from nano3.cpu.te.base import TransformerEngineBaseModule, refuse
 
 
+def _forgive_missing_state(_module: torch.nn.Module, incompatible_keys: Any) -> None:
+    """Megatron-Core saves no `_extra_state` of the attention kernel, and Transformer Engine does not ask for it."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if "core_attention._extra_state" not in key]
+
+
 class DotProductAttention(TransformerEngineBaseModule):
     """Signature of transformer_engine.pytorch.DotProductAttention 2.10, as far as Megatron-Core uses it."""
 
@@ -55,6 +61,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         self.tp_size, self.tp_group, self.get_rng_state_tracker = tp_size, tp_group, get_rng_state_tracker
         self.cp_comm_type = cp_comm_type
         width = kv_channels[0] if isinstance(kv_channels, tuple) else kv_channels
+        self.register_load_state_dict_post_hook(_forgive_missing_state)
         self.softmax_scale = softmax_scale if softmax_scale is not None else width**-0.5
 
     def forward(
