@@ -31,7 +31,7 @@ check: $(INSTALLED) ## format, lint, types, and that the light modules stay ligh
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(PY) -c 'import sys, nano3.arch, nano3.cli, launch.layout; heavy = {"torch", "nemo"} & set(sys.modules); sys.exit(f"imported: {heavy}" if heavy else 0)'
+	$(PY) -c 'import sys, nano3.arch, nano3.cli, nano3.targets, launch.layout, launch.overrides, recipes.checks; heavy = {"torch", "nemo"} & set(sys.modules); sys.exit(f"imported: {heavy}" if heavy else 0)'
 
 gpu-check: ## what can be checked on a GPU; uses GPU_PYTHON (python3), as in the NeMo container, not .venv
 	@$(GPU_PYTHON) tests/gpu_check.py

@@ -11,7 +11,6 @@ from nano3.cli import UserError
 
 NEMO_KIND = "nemo-checkpoint"
 HF_KIND = "hf-model"
-ADAPTER_KIND = "lora-adapter"
 """Kinds of folders that we write (see `nano3.cli.fresh_output`)."""
 
 WEIGHTS = "weights"

@@ -12,18 +12,11 @@ from dataclasses import dataclass
 
 from conversion.layout import ITEM_BYTES
 from conversion.names import OUTPUT, VOCABULARY_KEYS, MegatronTensor, extra_state_keys, megatron_tensors
-from nano3.arch import Arch
+from nano3.arch import Arch, padded_vocab_size
 from nano3.cli import UserError
 
 PREFIX = "module."
 """What NeMo and Megatron put before the keys of the model itself."""
-
-VOCABULARY_MULTIPLE = 128
-"""Rows of embedding and output layer are padded with zeros to a multiple of this: NeMo's make_vocab_size_divisible_by.
-
-A load on another tensor-parallel size may want more or fewer rows; megatron-core permits that for these two tensors,
-drops the surplus and fills with zeros, so one checkpoint serves every size. The real size stays in hf/config.json.
-"""
 
 CHUNK_BYTES = 256 << 20
 """Upper bound of a chunk, in bytes: every reader loads whole chunks."""
@@ -68,11 +61,6 @@ class Plan:
         return sum(tensor.total_bytes for tensor in self.tensors)
 
 
-def padded_vocabulary(size: int) -> int:
-    """Rows of embedding and output layer in a checkpoint that we write."""
-    return -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
 def make_plan(arch: Arch, dtypes: Mapping[str, str]) -> Plan:
     """The plan for `arch`; `dtypes` gives the dtype of every Hugging Face tensor.
 
@@ -82,7 +70,9 @@ def make_plan(arch: Arch, dtypes: Mapping[str, str]) -> Plan:
     for tensor in megatron_tensors(arch):
         shape = tensor.shape
         if tensor.key in VOCABULARY_KEYS:
-            shape = (padded_vocabulary(shape[0]), *shape[1:])
+            # A load on another tensor-parallel size wants more or fewer rows: Megatron-Core permits that for these two
+            # tensors, drops the surplus and fills with zeros. The real size stays in hf/config.json.
+            shape = (padded_vocab_size(shape[0]), *shape[1:])
         planned.append(Planned(tensor, shape, _common_dtype(tensor, dtypes)))
     objects = [
         f"{PREFIX}{key}/shard_{shard}_{count}"

@@ -31,9 +31,6 @@ SPECIAL_IDS = {
 }
 """Ids of the tokens that the format is made of, in Nemotron-3-Nano's tokenizer and in pico's."""
 
-STOP_IDS = (SPECIAL_IDS["</s>"], SPECIAL_IDS["<|im_end|>"])
-"""Generation ends on either of these."""
-
 TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
 """The same format as a Jinja template for `tokenizer_config.json`."""
 

@@ -24,6 +24,16 @@ PRESETS = {name: Path(__file__).parent / "presets" / name for name in ("nano", "
 """`nano`: the config.json of Nemotron-3-Nano-30B-A3B, no weights. `pico`: a complete small model of this repository."""
 
 
+VOCAB_MULTIPLE = 128
+"""Vocabulary rows per tensor-parallel rank are padded to a multiple of this (NeMo's make_vocab_size_divisible_by)."""
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int = 1) -> int:
+    """Vocabulary rows of a model in Megatron: the next multiple of 128 * TP, as NeMo and Megatron-LM pad it."""
+    multiple = VOCAB_MULTIPLE * tensor_parallel
+    return -(-vocab_size // multiple) * multiple
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor of a Hugging Face checkpoint.

@@ -72,23 +72,52 @@ def fresh_output(out: Path | str, kind: str) -> Iterator[Path]:
     """Gives a temporary folder beside `out`; on success it replaces `out`, on an error nothing of it stays.
 
     The finished folder carries `nano3.json` with its `kind`, so that a second run may replace it and a stranger's
-    folder is never touched. A killed run leaves either the old result or the new one, and at most a hidden
-    `.NAME.partial-*` folder, which no reader accepts and the next run removes.
+    folder is never touched. A killed run leaves the old result or the new one, under its name or, for the blink between
+    two renames, as a hidden `.NAME.old-*` that the next run puts back; and at most a hidden `.NAME.partial-*`, which no
+    reader accepts and the next run removes.
     """
     out = check_output(out, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for stale in out.parent.glob(f".{out.name}.partial-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
+    _tidy(out)
+    mine = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    temporary, old = out.parent / f".{out.name}.partial-{mine}", out.parent / f".{out.name}.old-{mine}"
     temporary.mkdir()
     try:
         yield temporary
         (temporary / MARKER).write_text(json.dumps({"kind": kind, "format": 1}) + "\n")
-        replaced = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
         if out.exists():
-            os.rename(out, replaced)
-        os.rename(temporary, out)
-        shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(out, old)
+        try:
+            os.rename(temporary, out)
+        except BaseException:
+            if old.exists():
+                os.rename(old, out)
+            raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _tidy(out: Path) -> None:
+    """Puts back what a killed run left half-replaced and removes what it left half-written; a live run's stays."""
+    for old in out.parent.glob(f".{out.name}.old-*"):
+        if _ended(old):
+            if out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.rename(old, out)
+    for stale in out.parent.glob(f".{out.name}.partial-*"):
+        if _ended(stale):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _ended(folder: Path) -> bool:
+    """Whether the process that made this hidden folder is gone; its number stands in the name."""
+    try:
+        os.kill(int(folder.name.rsplit("-", 2)[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, ValueError):
+        return False
+    return False

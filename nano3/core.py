@@ -5,29 +5,23 @@ Call `nano3.cpu.enable()` before importing this module where there may be no GPU
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.activations import squared_relu
 from megatron.core.models.mamba import MambaModel
 from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nano3 import cpu
-from nano3.arch import Arch
+from nano3.arch import Arch, padded_vocab_size
 from nano3.cli import UserError
 
 MAMBA_CONV_KERNEL = 4
 """Width of the causal convolution, `d_conv` of Megatron-Core's MambaMixer."""
-
-VOCAB_MULTIPLE = 128
-"""Vocabulary rows per tensor-parallel rank are padded to a multiple of this (NeMo's make_vocab_size_divisible_by)."""
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Vocabulary rows of the model: the next multiple of 128 * TP, as NeMo and Megatron-LM pad it."""
-    multiple = VOCAB_MULTIPLE * tensor_parallel
-    return -(-vocab_size // multiple) * multiple
 
 
 def transformer_kwargs(arch: Arch) -> dict[str, Any]:
@@ -118,6 +112,26 @@ def mask_padded_vocabulary(model: MambaModel, vocab_size: int) -> None:
     layer.register_forward_hook(hook)
 
 
+def keep_router_bias_exact(model: MambaModel) -> None:
+    """Keeps the routers' correction bias in FP32, bit for bit, when the model is cast.
+
+    Mixed precision casts a whole model to BF16, buffers too; Megatron-Core turns this bias back to FP32 afterwards, but
+    rounded. Tokens would then be routed otherwise than by the checkpoint that the adapter is merged into.
+    """
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module._apply = partial(_apply_but_to_bias, module)  # type: ignore[method-assign]
+
+
+def _apply_but_to_bias(router: TopKRouter, function: Callable, recurse: bool = True) -> TopKRouter:
+    """`Module._apply` of a router; its bias follows to the device, and keeps its dtype and values."""
+    bias = router.expert_bias
+    torch.nn.Module._apply(router, function, recurse)
+    if bias is not None and bias.device.type != "meta":
+        router.expert_bias = bias.to(device=router.weight.device)
+    return router
+
+
 def build_mcore_model(
     config: TransformerConfig,
     pattern: str,
@@ -138,4 +152,5 @@ def build_mcore_model(
         position_embedding_type="none",
     )
     mask_padded_vocabulary(model, vocab_size)
+    keep_router_bias_exact(model)
     return model

@@ -21,6 +21,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.ssm.mamba_block import MambaStack
 from megatron.core.ssm.mamba_mixer import MambaMixer, _split_tensor_factory
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from nemo.collections.llm.peft.lora import LoRALinear
 from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_attributes_from_linear
@@ -109,7 +110,7 @@ class Nano3LoRA(PEFT):
         dim: rank of the adapters.
         alpha: scale times rank; the delta is multiplied by alpha / dim.
         dropout: probability on the adapters' input while training.
-        seed: of the first A.
+        seed: of the first A, and of dropout.
     """
 
     modules: list[str] = field(default_factory=list)
@@ -121,6 +122,7 @@ class Nano3LoRA(PEFT):
     def __call__(self, model: nn.Module) -> nn.Module:
         """Freezes the model and wraps the chosen layers of this rank's pipeline stage."""
         self.freeze_model(model)
+        model_parallel_cuda_manual_seed(self.seed)  # of dropout; NeMo seeds Megatron with a constant
         stacks = [module for module in model.modules() if isinstance(module, MambaStack)]
         chosen = set(self.modules)
         for stack in stacks:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+
+from nano3.cli import UserError
 
 
 def line(step: int, steps: int, loss: float, lr: float, grad_norm: float, tokens_per_second: float, left: float) -> str:
@@ -31,7 +34,7 @@ class Progress(pl.Callback):
 
     def __init__(self, folder: str, every: int, steps: int) -> None:
         self.folder, self.every, self.steps = Path(folder), every, steps
-        self.started = self.last = 0.0
+        self.started = self.last = self.lr = 0.0
 
     def _write(self, **numbers: Any) -> None:
         with (self.folder / "metrics.jsonl").open("a") as file:
@@ -44,6 +47,10 @@ class Progress(pl.Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
 
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        # Now, since after the step the scheduler has moved on.
+        self.lr = float(trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0])
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -53,11 +60,15 @@ class Progress(pl.Callback):
         step, now, metrics = trainer.global_step, time.monotonic(), trainer.callback_metrics
         loss, norm = float(metrics["reduced_train_loss"]), float(metrics.get("grad_norm", float("nan")))
         tokens = trainer.datamodule.tokens_in_step(step - 1)  # type: ignore[attr-defined]
-        rate = float(trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0])
-        self._write(step=step, loss=loss, lr=rate, grad_norm=norm, tokens=tokens, seconds=now - self.last)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"step {step}: loss {loss}, gradient norm {norm} at lr {self.lr:.2e}: the run diverged and nothing is "
+                "saved; lower train.lr or train.clip, or lengthen train.warmup"
+            )
+        self._write(step=step, loss=loss, lr=self.lr, grad_norm=norm, tokens=tokens, seconds=now - self.last)
         if step == 1 or step % self.every == 0 or step == self.steps:
             left = (now - self.started) / step * (self.steps - step)
-            print(line(step, self.steps, loss, rate, norm, tokens / (now - self.last), left), flush=True)
+            print(line(step, self.steps, loss, self.lr, norm, tokens / (now - self.last), left), flush=True)
         self.last = now
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

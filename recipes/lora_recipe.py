@@ -29,6 +29,7 @@ from nano3.lora import Nano3LoRA
 from nano3.progress import Progress
 from nano3.router import RouterGuard
 from nano3.targets import select
+from recipes.checks import check_run
 from recipes.packed_data import PackedDataModule
 from recipes.settings import Run
 
@@ -40,8 +41,9 @@ def lora_recipe(task: Run) -> run.Partial:
         task: settings, paths and resources.
 
     Raises:
-        UserError: a LoRA target names nothing, or the validation store has no packs of this length.
+        UserError: settings that cannot be right (`recipes.checks`), or a validation store without packs of this length.
     """
+    check_run(task, Arch.load(task.model))
     train = task.settings.train
     return run.Partial(
         llm.finetune,
@@ -94,7 +96,7 @@ def _trainer(task: Run) -> run.Config:
         num_nodes=task.nodes,
         max_steps=train.steps,
         strategy=_strategy(task),
-        plugins=None if task.cpu else run.Config(nl.MegatronMixedPrecision, precision="bf16-mixed"),
+        plugins=None if task.cpu else _bf16(),
         callbacks=[
             run.Config(RouterGuard),
             run.Config(SaveAdapter, out=str(out / "adapter"), facts=_facts(task)),
@@ -111,6 +113,12 @@ def _trainer(task: Run) -> run.Config:
         use_distributed_sampler=False,
         accumulate_grad_batches=1,
     )
+
+
+def _bf16() -> run.Config:
+    """BF16 from the first allocation on: without the dtypes NeMo builds and loads the model in FP32, and casts then."""
+    dtypes = {"params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+    return run.Config(nl.MegatronMixedPrecision, precision="bf16-mixed", **dtypes)
 
 
 def _strategy(task: Run) -> run.Config:

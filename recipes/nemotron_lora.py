@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from conversion.folders import refuse_overlap
 from conversion.names import linears
-from launch import layout as layouts
 from launch.overrides import apply_overrides, flatten
 from nano3.arch import PRESETS, Arch, resolve_model
-from nano3.cli import UserError, check_output, fresh_output, run
+from nano3.cli import UserError, check_output, fresh_output, owner_of, run
 from nano3.targets import select
+from recipes.checks import check_run
 from recipes.settings import Run, Settings
 
 KIND = "lora-run"
+GPUS_PER_NODE = 8
 
 
 def nemotron_3_nano_lora(task: Run) -> Any:
@@ -49,11 +52,11 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--validation", type=Path, help="token store to validate on (default: no validation)")
     parse.add_argument("--out", type=Path, default=Path("runs/lora"), help="folder to write (default: runs/lora)")
     parse.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
-    parse.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each machine (default: 8)")
+    parse.add_argument("--gpus-per-node", type=int, help=f"GPUs of each machine (default: {GPUS_PER_NODE})")
     parse.add_argument("--local", action="store_true", help="run on CPU ranks of this machine instead of GPUs")
-    parse.add_argument("--ranks", type=int, default=1, help="CPU ranks with --local (default: 1)")
+    parse.add_argument("--ranks", type=int, help="CPU ranks with --local (default: 1)")
     parse.add_argument("--dry-run", action="store_true", help="print the resolved recipe and layout, start nothing")
-    parse.add_argument("--overwrite", action="store_true", help="replace the finished run in OUT")
+    parse.add_argument("--overwrite", action="store_true", help="run again in an OUT that has an adapter")
     parse.add_argument("settings", nargs="*", metavar="key=value", help="for example layout.ep=8 lora.rank=16")
     return parse
 
@@ -62,26 +65,17 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
     """The run that the arguments describe, its settings, layout, targets and paths checked. Raises `UserError`."""
     model, base = _model(args.model)
     arch = Arch.load(model)
-    ranks = args.ranks if args.local else args.gpus_per_node
-    if args.local and args.nodes != 1:
-        raise UserError("--local runs on this machine alone; leave --nodes out and give --ranks")
+    if args.local and (args.nodes != 1 or args.gpus_per_node is not None):
+        raise UserError(
+            "--local runs on CPU ranks of this machine; leave --nodes and --gpus-per-node out, give --ranks"
+        )
+    if args.ranks is not None and not args.local:
+        raise UserError("--ranks counts CPU ranks; give --local too, or --gpus-per-node for GPUs")
+    ranks = (args.ranks or 1) if args.local else (args.gpus_per_node or GPUS_PER_NODE)
     settings = Settings()
     if not args.local:
         settings.layout.ep = _experts_in_a_node(arch, ranks)
     apply_overrides(settings, args.settings)
-    train = settings.train
-    layouts.validate(arch, settings.layout, args.nodes * ranks, train.seq_length, train.global_batch)
-    if settings.layout.cp > 1:
-        raise UserError(
-            "layout.cp > 1: packed documents are not yet cut over context-parallel ranks here; use layout.cp=1"
-        )
-    if settings.layout.etp > 1 and settings.lora.experts == "shared":
-        raise UserError(
-            f"layout.etp={settings.layout.etp}: adapters on routed experts are whole on every rank; "
-            "use layout.etp=1, or lora.experts=none"
-        )
-    select(arch, settings.lora.chosen_targets(), settings.lora.experts)
-    _check_numbers(settings)
     task = Run(
         model=str(model),
         base=str(base or args.out.resolve() / "base"),
@@ -93,6 +87,9 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
         cpu=args.local,
         settings=settings,
     )
+    check_run(task, arch)
+    sources = [model, base, args.data, args.validation]
+    refuse_overlap(args.out, *(Path(source) for source in sources if source is not None))
     return task, arch
 
 
@@ -107,27 +104,6 @@ def _model(name: str) -> tuple[Path, Path | None]:
 def _experts_in_a_node(arch: Arch, gpus: int) -> int:
     """Expert parallel as wide as a node's NVLink domain: TP1 with EP8 is the layout of the published recipe."""
     return max(size for size in range(1, gpus + 1) if gpus % size == 0 and arch.n_routed_experts % size == 0)
-
-
-def _check_numbers(settings: Settings) -> None:
-    train, lora = settings.train, settings.lora
-    for name, value, least in (
-        ("train.steps", train.steps, 1),
-        ("train.warmup", train.warmup, 0),
-        ("train.validate_every", train.validate_every, 0),
-        ("lora.rank", lora.rank, 1),
-        ("log.every", settings.log.every, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name}={value} must be at least {least}")
-    if train.warmup >= train.steps:
-        raise UserError(f"train.warmup={train.warmup} must be smaller than train.steps={train.steps}")
-    if not train.lr > 0:
-        raise UserError(f"train.lr={train.lr} must be positive")
-    if not 0 <= lora.dropout < 1:
-        raise UserError(f"lora.dropout={lora.dropout} must be at least 0 and below 1")
-    if lora.rank % settings.layout.tp:
-        raise UserError(f"lora.rank={lora.rank} must be a multiple of layout.tp={settings.layout.tp}")
 
 
 def trainable_parameters(task: Run, arch: Arch) -> int:
@@ -167,17 +143,39 @@ def check_data(task: Run, arch: Arch) -> None:
         largest = packs.store.manifest["max_token_id"]
         if largest >= arch.vocab_size:
             raise UserError(f"{store} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}")
+        if store == task.validation:
+            _check_validation(len(packs), task)
+
+
+def _check_validation(packs: int, task: Run) -> None:
+    """Validation takes whole global batches: fewer packs than one are refused, a remainder is named."""
+    batch = task.settings.train.global_batch
+    if packs < batch:
+        raise UserError(
+            f"the validation store {task.validation} has {packs} packs, fewer than one global batch of {batch}; "
+            "lower train.global_batch or validate on more"
+        )
+    if packs % batch:
+        print(f"validation uses {packs - packs % batch} of {packs} packs: whole global batches", file=sys.stderr)
 
 
 def train(task: Run, arch: Arch) -> int:
-    """Imports the base weights where needed and runs the recipe on this machine's ranks; returns the exit code."""
+    """Imports the base weights where needed and runs the recipe on this machine's ranks; returns the exit code.
+
+    A finished adapter in OUT is kept as `adapter.previous`; what the run writes anew replaces only its own kind.
+    """
     from conversion.hf_to_nemo import convert
     from launch.local import run_ranks
 
     check_data(task, arch)
     out = Path(task.out)
-    with fresh_output(out, KIND) as folder:
-        (folder / "run.json").write_text(task.to_json() + "\n")
+    if owner_of(out) != KIND:
+        with fresh_output(out, KIND):
+            pass
+    (out / "run.json").write_text(task.to_json() + "\n")
+    if (out / "adapter").exists():
+        shutil.rmtree(out / "adapter.previous", ignore_errors=True)
+        os.rename(out / "adapter", out / "adapter.previous")
     if Path(task.base) == out / "base":
         print("importing the base weights ...", file=sys.stderr)
         convert(Path(task.model), out / "base", context=False)
@@ -185,6 +183,9 @@ def train(task: Run, arch: Arch) -> int:
     started = time.monotonic()
     environment = {"NANO3_CPU": "1" if task.cpu else "0"}
     code = run_ranks(["-m", "recipes.worker", str(out / "run.json")], task.ranks, out / "logs", environment)
+    if code == 0 and not (out / "adapter" / "lora.json").exists():
+        print("error: the ranks ended before the run did, and there is no adapter; see the logs", file=sys.stderr)
+        return 1
     if code == 0:
         print(f"adapter: {out / 'adapter'} ({time.monotonic() - started:.0f} s)")
     return code
@@ -206,7 +207,7 @@ def main() -> int:
             "this machine has no NVIDIA GPU; add --local to run on CPU ranks, or --dry-run to see the recipe"
         )
     if (check_output(task.out, KIND) / "adapter").exists() and not args.overwrite:
-        raise UserError(f"{task.out} holds a finished run; choose another --out, or replace it with --overwrite")
+        raise UserError(f"{task.out} holds a finished run; choose another --out, or run again there with --overwrite")
     return train(task, arch)
 
 

@@ -12,7 +12,6 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
 from data_prep.epochs import Epochs
 from data_prep.packing import PackedDataset
-from nano3.cli import UserError
 
 
 def collate(items: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
@@ -62,21 +61,17 @@ class PackedDataModule(pl.LightningDataModule):
         if self.validation is not None:
             held = PackedDataset(self.validation, self.seq_length, self.pad_multiple)
             whole = len(held) // self.global_batch_size * self.global_batch_size
-            if not whole:
-                raise UserError(
-                    f"the validation store {self.validation} has {len(held)} packs, fewer than one global batch of "
-                    f"{self.global_batch_size}; lower train.global_batch or validate on more"
-                )
             self._validation = Epochs(held, whole, self.seed, shuffle=False)
 
     def tokens_in_step(self, step: int) -> int:
         """Tokens of documents (no padding) in the global batch of `step`, counted from 0."""
         first = step * self.global_batch_size
         packs = self._train.packs
-        return sum(
-            int((packs.store.lengths()[packs.documents(self._train.pack_of(sample))] - 1).sum())
-            for sample in range(first, first + self.global_batch_size)
-        )
+        offsets, total = packs.store.offsets, 0
+        for sample in range(first, first + self.global_batch_size):
+            documents = packs.documents(self._train.pack_of(sample))
+            total += int((offsets[documents + 1] - offsets[documents] - 1).sum())
+        return total
 
     def _loader(self, dataset: Epochs, mode: str) -> Any:
         return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=0, collate_fn=collate)

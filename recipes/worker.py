@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def main() -> int:
 
     cpu.enable()  # before NeMo is imported
     import fiddle
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
     from nemo.utils import logging as nemo_logging
 
     from recipes.nemotron_lora import nemotron_3_nano_lora
@@ -38,7 +40,10 @@ def main() -> int:
     logging.disable(logging.NOTSET)
     nemo_logging.set_verbosity(logging.ERROR)
     quiet()
-    fiddle.build(recipe)()
+    try:
+        fiddle.build(recipe)()
+    except SIGTERMException:  # a SystemExit without a code, which would pass for success
+        return 128 + signal.SIGTERM
     return 0
 
 

@@ -96,6 +96,7 @@ def main() -> None:
     save_adapter(model, adapter, {**facts, "base_config": json.loads((nemo / "hf/config.json").read_text())})
     results["adapters"] = torch.tensor(len(adapter_state(model)))
     results["guard"] = torch.tensor(_guard_fires(model))
+    results["cast"] = torch.tensor(_bias_survives_a_cast(model))
     save_file({name: value.detach().contiguous() for name, value in results.items()}, out)
 
 
@@ -117,6 +118,15 @@ def _guard_fires(model: torch.nn.Module) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def _bias_survives_a_cast(model: torch.nn.Module) -> bool:
+    """Mixed precision casts the model; a bias that BF16 cannot hold must come out as it went in, weights must not."""
+    router = next(module for module in model.modules() if hasattr(module, "expert_bias"))
+    before = router.expert_bias.fill_(0.123456789).clone()
+    model.bfloat16()
+    kept = router.expert_bias.dtype == torch.float32 and torch.equal(router.expert_bias, before)
+    return kept and router.weight.dtype == torch.bfloat16
 
 
 if __name__ == "__main__":

@@ -48,6 +48,9 @@ class Probe(pl.Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         from nano3.adapter_checkpoint import save_adapter
 
+        if "FAULT" not in os.environ:
+            check_replicas(pl_module)
+
         del trainer
 
         with torch.no_grad():
@@ -58,6 +61,42 @@ class Probe(pl.Callback):
     @staticmethod
     def _adapters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in module.named_parameters() if ".adapter." in name]
+
+
+def check_replicas(module: torch.nn.Module) -> None:
+    """Adapters of routed experts are whole on every rank of a pipeline stage: equal bit for bit after the update."""
+    from megatron.core import parallel_state
+
+    from nano3.lora import SharedExpertsAdapter
+
+    mine = [p.detach() for m in module.modules() if isinstance(m, SharedExpertsAdapter) for p in m.parameters()]
+    for group in (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()):
+        for parameter in mine:
+            everyone = [torch.empty_like(parameter) for _ in range(group.size())]
+            torch.distributed.all_gather(everyone, parameter.contiguous(), group=group)
+            assert all(torch.equal(other, parameter) for other in everyone)
+
+
+def check_the_gpu_recipe(task: Run) -> None:
+    """The same recipe for GPUs: BF16 from the first allocation on, distributed optimizer, FP32 gradients."""
+    import dataclasses
+
+    import fiddle
+    from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
+
+    from nano3.arch import Arch
+    from nano3.model import nano3_config
+    from recipes.lora_recipe import lora_recipe
+
+    recipe = lora_recipe(dataclasses.replace(task, cpu=False))
+    config = nano3_config(Arch.load(task.model), 64, bf16=True)
+    update_config_with_dtype_overrides(fiddle.build(recipe.trainer.plugins).dtype_config, config)
+    assert config.bf16, config
+    assert config.params_dtype == torch.bfloat16
+    assert recipe.trainer.strategy.ddp.use_distributed_optimizer
+    assert recipe.trainer.strategy.ddp.grad_reduce_in_fp32
+    assert recipe.optim.config.use_distributed_optimizer
+    assert recipe.trainer.accelerator == "gpu"
 
 
 def forget_a_reduction() -> None:
@@ -84,6 +123,7 @@ def main() -> None:
         forget_a_reduction()
     task = Run.from_json(Path(sys.argv[1]).read_text())
     recipe = lora_recipe(task)
+    check_the_gpu_recipe(task)
     sent = Path(sys.argv[1]).with_suffix(".recipe")
     if sent.exists():  # written by another process: NeMo-Run's serialization must survive the trip
         assert ZlibJSONSerializer().deserialize(sent.read_text()) == recipe, "the rebuilt recipe differs"

@@ -25,6 +25,7 @@ def test_links_and_scripts_exist(page):
     ]
     missing = [str(path) for path in [*links, *scripts, *paths] if not path.exists()]
     assert not missing
+    assert "TODO" not in text
 
 
 def test_the_tree_in_readme_is_the_repository():

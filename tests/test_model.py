@@ -68,5 +68,6 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_equals_its_merge(prob
     assert (results["adapted"][:, : merged.shape[1]] - merged).abs().max() < 1e-5
 
 
-def test_a_router_that_moves_is_noticed(probe):
+def test_a_router_that_moves_is_noticed_and_mixed_precision_does_not_move_it(probe):
     assert probe[0]["guard"]
+    assert probe[0]["cast"]

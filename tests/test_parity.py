@@ -19,17 +19,18 @@ from tests.tiny_store import tiny_store
 
 SEQ_LENGTH = 64
 LAYOUTS = {"one": (1, Layout()), "ep2": (2, Layout(ep=2)), "tp2": (2, Layout(tp=2))}
+MORE = {"pp2": (2, Layout(pp=2)), "tp2ep2": (2, Layout(tp=2, ep=2))}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the outputs of all layouts."""
     folder = tmp_path_factory.mktemp("parity")
-    source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"})
+    source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"}, hybrid_override_pattern="MEM*EM")
     convert(source, folder / "nemo", context=False)
     tiny_store(folder / "store", documents=60, longest=30, vocab_size=128)
     build_packs(TokenStore(folder / "store"), SEQ_LENGTH)
-    for name, (ranks, layout) in LAYOUTS.items():
+    for name, (ranks, layout) in (LAYOUTS | MORE).items():
         settings = Settings(
             layout=layout,
             lora=LoraSettings(rank=4, alpha=8.0),
@@ -55,7 +56,7 @@ def largest_errors(folder: Path, gradients: str) -> dict[str, float]:
     """Largest error of every adapter gradient against one rank's, relative to that gradient's largest value."""
     reader, expected = (TorchDistReader(folder / name / "weights") for name in (gradients, "one-grad"))
     assert set(reader.shapes) == set(expected.shapes)
-    assert len(expected.shapes) == 2 * 14 + 2 * 4  # fourteen adapted layers, two of them an in_proj with five sections
+    assert len(expected.shapes) == 2 * 16 + 3 * 4  # sixteen adapted layers, three of them an in_proj with five sections
     errors = {}
     for key in expected.shapes:
         reference = expected.whole(key)
@@ -68,8 +69,10 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2"])
+@pytest.mark.parametrize("layout", ["ep2", "tp2", *(pytest.param(name, marks=pytest.mark.full) for name in MORE)])
 def test_loss_and_gradients_equal_those_of_one_rank(runs, layout):
+    if layout in MORE:
+        launch(runs, layout, MORE[layout][0], f"{layout}-grad")
     ours, single = metrics(runs / layout), metrics(runs / "one")
     assert ours[0]["loss"] == pytest.approx(single[0]["loss"], rel=1e-5)
     assert ours[0]["grad_norm"] == pytest.approx(single[0]["grad_norm"], rel=1e-5)

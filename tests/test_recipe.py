@@ -67,6 +67,12 @@ def test_a_run_survives_its_json():
         (["layout.etp=2", "layout.ep=4"], ["layout.etp", "routed experts"]),
         (["lora.rank=3", "layout.tp=2"], ["lora.rank=3", "layout.tp=2"]),
         (["train.warmup=300"], ["train.warmup=300", "train.steps=300"]),
+        (["train.min_lr=1"], ["train.min_lr=1.0", "train.lr=0.0001"]),
+        (["lora.alpha=0"], ["lora.alpha", "change nothing"]),
+        (["train.beta2=1"], ["train.beta2=1.0"]),
+        (["train.validate_every=5"], ["train.validate_every=5", "--validation"]),
+        (["--ranks", "2"], ["--ranks", "--local"]),
+        (["--local", "--gpus-per-node", "2"], ["--local", "--gpus-per-node"]),
         (["train.lr=0"], ["train.lr"]),
         (["lora.dropout=1"], ["lora.dropout"]),
         (["--local", "--ranks", "3", "layout.ep=2"], ["3"]),
@@ -104,6 +110,52 @@ def test_data_that_cannot_be_used_is_refused_and_nothing_is_written(tmp_path):
     ):
         assert word in refused(*local(tmp_path, *arguments))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_inside_the_output_is_refused(tmp_path):
+    tiny_store(tmp_path / "out" / "store", documents=5, longest=9, vocab_size=100)
+    assert "overlap" in refused(*local(tmp_path, "--data", str(tmp_path / "out" / "store")))
+    assert (tmp_path / "out" / "store" / "tokens.bin").exists()
+
+
+def test_a_validation_store_too_small_for_a_batch_is_refused_before_anything_runs(tmp_path):
+    for name, documents in (("store", 50), ("validation", 2)):
+        store = pico_store(tmp_path / name, documents)
+    flags = ["--data", str(tmp_path / "store"), "--validation", str(store)]
+    assert "fewer than one global batch of 2" in refused(*local(tmp_path, *flags))
+    assert not (tmp_path / "out").exists()
+
+
+def pico_store(path: Path, documents: int) -> Path:
+    """A store of pico's tokenizer with packs of 64."""
+    from data_prep.packing import build_packs
+    from data_prep.store import TokenStore
+    from data_prep.tokens import tokenizer_sha256
+    from nano3.arch import resolve_model
+
+    tiny_store(path, documents, longest=30, vocab_size=300, tokenizer=tokenizer_sha256(resolve_model("pico")))
+    build_packs(TokenStore(path), 64)
+    return path
+
+
+def test_a_nemo_checkpoint_is_a_model(tmp_path):
+    from conversion.hf_to_nemo import convert
+    from tests.tiny import tiny_hf_folder
+
+    convert(tiny_hf_folder(tmp_path / "hf"), tmp_path / "nemo", context=False)
+    done = run("--model", str(tmp_path / "nemo"), "--local", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "nemo" / "hf") in done.stdout
+
+
+def test_the_targets_are_the_linear_layers_of_the_name_map():
+    from conversion.names import linears
+    from nano3.arch import Arch, resolve_model
+    from nano3.targets import adaptable_modules
+
+    arch = Arch.load(resolve_model("nano"))
+    mapped = {f"decoder.layers.{n}.{linear.module}" for n in range(len(arch.layers)) for linear in linears(arch, n)}
+    assert set(adaptable_modules(arch)) == mapped
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):

@@ -9,7 +9,9 @@ from data_prep.store import KIND, StoreWriter
 from nano3.cli import fresh_output
 
 
-def tiny_store(path: Path, documents: int, longest: int, vocab_size: int, seed: int = 0) -> Path:
+def tiny_store(
+    path: Path, documents: int, longest: int, vocab_size: int, seed: int = 0, tokenizer: str = "none"
+) -> Path:
     """Writes `documents` of 2 to `longest` random tokens; about half are supervised, the last of each always."""
     rng = np.random.default_rng(seed)
     with fresh_output(path, KIND) as folder:
@@ -19,5 +21,5 @@ def tiny_store(path: Path, documents: int, longest: int, vocab_size: int, seed: 
             mask = (rng.random(length) < 0.5).astype(np.uint8)
             mask[0], mask[-1] = 0, 1
             writer.add(rng.integers(3, vocab_size, length), mask, "random")
-        writer.finish(SimpleNamespace(sha256="none", vocab_size=vocab_size))  # type: ignore[arg-type]
+        writer.finish(SimpleNamespace(sha256=tokenizer, vocab_size=vocab_size))  # type: ignore[arg-type]
     return path

@@ -1,0 +1,56 @@
+"""What a run must satisfy whatever started it: the command line, NeMo-Run, a test. Imports neither torch nor NeMo."""
+
+from __future__ import annotations
+
+from launch.layout import validate
+from nano3.arch import Arch
+from nano3.cli import UserError
+from nano3.targets import select
+from recipes.settings import Run, Settings
+
+
+def check_run(task: Run, arch: Arch) -> None:
+    """Raises `UserError` for a layout, targets or numbers with which the run could not be right."""
+    settings = task.settings
+    layout, train, lora = settings.layout, settings.train, settings.lora
+    validate(arch, layout, task.ranks, train.seq_length, train.global_batch)
+    if layout.cp > 1:
+        raise UserError(
+            f"layout.cp={layout.cp}: packed documents are not yet cut over context-parallel ranks here; use layout.cp=1"
+        )
+    if layout.etp > 1 and lora.experts == "shared":
+        raise UserError(
+            f"layout.etp={layout.etp}: adapters on routed experts are whole on every rank; "
+            "use layout.etp=1, or lora.experts=none"
+        )
+    if lora.rank % layout.tp:
+        raise UserError(f"lora.rank={lora.rank} must be a multiple of layout.tp={layout.tp}")
+    select(arch, lora.chosen_targets(), lora.experts)
+    _check_numbers(settings)
+    if train.validate_every and task.validation is None:
+        raise UserError(f"train.validate_every={train.validate_every} needs --validation STORE")
+
+
+def _check_numbers(settings: Settings) -> None:
+    train, lora = settings.train, settings.lora
+    for name, value, holds, rule in (
+        ("train.steps", train.steps, train.steps >= 1, "at least 1"),
+        ("train.warmup", train.warmup, 0 <= train.warmup < train.steps, f"from 0 to below train.steps={train.steps}"),
+        ("train.lr", train.lr, train.lr > 0, "positive"),
+        ("train.min_lr", train.min_lr, 0 <= train.min_lr <= train.lr, f"from 0 to train.lr={train.lr}"),
+        ("train.beta2", train.beta2, 0 <= train.beta2 < 1, "at least 0 and below 1"),
+        ("train.weight_decay", train.weight_decay, train.weight_decay >= 0, "at least 0"),
+        ("train.clip", train.clip, train.clip > 0, "positive"),
+        (
+            "train.validate_every",
+            train.validate_every,
+            0 <= train.validate_every <= train.steps,
+            "from 0 to train.steps",
+        ),
+        ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
+        ("lora.alpha", lora.alpha, lora.alpha > 0, "positive, or the adapters change nothing"),
+        ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "at least 0 and below 1"),
+        ("log.every", settings.log.every, settings.log.every >= 1, "at least 1"),
+    ):
+        if not holds:
+            raise UserError(f"{name}={value} must be {rule}")
