@@ -1,0 +1,32 @@
+"""The demo's data and its verdict; the whole demo runs in CI as `make demo`."""
+
+import json
+
+import pytest
+
+from recipes.demo import broken_promises, prepare_data
+
+
+@pytest.mark.parametrize(
+    ("result", "broken"),
+    [
+        ({"router_unchanged": True, "gain": 0.30, "ci95_gain": [0.151, 0.4]}, 0),
+        ({"router_unchanged": True, "gain": 0.29, "ci95_gain": [0.2, 0.4]}, 1),
+        ({"router_unchanged": True, "gain": 0.30, "ci95_gain": [0.15, 0.4]}, 1),
+        ({"router_unchanged": False, "gain": 0.1, "ci95_gain": [0.0, 0.2]}, 3),
+    ],
+)
+def test_a_demo_that_breaks_its_promise_fails(result, broken):
+    assert len(broken_promises(result)) == broken
+
+
+def test_no_held_out_question_is_trained_on(tmp_path):
+    assert prepare_data(tmp_path, held_out=20, training=40, old_training=30) == {"exact": 0, "near": 0}
+    questions = {
+        name: {json.loads(line)["messages"][0]["content"] for line in (tmp_path / f"{name}.jsonl").open()}
+        for name in ("held_out", "old_tasks", "train")
+    }
+    assert len(questions["held_out"]) == 20
+    assert not questions["train"] & (questions["held_out"] | questions["old_tasks"])
+    assert all("Sort these numbers in ascending order" in question for question in questions["held_out"])
+    assert all(8 <= question.count(",") + 1 <= 10 for question in questions["held_out"])
