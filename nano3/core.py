@@ -13,6 +13,7 @@ import torch
 from megatron.core.activations import squared_relu
 from megatron.core.models.mamba import MambaModel
 from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -22,6 +23,9 @@ from nano3.cli import UserError
 
 MAMBA_CONV_KERNEL = 4
 """Width of the causal convolution, `d_conv` of Megatron-Core's MambaMixer."""
+
+FP32_TENSORS: dict[type[torch.nn.Module], tuple[str, ...]] = {MambaMixer: ("A_log", "D"), TopKRouter: ("expert_bias",)}
+"""Parameters and buffers that the published checkpoint holds in FP32, by the module that owns them."""
 
 
 def transformer_kwargs(arch: Arch) -> dict[str, Any]:
@@ -112,24 +116,28 @@ def mask_padded_vocabulary(model: MambaModel, vocab_size: int) -> None:
     layer.register_forward_hook(hook)
 
 
-def keep_router_bias_exact(model: MambaModel) -> None:
-    """Keeps the routers' correction bias in FP32, bit for bit, when the model is cast.
+def keep_fp32_exact(model: MambaModel) -> None:
+    """Keeps what the checkpoint has in FP32 in FP32, bit for bit, when the model is cast (see `FP32_TENSORS`).
 
-    Mixed precision casts a whole model to BF16, buffers too; Megatron-Core turns this bias back to FP32 afterwards, but
-    rounded. Tokens would then be routed otherwise than by the checkpoint that the adapter is merged into.
+    Mixed precision casts a whole model to BF16, buffers too. Megatron-Core turns the router's bias back to FP32
+    afterwards, but rounded, and leaves A_log and D in BF16: training would then run another model than the checkpoint
+    that the adapter is merged into.
     """
     for module in model.modules():
-        if isinstance(module, TopKRouter):
-            module._apply = partial(_apply_but_to_bias, module)  # type: ignore[method-assign]
+        for kind, names in FP32_TENSORS.items():
+            if isinstance(module, kind):
+                module._apply = partial(_apply_but_to, names, module)  # type: ignore[method-assign]
 
 
-def _apply_but_to_bias(router: TopKRouter, function: Callable, recurse: bool = True) -> TopKRouter:
-    """`Module._apply` of a router; its bias follows to the device, and keeps its dtype and values."""
-    bias = router.expert_bias
-    torch.nn.Module._apply(router, function, recurse)
-    if bias is not None and bias.device.type != "meta":
-        router.expert_bias = bias.to(device=router.weight.device)
-    return router
+def _apply_but_to(names: tuple[str, ...], module: torch.nn.Module, function: Callable, recurse: bool = True) -> Any:
+    """`Module._apply`; the tensors `names` follow to the device, and keep their dtype and values."""
+    kept = {name: getattr(module, name).data for name in names}
+    torch.nn.Module._apply(module, function, recurse)
+    for name, value in kept.items():
+        tensor = getattr(module, name)
+        if value.device.type != "meta":
+            tensor.data = value.to(device=tensor.device)
+    return module
 
 
 def build_mcore_model(
@@ -152,5 +160,5 @@ def build_mcore_model(
         position_embedding_type="none",
     )
     mask_padded_vocabulary(model, vocab_size)
-    keep_router_bias_exact(model)
+    keep_fp32_exact(model)
     return model

@@ -137,7 +137,7 @@ def nano3_config(arch: Arch, seq_length: int, bf16: bool) -> Nano3Config:
         seq_length=seq_length,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        cross_entropy_loss_fusion=bf16,
+        cross_entropy_loss_fusion=not cpu.enabled(),
         calculate_per_token_loss=True,
         forward_step_fn=packed_forward_step,
         data_step_fn=packed_data_step,

@@ -47,7 +47,7 @@ def lora_recipe(task: Run) -> run.Partial:
     train = task.settings.train
     return run.Partial(
         llm.finetune,
-        model=run.Config(nano3_model, folder=task.model, seq_length=train.seq_length, bf16=not task.cpu),
+        model=run.Config(nano3_model, folder=task.model, seq_length=train.seq_length, bf16=task.bf16),
         data=run.Config(
             PackedDataModule,
             train=task.data,
@@ -96,7 +96,7 @@ def _trainer(task: Run) -> run.Config:
         num_nodes=task.nodes,
         max_steps=train.steps,
         strategy=_strategy(task),
-        plugins=None if task.cpu else _bf16(),
+        plugins=_bf16() if task.bf16 else None,
         callbacks=[
             run.Config(RouterGuard),
             run.Config(SaveAdapter, out=str(out / "adapter"), facts=_facts(task)),
@@ -131,12 +131,12 @@ def _strategy(task: Run) -> run.Config:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         sequence_parallel=layout.sequence_parallel,
-        pipeline_dtype=(torch.float32 if task.cpu else torch.bfloat16) if layout.pp > 1 else None,
+        pipeline_dtype=(torch.bfloat16 if task.bf16 else torch.float32) if layout.pp > 1 else None,
         process_group_backend="gloo" if task.cpu else None,
         ddp=run.Config(
             DistributedDataParallelConfig,
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=not task.cpu,
+            use_distributed_optimizer=task.bf16,
             overlap_grad_reduce=False,
             average_in_collective=False,  # gradients are sums, divided once by the tokens of the global batch
         ),
@@ -160,9 +160,9 @@ def _optimizer(task: Run) -> run.Config:
             adam_beta2=train.beta2,
             adam_eps=1e-8,
             clip_grad=train.clip,
-            bf16=not task.cpu,
-            params_dtype=torch.float32 if task.cpu else torch.bfloat16,
-            use_distributed_optimizer=not task.cpu,
+            bf16=task.bf16,
+            params_dtype=torch.bfloat16 if task.bf16 else torch.float32,
+            use_distributed_optimizer=task.bf16,
         ),
         lr_scheduler=run.Config(
             CosineAnnealingScheduler,

@@ -202,9 +202,11 @@ def main() -> int:
             f"--nodes {task.nodes} needs a cluster, and submitting to one is not part of this version. "
             "See what would run with --dry-run, or run the same recipe on CPU ranks with --local --ranks R"
         )
-    if not task.cpu and not any(os.path.exists(f"/dev/nvidia{number}") for number in range(16)):
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if not task.cpu and gpus < task.ranks_per_node:
         raise UserError(
-            "this machine has no NVIDIA GPU; add --local to run on CPU ranks, or --dry-run to see the recipe"
+            f"the run wants {task.ranks_per_node} NVIDIA GPUs and this machine has {gpus}; give --gpus-per-node, add "
+            "--local to run on CPU ranks, or --dry-run to see the recipe"
         )
     if (check_output(task.out, KIND) / "adapter").exists() and not args.overwrite:
         raise UserError(f"{task.out} holds a finished run; choose another --out, or run again there with --overwrite")

@@ -61,6 +61,8 @@ class TrainSettings:
     """Steps between validations; 0: only at the end."""
     seed: int = 1234
     """Of the adapters' first A, the order of packs and dropout."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of weights and activations; auto: bf16 on GPUs, fp32 on CPU ranks. bf16 brings the distributed optimizer."""
 
 
 @dataclass
@@ -105,6 +107,12 @@ class Run:
     def ranks(self) -> int:
         """Ranks of the whole run."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the run is in BF16, with FP32 gradients and optimizer state."""
+        precision = self.settings.train.precision
+        return precision == "bf16" or (precision == "auto" and not self.cpu)
 
     def to_json(self) -> str:
         """The run as JSON, for the ranks' processes."""

@@ -1,0 +1,71 @@
+"""The precision of GPUs on CPU ranks: BF16 model, FP32 gradients, distributed optimizer, expert parallel 2."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conversion.hf_to_nemo import convert
+from conversion.merge_lora import merge
+from conversion.torch_dist import TorchDistReader
+from data_prep.packing import build_packs
+from data_prep.store import TokenStore
+from launch.layout import Layout
+from launch.local import run_ranks
+from recipes.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
+from tests.tiny import tiny_hf_folder
+from tests.tiny_store import tiny_store
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an FP32 and a BF16 run of the same recipe; the base has router biases that BF16 cannot hold."""
+    folder = tmp_path_factory.mktemp("bf16")
+    source = tiny_hf_folder(folder / "hf")
+    convert(source, folder / "nemo", context=False)
+    tiny_store(folder / "store", documents=60, longest=30, vocab_size=128)
+    build_packs(TokenStore(folder / "store"), 64)
+    for precision in ("fp32", "bf16"):
+        settings = Settings(
+            layout=Layout(ep=2),
+            lora=LoraSettings(rank=4, alpha=8.0),
+            train=TrainSettings(steps=STEPS, warmup=1, lr=1e-2, global_batch=4, seq_length=64, precision=precision),
+            log=LogSettings(tensorboard=False),
+        )
+        store, out = str(folder / "store"), folder / precision
+        task = Run(str(source), str(folder / "nemo"), store, None, str(out), 1, 2, True, settings)
+        (folder / f"{precision}.json").write_text(task.to_json())
+        code = run_ranks(["-m", "recipes.worker", str(folder / f"{precision}.json")], 2, out / "logs")
+        assert code == 0, (out / "logs" / "rank0.log").read_text()[-3000:]
+    return folder
+
+
+@pytest.mark.full
+def test_bf16_trains_as_fp32_does_and_keeps_the_router(runs):
+    losses = {
+        name: [json.loads(line)["loss"] for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("fp32", "bf16")
+    }
+    assert len(losses["bf16"]) == STEPS
+    # BF16 has 8 bits: losses around 5 agree to the third digit, gradients to some percent.
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.03)
+    recorded = {name: json.loads((runs / name / "adapter" / "lora.json").read_text()) for name in losses}
+    assert recorded["bf16"]["router_sha256"] == recorded["fp32"]["router_sha256"]
+    reader = TorchDistReader(runs / "bf16" / "adapter" / "weights")
+    assert {reader.dtype(key) for key in reader.shapes} == {"BF16"}
+    trained = [key for key in reader.shapes if "linear_out" in key and reader.whole(key).abs().max() > 0]
+    assert len(trained) == sum("linear_out" in key for key in reader.shapes)
+
+
+@pytest.mark.full
+def test_a_bf16_adapter_merges_into_its_base(runs, tmp_path):
+    summary = merge(runs / "hf", runs / "bf16" / "adapter", tmp_path / "merged")
+    assert summary.same_routers
+    before, after = load_file(runs / "hf" / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    assert {name: value.dtype for name, value in after.items()} == {name: value.dtype for name, value in before.items()}
+    untouched = [name for name in before if any(part in name for part in ("A_log", "gate", "norm", "embeddings"))]
+    assert all(torch.equal(before[name], after[name]) for name in untouched)
