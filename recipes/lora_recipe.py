@@ -25,6 +25,7 @@ from data_prep.packing import PackedDataset
 from nano3.adapter_checkpoint import SaveAdapter
 from nano3.arch import Arch
 from nano3.hf_config import read_config
+from nano3.liveness import AdapterLiveness
 from nano3.lora import Nano3LoRA
 from nano3.progress import Progress
 from nano3.router import RouterGuard
@@ -99,6 +100,7 @@ def _trainer(task: Run) -> run.Config:
         plugins=_bf16() if task.bf16 else None,
         callbacks=[
             run.Config(RouterGuard),
+            run.Config(AdapterLiveness),
             run.Config(SaveAdapter, out=str(out / "adapter"), facts=_facts(task)),
             run.Config(Progress, folder=task.out, every=task.settings.log.every, steps=train.steps),
         ],

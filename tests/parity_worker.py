@@ -113,14 +113,28 @@ def forget_a_reduction() -> None:
     lora.SharedExpertsAdapter.__init__ = init
 
 
+def detach_an_adapter() -> None:
+    """A fault that no error reports: the adapters of out_proj are computed outside the graph."""
+    from nano3 import lora
+
+    forward = lora.DenseAdapter.forward
+
+    def detached(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out = forward(self, x)
+        return out.detach() if self.base_linear_name.endswith("out_proj") else out
+
+    lora.DenseAdapter.forward = detached
+
+
 def main() -> None:
     import fiddle
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
     from recipes.lora_recipe import lora_recipe
 
-    if os.environ.get("FAULT") == "reduction":
-        forget_a_reduction()
+    {"reduction": forget_a_reduction, "detach": detach_an_adapter, "none": lambda: None}[
+        os.environ.get("FAULT", "none")
+    ]()
     task = Run.from_json(Path(sys.argv[1]).read_text())
     recipe = lora_recipe(task)
     check_the_gpu_recipe(task)

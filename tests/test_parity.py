@@ -89,6 +89,15 @@ def test_a_forgotten_reduction_is_noticed(runs):
     assert wrong == {key for key in largest_errors(runs, "ep2-grad") if ".mlp.experts." in key}
 
 
+@pytest.mark.full
+def test_an_adapter_outside_the_graph_stops_the_run_by_name(runs):
+    with pytest.raises(AssertionError, match="linear_out") as stopped:
+        launch(runs, "ep2", 2, "dead-grad", FAULT="detach")
+    assert "learned nothing" in str(stopped.value)
+    assert "layers.0.mixer.out_proj.adapter" in str(stopped.value)
+    assert not (runs / "dead-grad").exists()
+
+
 def test_the_router_has_one_hash_on_every_layout(runs):
     digests = {json.loads((runs / name / "adapter" / "lora.json").read_text())["router_sha256"] for name in LAYOUTS}
     assert len(digests) == 1
