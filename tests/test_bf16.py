@@ -13,9 +13,9 @@ from conversion.torch_dist import TorchDistReader
 from data_prep.packing import build_packs
 from data_prep.store import TokenStore
 from launch.layout import Layout
-from launch.local import run_ranks
-from recipes.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
+from recipes.settings import LogSettings, LoraSettings, Settings, TrainSettings
 from tests.tiny import tiny_hf_folder
+from tests.tiny_run import metrics, run, write_run
 from tests.tiny_store import tiny_store
 
 STEPS = 4
@@ -36,20 +36,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             train=TrainSettings(steps=STEPS, warmup=1, lr=1e-2, global_batch=4, seq_length=64, precision=precision),
             log=LogSettings(tensorboard=False),
         )
-        store, out = str(folder / "store"), folder / precision
-        task = Run(str(source), str(folder / "nemo"), store, None, str(out), 1, 2, True, settings)
-        (folder / f"{precision}.json").write_text(task.to_json())
-        code = run_ranks(["-m", "recipes.worker", str(folder / f"{precision}.json")], 2, out / "logs")
-        assert code == 0, (out / "logs" / "rank0.log").read_text()[-3000:]
+        run(write_run(folder, precision, 2, settings))
     return folder
 
 
 @pytest.mark.full
 def test_bf16_trains_as_fp32_does_and_keeps_the_router(runs):
-    losses = {
-        name: [json.loads(line)["loss"] for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("fp32", "bf16")
-    }
+    losses = {name: [row["loss"] for row in metrics(runs / name)] for name in ("fp32", "bf16")}
     assert len(losses["bf16"]) == STEPS
     # BF16 has 8 bits: losses around 5 agree to the third digit, gradients to some percent.
     assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.03)

@@ -12,9 +12,9 @@ from data_prep.epochs import Epochs
 from data_prep.packing import build_packs
 from data_prep.store import TokenStore
 from launch.layout import Layout
-from launch.local import run_ranks
-from recipes.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
+from recipes.settings import LogSettings, LoraSettings, Settings, TrainSettings
 from tests.tiny import tiny_hf_folder
+from tests.tiny_run import metrics, run, write_run
 from tests.tiny_store import tiny_store
 
 SEQ_LENGTH = 64
@@ -37,19 +37,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             train=TrainSettings(steps=1, warmup=0, global_batch=4, seq_length=SEQ_LENGTH, clip=1e9),
             log=LogSettings(tensorboard=False),
         )
-        store, base = str(folder / "store"), str(folder / "nemo")
-        task = Run(str(source), base, store, store, str(folder / name), 1, ranks, True, settings)
-        (folder / f"{name}.json").write_text(task.to_json())
-    for name, (ranks, _) in LAYOUTS.items():
-        launch(folder, name, ranks, f"{name}-grad")
+        write_run(folder, name, ranks, settings, validate=True)
+    for name in LAYOUTS:
+        launch(folder, name, f"{name}-grad")
     return folder
 
 
-def launch(folder: Path, name: str, ranks: int, gradients: str, **environment: str) -> None:
-    paths = (str(folder / part) for part in (f"{name}.json", "initial", gradients))
-    logs = folder / name / "logs"
-    code = run_ranks(["-m", "tests.parity_worker", *paths], ranks, logs, {"NANO3_CPU": "1", **environment})
-    assert code == 0, (logs / "rank0.log").read_text()[-3000:]
+def launch(folder: Path, name: str, gradients: str, **environment: str) -> None:
+    paths = (str(folder / part) for part in ("initial", gradients))
+    run(folder / f"{name}.json", "tests.parity_worker", *paths, **environment)
 
 
 def largest_errors(folder: Path, gradients: str) -> dict[str, float]:
@@ -65,14 +61,10 @@ def largest_errors(folder: Path, gradients: str) -> dict[str, float]:
     return errors
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("layout", ["ep2", "tp2", *(pytest.param(name, marks=pytest.mark.full) for name in MORE)])
 def test_loss_and_gradients_equal_those_of_one_rank(runs, layout):
     if layout in MORE:
-        launch(runs, layout, MORE[layout][0], f"{layout}-grad")
+        launch(runs, layout, f"{layout}-grad")
     ours, single = metrics(runs / layout), metrics(runs / "one")
     assert ours[0]["loss"] == pytest.approx(single[0]["loss"], rel=1e-5)
     assert ours[0]["grad_norm"] == pytest.approx(single[0]["grad_norm"], rel=1e-5)
@@ -84,7 +76,7 @@ def test_loss_and_gradients_equal_those_of_one_rank(runs, layout):
 
 @pytest.mark.full
 def test_a_forgotten_reduction_is_noticed(runs):
-    launch(runs, "ep2", 2, "fault-grad", FAULT="reduction")
+    launch(runs, "ep2", "fault-grad", FAULT="reduction")
     wrong = {key for key, error in largest_errors(runs, "fault-grad").items() if error > 1e-5}
     assert wrong == {key for key in largest_errors(runs, "ep2-grad") if ".mlp.experts." in key}
 
@@ -92,7 +84,7 @@ def test_a_forgotten_reduction_is_noticed(runs):
 @pytest.mark.full
 def test_an_adapter_outside_the_graph_stops_the_run_by_name(runs):
     with pytest.raises(AssertionError, match="linear_out") as stopped:
-        launch(runs, "ep2", 2, "dead-grad", FAULT="detach")
+        launch(runs, "ep2", "dead-grad", FAULT="detach")
     assert "learned nothing" in str(stopped.value)
     assert "layers.0.mixer.out_proj.adapter" in str(stopped.value)
     assert not (runs / "dead-grad").exists()
