@@ -12,11 +12,13 @@ PACKAGES := nano3 recipes data_prep conversion evaluation launch tests
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-full check gpu-check clean
+.PHONY: help install demo test test-full check gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@grep -E '^[a-z/-]+:.*## ' Makefile | sed -E 's/^([a-z/-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+install: $(INSTALLED) ## only .venv with what requirements.txt names
 
 demo: $(INSTALLED) ## questions -> tokens -> import -> LoRA on 2 CPU ranks -> merge -> export -> scores (runs/demo)
 	$(PY) recipes/demo.py

@@ -27,6 +27,7 @@ from conversion.plan import make_plan
 from conversion.safetensors_io import HFFolder, side_files
 from nano3.arch import resolve_model
 from nano3.cli import check_output, fresh_output, run
+from nano3.quiet import quiet_imports
 
 
 def convert(source: Path, out: Path, context: bool = True) -> int:
@@ -46,7 +47,8 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
             copy_files(source, side, folder / SIDE)
             (folder / LAYOUT).write_text(hf.layout.to_json())
             if context:
-                from conversion.nemo_io import write_context
+                with quiet_imports():
+                    from conversion.nemo_io import write_context
 
                 write_context(folder / CONTEXT, folder / SIDE)
             (folder / WEIGHTS).mkdir()

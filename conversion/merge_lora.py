@@ -46,7 +46,11 @@ def merge(base: Path, adapter_folder: Path, out: Path) -> Summary:
     refuse_overlap(out, base, adapter_folder)
     check_output(out, HF_KIND)
     if not (adapter_folder / "lora.json").is_file():
-        raise UserError(f"{adapter_folder} is no adapter folder (no lora.json); give the folder that training wrote")
+        inner = [name for name in ("adapter", "adapter.previous") if (adapter_folder / name / "lora.json").is_file()]
+        hint = (
+            f"did you mean {adapter_folder / inner[0]}?" if inner else "give the folder OUT/adapter of a training run"
+        )
+        raise UserError(f"{adapter_folder} is no adapter folder (no lora.json); {hint}")
     with HFFolder(base) as hf:
         from conversion.adapter import Adapter
 

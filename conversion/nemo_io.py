@@ -26,6 +26,7 @@ from nemo.lightning.io.pl import TrainerContext
 from conversion import hf_to_nemo, nemo_to_hf
 from conversion.folders import SIDE
 from nano3.arch import Arch
+from nano3.quiet import quiet
 
 if not hasattr(AutoTokenizer, "__io_artifacts__"):
     # NeMo 2.7.3 does this itself, but only after importing a module that transformers 5 no longer has, and without it a
@@ -42,6 +43,7 @@ def describe(hf: Path) -> Nano3Model:
 
 def write_context(folder: Path, hf: Path) -> None:
     """Writes NeMo's `context/`: model and tokenizer for `AutoResume`, `RestoreConfig` and `io.load_context`."""
+    quiet()
     trainer = nl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     TrainerContext(model=describe(hf), trainer=trainer, extra={}).io_dump(folder, yaml_attrs=["model"])
 

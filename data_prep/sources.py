@@ -10,13 +10,12 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.chat import check_messages
-from nano3.cli import UserError
+from nano3.cli import UserError, fresh_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +85,11 @@ def _conversation(line: bytes, path: Path, where: str) -> Conversation:
 
 def write_rows(path: Path | str, rows: Iterable[dict[str, Any]]) -> int:
     """Writes rows as JSONL, whole or not at all, and returns how many. An existing file is replaced."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     count = 0
-    try:
-        with temporary.open("w", encoding="utf-8") as out:
-            for row in rows:
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with fresh_file(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 

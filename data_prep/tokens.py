@@ -36,7 +36,10 @@ def tokenizer_file(folder: Path | str) -> Path:
     """`tokenizer.json` of a preset (`pico`) or of a model or tokenizer folder; `UserError` when there is none."""
     path = PRESETS.get(str(folder), Path(folder)) / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"no tokenizer.json in {folder}; give the folder of a model or of its tokenizer")
+        raise UserError(
+            f"no tokenizer.json in {folder}; give the folder of a downloaded model or tokenizer, or pico "
+            "(the preset nano is a config.json only, and names on a hub are not downloaded)"
+        )
     return path
 
 

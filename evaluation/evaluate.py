@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,11 @@ from typing import Any
 
 from evaluation.questions import Question, load_questions
 from evaluation.score import is_correct, wilson_interval
-from nano3.cli import UserError, run
+from nano3.arch import resolve_model
+from nano3.cli import UserError, fresh_file, run
 from nano3.hf_config import read_config
 
+THINK_END = "</think>"
 KIND = "evaluation-result"
 """Marks our result files: a second run may replace one, and never somebody else's file."""
 
@@ -30,14 +31,16 @@ def evaluate_model(
     questions: Sequence[Question],
     max_new_tokens: int = 40,
     batch_size: int = 128,
+    thinking: bool = False,
     threads: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Scores the model in `folder` (FP32 on the CPU, BF16 on a GPU) and returns the result that `main` writes.
 
     Fields: n, correct, accuracy, ci95 (Wilson), unfinished (answers cut at `max_new_tokens`), by_source, seconds,
-    settings, and answers: one row per question with its text, the expected and the given answer. `threads` is PyTorch's
-    number of CPU threads for the whole process; more than one slows small models down.
+    settings, and answers: one row per question with its text, the expected and the given answer. With `thinking` the
+    model reasons first, and what follows its `</think>` is the answer; ask in the mode that was trained. `threads` is
+    PyTorch's number of CPU threads for the whole process; more than one slows small models down.
     """
     import torch
     from transformers.utils import logging
@@ -51,12 +54,13 @@ def evaluate_model(
     start = time.monotonic()
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     tokenizer = load_tokenizer(str(folder))
-    prompts = encode_prompts(tokenizer, [question.messages for question in questions])
+    prompts = encode_prompts(tokenizer, [question.messages for question in questions], thinking)
     model = load_reference(folder, dtype).to(device)
     answers = greedy_answers(model, prompts, max_new_tokens, batch_size, progress)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for question, answer in zip(questions, answers, strict=True):
         text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        text, finished = final_answer(text, answer.finished, thinking)
         rows.append(
             {
                 "id": question.id,
@@ -64,8 +68,8 @@ def evaluate_model(
                 "question": question.text,
                 "expected": question.answer,
                 "answer": text,
-                "correct": answer.finished and is_correct(text, question.answer),
-                "finished": answer.finished,
+                "correct": finished and is_correct(text, question.answer),
+                "finished": finished,
             }
         )
     correct = sum(row["correct"] for row in rows)
@@ -76,9 +80,23 @@ def evaluate_model(
         "unfinished": sum(not row["finished"] for row in rows),
         "by_source": _by_source(rows),
         "seconds": round(time.monotonic() - start, 2),
-        "settings": {"max_new_tokens": max_new_tokens, "device": device, "dtype": str(dtype), "greedy": True},
+        "settings": {
+            "max_new_tokens": max_new_tokens,
+            "thinking": thinking,
+            "device": device,
+            "dtype": str(dtype),
+            "greedy": True,
+        },
         "answers": rows,
     }
+
+
+def final_answer(text: str, finished: bool, thinking: bool) -> tuple[str, bool]:
+    """The answer in what the model said, and whether it came to an end: reasoning that never ended gave no answer."""
+    if not thinking:
+        return text, finished
+    _, end, answer = text.rpartition(THINK_END)
+    return answer, finished and bool(end)
 
 
 def _summary(correct: int, n: int) -> dict[str, Any]:
@@ -108,10 +126,8 @@ def check_result_file(out: Path) -> Path:
 
 def write_result(result: dict[str, Any], out: Path) -> None:
     """Writes the result whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, out)
+    with fresh_file(out) as temporary:
+        temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -119,12 +135,13 @@ def _arguments() -> argparse.Namespace:
         description="Scores a Hugging Face model folder on held-out questions: greedy answers, exact match.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="folder with config.json, weights and tokenizer")
+    parser.add_argument("model", metavar="MODEL_DIR", help="Hugging Face folder, or pico")
     parser.add_argument("--questions", type=Path, required=True, help="chat JSONL; the last message is the answer")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for scores and answers")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="longest answer in tokens")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="questions at a time")
+    parser.add_argument("--thinking", action="store_true", help="let the model reason first, as it was trained to")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads; 1 is best for small models")
     return parser.parse_args()
 
@@ -134,10 +151,11 @@ def main() -> int:
     for name in ("max_new_tokens", "batch_size", "threads"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    read_config(args.model)
+    folder = resolve_model(args.model)
+    read_config(folder)
     questions = load_questions(args.questions, args.limit)
     out = check_result_file(args.out)
-    result = evaluate_model(args.model, questions, args.max_new_tokens, args.batch_size, args.threads)
+    result = evaluate_model(folder, questions, args.max_new_tokens, args.batch_size, args.thinking, args.threads)
     write_result(result, out)
     low, high = result["ci95"]
     print(

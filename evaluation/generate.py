@@ -40,12 +40,12 @@ def load_tokenizer(folder: str) -> Any:
     return tokenizer
 
 
-def encode_prompts(tokenizer: Any, conversations: Sequence[Sequence[dict[str, Any]]]) -> list[list[int]]:
-    """Token ids of each conversation up to where the model's answer begins, by the tokenizer's own chat template."""
-    texts = [
-        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        for messages in conversations
-    ]
+def encode_prompts(
+    tokenizer: Any, conversations: Sequence[Sequence[dict[str, Any]]], thinking: bool = False
+) -> list[list[int]]:
+    """Token ids of each conversation up to where the model's turn begins, by the tokenizer's own chat template."""
+    settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+    texts = [tokenizer.apply_chat_template(list(messages), **settings) for messages in conversations]
     # The template has written every special token that belongs there.
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from evaluation.charts import Series, bar_chart, line_chart, stage_bar
 from evaluation.score import is_correct
+from nano3.cli import fresh_file
 
 REQUIRED = (
     "n",
@@ -50,9 +50,8 @@ def write_report(
     paths = folder / "report.json", folder / "report.html"
     texts = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", render(report, curve, examples)
     for path, text in zip(paths, texts, strict=True):
-        temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with fresh_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return paths
 
 

@@ -253,6 +253,8 @@ def _tensors(arch: Arch) -> Mapping[str, TensorSpec]:
 def resolve_model(name_or_path: str | Path) -> Path:
     """The folder of a preset (`PRESETS`) or of a path to a model folder; `UserError` when there is neither."""
     path = PRESETS.get(str(name_or_path), Path(name_or_path))
+    if (path / "weights").is_dir() and (path / "hf").is_dir():
+        raise UserError(f"{name_or_path} is a NeMo checkpoint; give a Hugging Face folder (conversion/nemo_to_hf.py)")
     if not (path / "config.json").is_file():
         raise UserError(
             f"model {str(name_or_path)!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json"

@@ -24,7 +24,8 @@ class UserError(ValueError):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs `main` as a script: exit code 0 or its own, 2 with one line for a `UserError`, 130 for Ctrl-C.
+    """Runs `main` as a script: exit code 0 or its own, 130 for Ctrl-C, 2 with one line for a `UserError` and for a
+    file that cannot be read or written.
 
     Libraries' warnings about their own dependencies are left out, here and in processes that are started from here;
     PYTHONWARNINGS brings them back.
@@ -38,9 +39,12 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of our output has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -99,6 +103,20 @@ def fresh_output(out: Path | str, kind: str) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def fresh_file(out: Path | str) -> Iterator[Path]:
+    """Gives a temporary file name beside `out`; on success the file replaces `out`, on an error nothing of it stays."""
+    out = Path(out).resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _tidy(out)
+    temporary = out.parent / f".{out.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        yield temporary
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _tidy(out: Path) -> None:
     """Puts back what a killed run left half-replaced and removes what it left half-written; a live run's stays."""
     for old in out.parent.glob(f".{out.name}.old-*"):
@@ -109,13 +127,13 @@ def _tidy(out: Path) -> None:
                 os.rename(old, out)
     for stale in out.parent.glob(f".{out.name}.partial-*"):
         if _ended(stale):
-            shutil.rmtree(stale, ignore_errors=True)
+            stale.unlink() if stale.is_file() else shutil.rmtree(stale, ignore_errors=True)
 
 
-def _ended(folder: Path) -> bool:
-    """Whether the process that made this hidden folder is gone; its number stands in the name."""
+def _ended(hidden: Path) -> bool:
+    """Whether the process that made this hidden file or folder is gone; its number stands in the name."""
     try:
-        os.kill(int(folder.name.rsplit("-", 2)[1]), 0)
+        os.kill(int(hidden.name.rsplit("-", 2)[1]), 0)
     except ProcessLookupError:
         return True
     except (PermissionError, ValueError):

@@ -167,33 +167,49 @@ def train(task: Run, arch: Arch) -> int:
     from conversion.hf_to_nemo import convert
     from launch.local import run_ranks
 
+    if Path(task.base) == Path(task.out) / "base" and not list(Path(task.model).glob("*.safetensors")):
+        raise UserError(
+            f"{task.model} has no weights; give --model FOLDER, the downloaded model, or --dry-run to see the recipe"
+        )
     check_data(task, arch)
     out = Path(task.out)
     if owner_of(out) != KIND:
         with fresh_output(out, KIND):
             pass
     (out / "run.json").write_text(task.to_json() + "\n")
+    for old in ("logs", "nemo", "tensorboard"):
+        shutil.rmtree(out / old, ignore_errors=True)
     if (out / "adapter").exists():
         shutil.rmtree(out / "adapter.previous", ignore_errors=True)
         os.rename(out / "adapter", out / "adapter.previous")
+        print(f"the adapter of the last run is now {out / 'adapter.previous'}", file=sys.stderr)
     if Path(task.base) == out / "base":
         print("importing the base weights ...", file=sys.stderr)
         convert(Path(task.model), out / "base", context=False)
     print(f"training on {task.ranks} {'CPU' if task.cpu else 'GPU'} ranks; logs in {out / 'logs'}", file=sys.stderr)
     started = time.monotonic()
     environment = {"NANO3_CPU": "1" if task.cpu else "0"}
-    code = run_ranks(["-m", "recipes.worker", str(out / "run.json")], task.ranks, out / "logs", environment)
-    if code == 0 and not (out / "adapter" / "lora.json").exists():
-        print("error: the ranks ended before the run did, and there is no adapter; see the logs", file=sys.stderr)
-        return 1
-    if code == 0:
-        print(f"adapter: {out / 'adapter'} ({time.monotonic() - started:.0f} s)")
+    try:
+        code = run_ranks(["-m", "recipes.worker", str(out / "run.json")], task.ranks, out / "logs", environment)
+    finally:
+        if not (out / "adapter" / "lora.json").exists():
+            print(
+                f"the run ended early and wrote no adapter; see {out / 'logs'}. There are no checkpoints in between "
+                "yet: the same command starts from the beginning",
+                file=sys.stderr,
+            )
+    if not (out / "adapter" / "lora.json").exists():
+        return code or 1
+    print(f"adapter: {out / 'adapter'} ({time.monotonic() - started:.0f} s)")
     return code
 
 
 def main() -> int:
-    args = parser().parse_args()
+    args = parser().parse_intermixed_args()
     task, arch = resolve(args)
+    check_output(task.out, KIND)
+    if args.data:
+        check_data(task, arch)
     if args.dry_run:
         print(describe(task, arch))
         return 0
@@ -208,7 +224,7 @@ def main() -> int:
             f"the run wants {task.ranks_per_node} NVIDIA GPUs and this machine has {gpus}; give --gpus-per-node, add "
             "--local to run on CPU ranks, or --dry-run to see the recipe"
         )
-    if (check_output(task.out, KIND) / "adapter").exists() and not args.overwrite:
+    if (Path(task.out) / "adapter").exists() and not args.overwrite:
         raise UserError(f"{task.out} holds a finished run; choose another --out, or run again there with --overwrite")
     return train(task, arch)
 

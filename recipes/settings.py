@@ -44,7 +44,7 @@ class TrainSettings:
     lr: float = 1e-4
     """Peak learning rate; cosine to `min_lr`."""
     min_lr: float = 0.0
-    """Learning rate at the last step."""
+    """Where the cosine ends: the rate that a step after the last would have."""
     warmup: int = 50
     """Steps of linear warm-up."""
     global_batch: int = 128

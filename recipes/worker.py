@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
 from nano3.cli import run
+from nano3.quiet import quiet, quiet_imports
 from recipes.settings import Run
-
-
-def quiet() -> None:
-    """Keeps the screen for the run's own lines: NeMo and its dependencies say a hundred others before the first step.
-
-    Errors still come through, and NeMo writes its own log files under OUT/nemo.
-    """
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith(("lightning", "pytorch_lightning", "megatron", "nv_one_logger", "nemo_run")):
-            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> int:
     """Builds the recipe from the run's JSON and runs it to the end."""
     task = Run.from_json(Path(sys.argv[1]).read_text())
     os.environ["NANO3_CPU"] = "1" if task.cpu else "0"
-    logging.disable(logging.WARNING)  # while importing, when no logger can be told yet
-    from nano3 import cpu
+    with quiet_imports():
+        from nano3 import cpu
 
-    cpu.enable()  # before NeMo is imported
-    import fiddle
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-    from nemo.utils import logging as nemo_logging
+        cpu.enable()  # before NeMo is imported
+        import fiddle
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from recipes.nemotron_lora import nemotron_3_nano_lora
+        from recipes.nemotron_lora import nemotron_3_nano_lora
 
-    recipe = nemotron_3_nano_lora(task)
-    logging.disable(logging.NOTSET)
-    nemo_logging.set_verbosity(logging.ERROR)
+        recipe = nemotron_3_nano_lora(task)
     quiet()
     try:
         fiddle.build(recipe)()

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evaluation.charts import line_chart
-from evaluation.evaluate import evaluate_model, main
+from evaluation.evaluate import evaluate_model, final_answer, main
 from evaluation.generate import Answer, _cut, encode_prompts, greedy_answers, load_tokenizer
 from evaluation.hf_model import load_reference
 from evaluation.questions import load_questions
 from evaluation.report import REQUIRED, examples_from, write_report
 from evaluation.score import compare, gain_interval, is_correct, normalize, wilson_interval
+from nano3.arch import resolve_model
 from nano3.cli import UserError
 from recipes.pico_tokenizer import save_tokenizer, vocabulary
 from tests.tiny import tiny_hf_folder
@@ -243,6 +244,26 @@ def test_scores_of_a_folder(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "finished", "thinking", "expected"),
+    [
+        ("42", True, False, ("42", True)),
+        ("6 times 7</think>\n42", True, True, ("\n42", True)),
+        ("6 times 7</think>\n4", False, True, ("\n4", False)),
+        ("6 times 7 is 42", True, True, ("6 times 7 is 42", False)),  # never came out of its reasoning
+    ],
+)
+def test_the_answer_is_what_follows_the_reasoning(text, finished, thinking, expected):
+    assert final_answer(text, finished, thinking) == expected
+
+
+def test_the_prompt_opens_or_closes_the_reasoning():
+    tokenizer = load_tokenizer(str(resolve_model("pico")))
+    for thinking, end in ((True, "<think>\n"), (False, "<think></think>")):
+        (ids,) = encode_prompts(tokenizer, [[{"role": "user", "content": "x"}]], thinking)
+        assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n" + end)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ([], "holds no questions"),
@@ -342,7 +363,8 @@ def test_the_script_refuses_fast_and_without_a_traceback(tmp_path):
     command = [sys.executable, str(script), str(tmp_path), "--questions", "none.jsonl", "--out", "x.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f"error: no config.json at {tmp_path}; give a Hugging Face model folder\n"
+    assert done.stderr.startswith(f"error: model '{tmp_path}' is neither a preset")
+    assert done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
 
 
