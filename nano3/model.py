@@ -19,6 +19,7 @@ import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.mamba import MambaModel  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from nemo.collections.llm.gpt.model.base import GPTModel  # noqa: E402
 from nemo.collections.llm.gpt.model.ssm import SSMConfig  # noqa: E402
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction  # noqa: E402
@@ -138,6 +139,7 @@ def nano3_config(arch: Arch, seq_length: int, bf16: bool) -> Nano3Config:
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         cross_entropy_loss_fusion=not cpu.enabled(),
+        attention_backend=AttnBackend.auto,  # NeMo's default insists on flash-attn, which not every environment has
         calculate_per_token_loss=True,
         forward_step_fn=packed_forward_step,
         data_step_fn=packed_data_step,

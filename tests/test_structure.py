@@ -1,0 +1,53 @@
+"""Imports go one way, and what must answer on a login node stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MIDDLE = {"launch", "evaluation", "conversion", "data_prep"}
+MAY_IMPORT = {
+    "nano3": set(),
+    **{room: {"nano3"} for room in MIDDLE},
+    "recipes": MIDDLE | {"nano3"},
+}
+"""Room -> the other rooms that it may import."""
+LIGHT = ("nano3.arch", "nano3.cli", "nano3.targets", "launch.layout", "launch.overrides", "recipes.checks")
+NEMO_ALLOWED = {"recipes", "nano3"}
+FILES = [file for room in MAY_IMPORT for file in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imported(file: Path) -> set[str]:
+    """Modules that a file imports anywhere, relative imports excluded (there are none)."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_go_one_way(file):
+    room = file.relative_to(ROOT).parts[0]
+    rooms = {name.split(".")[0] for name in imported(file)} & set(MAY_IMPORT) - {room}
+    assert rooms <= MAY_IMPORT[room], f"{file} imports {rooms - MAY_IMPORT[room]}"
+
+
+def test_nemo_is_imported_only_where_it_may_be():
+    users = {str(file.relative_to(ROOT)) for file in FILES if any(n.split(".")[0] == "nemo" for n in imported(file))}
+    outside = {user for user in users if user.split("/")[0] not in NEMO_ALLOWED}
+    assert outside == {"conversion/nemo_io.py"}
+
+
+def test_light_modules_load_neither_torch_nor_nemo():
+    code = f"import sys, {', '.join(LIGHT)}; print(sorted({{'torch', 'nemo', 'megatron'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
