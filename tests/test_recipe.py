@@ -138,6 +138,22 @@ def pico_store(path: Path, documents: int) -> Path:
     return path
 
 
+def test_ranks_that_end_early_with_code_0_are_no_success(tmp_path, monkeypatch, capsys):
+    from recipes import nemotron_lora
+
+    pico_store(tmp_path / "store", 50)
+    flags = local(tmp_path, "--data", str(tmp_path / "store"))
+    task, arch = nemotron_lora.resolve(nemotron_lora.parser().parse_intermixed_args(flags))
+    (tmp_path / "out" / "adapter").mkdir(parents=True)
+    (tmp_path / "out" / "adapter" / "lora.json").write_text("of the last run")
+    (tmp_path / "out" / "nano3.json").write_text(json.dumps({"kind": "lora-run"}))
+    monkeypatch.setattr("launch.local.run_ranks", lambda *_: 0)
+    monkeypatch.setattr("conversion.hf_to_nemo.convert", lambda *_, **__: 0)
+    assert nemotron_lora.train(task, arch) == 1
+    assert "wrote no adapter" in capsys.readouterr().err
+    assert (tmp_path / "out" / "adapter.previous" / "lora.json").read_text() == "of the last run"
+
+
 def test_a_nemo_checkpoint_is_a_model(tmp_path):
     from conversion.hf_to_nemo import convert
     from tests.tiny import tiny_hf_folder
