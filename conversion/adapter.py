@@ -7,7 +7,6 @@ has `linear_in` A (rank, in) and `linear_out` B (out, rank), rows in Megatron's 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from conversion.folders import WEIGHTS
+from conversion.folders import WEIGHTS, require_adapter
 from conversion.layout import check_tensors
 from conversion.names import Linear, linears
 from conversion.plan import PREFIX
@@ -69,7 +68,7 @@ class Adapter:
 
         Two checkpoints of one architecture (the Base and the post-trained model) pass every check of shapes; their
         routers tell them apart. Returns False when the adapter records none; raises `UserError` when they differ.
-        Training in BF16 holds FP32 routers rounded, so both readings of the base count.
+        Training in BF16 holds an FP32 router's weight rounded and its bias as it is: both readings of a weight count.
         """
         recorded = self.info.get("router_sha256")
         if not recorded:
@@ -79,10 +78,10 @@ class Adapter:
             number: [rows(f"backbone.layers.{number}.mixer.gate.{name}", 0, experts) for name in _ROUTER]
             for number in self.arch.moe_layers
         }
-        for rounded in itertools.product((False, True), repeat=2):
+        for rounded in (False, True):
             held = {
-                number: layer_digest(*(t.bfloat16() if cut else t for t, cut in zip(pair, rounded, strict=True)))
-                for number, pair in layers.items()
+                number: layer_digest(weight.bfloat16() if rounded else weight, bias)
+                for number, (weight, bias) in layers.items()
             }
             if combine(held) == recorded:
                 return True
@@ -133,10 +132,9 @@ def _modules(arch: Arch, paths: list[str]) -> dict[str, Linear]:
 
 def _read_info(folder: Path) -> dict[str, Any]:
     """lora.json, checked field by field."""
+    require_adapter(folder)
     try:
         info = json.loads((folder / "lora.json").read_text())
-    except OSError:
-        raise UserError(f"{folder} is no adapter folder (no lora.json); give the folder that training wrote") from None
     except ValueError as error:
         raise UserError(f"{folder}/lora.json is not valid JSON ({error}); copy the adapter again") from None
     if not isinstance(info, dict) or info.get("format") != 1:

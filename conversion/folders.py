@@ -30,6 +30,14 @@ def refuse_overlap(out: Path, *sources: Path) -> None:
             raise UserError(f"output {out} and source {source} overlap; choose another output folder")
 
 
+def require_adapter(folder: Path) -> None:
+    """Refuses a folder without `lora.json`, and names the adapter of a training run's folder."""
+    if not (folder / "lora.json").is_file():
+        inner = [name for name in ("adapter", "adapter.previous") if (folder / name / "lora.json").is_file()]
+        hint = f"did you mean {folder / inner[0]}?" if inner else "give the folder OUT/adapter of a training run"
+        raise UserError(f"{folder} is no adapter folder (no lora.json); {hint}")
+
+
 def require_space(out: Path, needed: int) -> None:
     """Refuses to begin when the disk of `out` has less than `needed` bytes free (an old output stays until the end)."""
     parent = out.resolve()

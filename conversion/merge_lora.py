@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_space
-from conversion.plan import CHUNK_BYTES
+from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_adapter, require_space
+from conversion.plan import row_steps
 from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
 from nano3.arch import resolve_model
-from nano3.cli import UserError, check_output, fresh_output, run
+from nano3.cli import check_output, fresh_output, run
 
 if TYPE_CHECKING:
     from conversion.adapter import Adapter, Contribution
@@ -45,12 +45,7 @@ def merge(base: Path, adapter_folder: Path, out: Path) -> Summary:
     """Writes base + adapter to `out`. Every tensor of both is checked before one is written; raises `UserError`."""
     refuse_overlap(out, base, adapter_folder)
     check_output(out, HF_KIND)
-    if not (adapter_folder / "lora.json").is_file():
-        inner = [name for name in ("adapter", "adapter.previous") if (adapter_folder / name / "lora.json").is_file()]
-        hint = (
-            f"did you mean {adapter_folder / inner[0]}?" if inner else "give the folder OUT/adapter of a training run"
-        )
-        raise UserError(f"{adapter_folder} is no adapter folder (no lora.json); {hint}")
+    require_adapter(adapter_folder)
     with HFFolder(base) as hf:
         from conversion.adapter import Adapter
 
@@ -71,9 +66,8 @@ def _write(hf: HFFolder, adapter: Adapter, same_routers: bool, writer: Safetenso
         if name in parts:
             summary.changed += _add(hf, name, parts[name], adapter, writer)
         else:
-            step = max(1, CHUNK_BYTES // entry.row_bytes)
-            for start in range(0, entry.shape[0], step):
-                writer.write(name, start, hf.rows(name, start, min(step, entry.shape[0] - start)))
+            for start, count in row_steps(entry.shape[0], entry.row_bytes):
+                writer.write(name, start, hf.rows(name, start, count))
         bar.update(entry.stop - entry.start)
     return summary
 

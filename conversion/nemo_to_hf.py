@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from conversion.folders import HF_KIND, LAYOUT, SIDE, WEIGHTS, copy_files, progress, refuse_overlap, require_space
 from conversion.layout import Layout, TensorTable, check_tensors, some
 from conversion.names import VOCABULARY_KEYS, MegatronTensor, megatron_tensors
-from conversion.plan import CHUNK_BYTES, PREFIX
+from conversion.plan import PREFIX, row_steps
 from conversion.safetensors_io import SafetensorsWriter, side_files
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError, check_output, fresh_output, run
@@ -96,9 +96,7 @@ def _copy(reader: TorchDistReader, tensor: MegatronTensor, writer: SafetensorsWr
     """Copies the row blocks of one Megatron tensor to where they belong, in steps of at most a chunk."""
     begin = 0
     for block in tensor.blocks:
-        step = max(1, CHUNK_BYTES // writer.layout.entries[block.name].row_bytes)
-        for start in range(0, block.count, step):
-            count = min(step, block.count - start)
+        for start, count in row_steps(block.count, writer.layout.entries[block.name].row_bytes):
             offset, size = tensor.box(begin + start, count)
             rows = reader.read(PREFIX + tensor.key, offset, size).view(count, *tensor.row_shape)
             writer.write(block.name, block.start + start, rows)

@@ -22,6 +22,13 @@ CHUNK_BYTES = 256 << 20
 """Upper bound of a chunk, in bytes: every reader loads whole chunks."""
 
 
+def row_steps(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """(first row, number of rows) of pieces of at most `CHUNK_BYTES`, or of one row where that is larger."""
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for start in range(0, rows, step):
+        yield start, min(step, rows - start)
+
+
 @dataclass(frozen=True)
 class Planned:
     """A tensor to write: what it is made of, its padded global shape, its dtype (safetensors' word)."""
@@ -41,11 +48,10 @@ class Planned:
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(first row, number of rows) of every chunk; a chunk of an expert tensor lies within one expert."""
         row_bytes = math.prod(self.tensor.row_shape) * ITEM_BYTES[self.dtype]
-        step = max(1, CHUNK_BYTES // row_bytes)
         stacks, rows = self.shape[:2] if self.tensor.experts else (1, self.shape[0])
         for begin in range(0, stacks * rows, rows):
-            for start in range(0, rows, step):
-                yield begin + start, min(step, rows - start)
+            for start, count in row_steps(rows, row_bytes):
+                yield begin + start, count
 
 
 @dataclass(frozen=True)

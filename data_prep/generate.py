@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.overlap import HeldOut, normalized
+from data_prep.overlap import HeldOut, distinct_new
 from data_prep.sources import check_file, read_chat, reasoning_gym_rows, write_rows
 from nano3.cli import UserError, run
 
@@ -48,17 +48,13 @@ def fresh_rows(
 
     Raises `UserError` when the task runs out of such questions.
     """
-    seen: set[str] = set()
-    for row in reasoning_gym_rows(task, size * TRIES, seed, **params):
-        if len(seen) == size:
-            return
-        question = row["messages"][0]["content"]
-        if normalized(question) not in seen and not (held_out and held_out.match(question)):
-            seen.add(normalized(question))
-            yield row
-    if len(seen) < size:
+    found = 0
+    for row in distinct_new(reasoning_gym_rows(task, size * TRIES, seed, **params), size, held_out):
+        found += 1
+        yield row
+    if found < size:
         raise UserError(
-            f"task {task} gave only {len(seen)} of {size} distinct new questions in {size * TRIES} draws; "
+            f"task {task} gave only {found} of {size} distinct new questions in {size * TRIES} draws; "
             "ask for fewer with --size, or widen the task with key=value"
         )
 

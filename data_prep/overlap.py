@@ -20,9 +20,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_prep.sources import Conversation, read_chat
 
@@ -99,6 +100,20 @@ class HeldOut:
             if count >= NEAR_JACCARD * union:
                 return "near", identity
         return None
+
+
+def distinct_new(
+    rows: Iterable[dict[str, Any]], size: int, held_out: HeldOut | None = None
+) -> Iterator[dict[str, Any]]:
+    """The first `size` rows whose questions are distinct and match nothing in `held_out`; fewer when `rows` end."""
+    seen: set[str] = set()
+    for row in rows:
+        if len(seen) == size:
+            return
+        question = row["messages"][0]["content"]
+        if normalized(question) not in seen and not (held_out and held_out.match(question)):
+            seen.add(normalized(question))
+            yield row
 
 
 def find_overlap(training: Iterable[Conversation], held_out: Iterable[Conversation]) -> Overlap:

@@ -14,6 +14,7 @@ from megatron.core.models.mamba import MambaModel
 from torch import nn
 
 from nano3.cli import fresh_output
+from nano3.router import RouterGuard
 
 KIND = "lora-adapter"
 
@@ -60,8 +61,6 @@ class SaveAdapter(pl.Callback):
         self.out, self.facts = out, facts
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        from nano3.router import RouterGuard
-
         guards = [callback for callback in trainer.callbacks if isinstance(callback, RouterGuard)]  # type: ignore[attr-defined]
         save_adapter(
             pl_module,

@@ -250,10 +250,15 @@ def _tensors(arch: Arch) -> Mapping[str, TensorSpec]:
     return MappingProxyType(result)
 
 
+def is_nemo_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is a NeMo checkpoint as `conversion/hf_to_nemo.py` writes them."""
+    return (folder / "weights").is_dir() and (folder / "hf").is_dir()
+
+
 def resolve_model(name_or_path: str | Path) -> Path:
     """The folder of a preset (`PRESETS`) or of a path to a model folder; `UserError` when there is neither."""
     path = PRESETS.get(str(name_or_path), Path(name_or_path))
-    if (path / "weights").is_dir() and (path / "hf").is_dir():
+    if is_nemo_checkpoint(path):
         raise UserError(f"{name_or_path} is a NeMo checkpoint; give a Hugging Face folder (conversion/nemo_to_hf.py)")
     if not (path / "config.json").is_file():
         raise UserError(

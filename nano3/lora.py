@@ -154,12 +154,10 @@ class Nano3LoRA(PEFT):
         else:
             adapter, split = self._dense_adapter(module, path, parent)
         weight = adapter.linear_in.weight
-        world, rank = parallel_state.get_tensor_model_parallel_world_size(), 0
-        whole_columns = weight.shape[1] * (world if split == 1 else 1)
-        whole = initial_a(path, self.dim, whole_columns, self.seed)
+        world = parallel_state.get_tensor_model_parallel_world_size()
+        whole = initial_a(path, self.dim, weight.shape[1] * (world if split == 1 else 1), self.seed)
         if split is not None:
-            rank = parallel_state.get_tensor_model_parallel_rank()
-            whole = whole.chunk(world, split)[rank]
+            whole = whole.chunk(world, split)[parallel_state.get_tensor_model_parallel_rank()]
         with torch.no_grad():
             weight.copy_(whole)
         return adapter

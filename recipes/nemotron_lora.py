@@ -21,7 +21,7 @@ from typing import Any
 from conversion.folders import refuse_overlap
 from conversion.names import linears
 from launch.overrides import apply_overrides, flatten
-from nano3.arch import PRESETS, Arch, resolve_model
+from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError, check_output, fresh_output, owner_of, run
 from nano3.targets import select
 from recipes.checks import check_run
@@ -96,7 +96,7 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
 def _model(name: str) -> tuple[Path, Path | None]:
     """The folder with config.json, and the NeMo checkpoint when `name` is one."""
     folder = Path(name)
-    if name not in PRESETS and (folder / "weights").is_dir() and (folder / "hf").is_dir():
+    if name not in PRESETS and is_nemo_checkpoint(folder):
         return (folder / "hf").resolve(), folder.resolve()
     return resolve_model(name).resolve(), None
 
@@ -208,9 +208,9 @@ def main() -> int:
     args = parser().parse_intermixed_args()
     task, arch = resolve(args)
     check_output(task.out, KIND)
-    if args.data:
-        check_data(task, arch)
     if args.dry_run:
+        if args.data:
+            check_data(task, arch)
         print(describe(task, arch))
         return 0
     if task.nodes > 1:

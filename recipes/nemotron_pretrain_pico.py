@@ -222,7 +222,8 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
-    from recipes.pico_model import build_model, export, load_model
+    from evaluation.hf_model import load_reference
+    from recipes.pico_model import build_model, export
     from recipes.pico_tokenizer import build_tokenizer, save_tokenizer
 
     torch.set_num_threads(1)  # more threads are slower on matrices this small
@@ -237,7 +238,7 @@ def main() -> int:
     with fresh_output(args.out, KIND) as folder:
         export(model, folder)
         save_tokenizer(folder)
-        final = accuracies(load_model(folder), held_out, HELD_OUT)
+        final = accuracies(load_reference(folder, torch.float32), held_out, HELD_OUT)
         (folder / "curve.json").write_text(json.dumps(describe(args, seconds, curve, final), indent=1) + "\n")
     print(
         f"{args.out}: {args.tokens} tokens in {seconds / 60:.1f} CPU-minutes; held-out accuracy of the exported model:"

@@ -61,17 +61,6 @@ def build_model() -> nn.Module:
     return model
 
 
-def load_model(folder: Path) -> nn.Module:
-    """An exported folder as plain transformers reads it, in FP32 and without the dt floor that it adds to the model.
-
-    transformers since 5.15 clamps dt at `time_step_min` whatever the config says; Megatron-Core does not.
-    """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for mixer in mamba_mixers(model):
-        mixer.time_step_limit = (0.0, float("inf"))
-    return model.eval()
-
-
 def mamba_mixers(model: nn.Module) -> list[Any]:
     """The Mamba-2 mixers, in layer order."""
     return [module for module in model.modules() if hasattr(module, "A_log")]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.overlap import HeldOut, normalized
+from data_prep.overlap import HeldOut, distinct_new
 from data_prep.sources import Conversation, reasoning_gym_rows
 from nano3.cli import UserError
 
@@ -131,16 +131,10 @@ def rows(task: Task, count: int, seed: int, held_out: HeldOut | None = None) -> 
 
     Raises `UserError` when the task runs out of such questions.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for row in itertools.islice(endless_rows(task, seed), TRIES * count):
-        if len(found) == count:
-            break
-        question = row["messages"][0]["content"]
-        if not (held_out and held_out.match(question)):
-            found.setdefault(normalized(question), row)
+    found = list(distinct_new(itertools.islice(endless_rows(task, seed), TRIES * count), count, held_out))
     if len(found) < count:
         raise UserError(f"task {task.name} has only {len(found)} of {count} new questions; ask for fewer")
-    return list(found.values())
+    return found
 
 
 def conversations(rows: list[dict[str, Any]]) -> list[Conversation]:

@@ -10,35 +10,20 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from nano3 import cpu
+import torch
+import torch.distributed as dist
 
-cpu.enable()
+from tests.mcore_model import build, sharded_parts  # first: it switches the CPU backend on
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+# isort: split
 
-from nano3.arch import Arch  # noqa: E402
-from nano3.core import build_mcore_model, transformer_kwargs  # noqa: E402
-from nano3.cpu.cuda import redirected_to  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-
-def build(arch: Arch, tp: int = 1, ep: int = 1) -> Any:
-    config = TransformerConfig(
-        **transformer_kwargs(arch),
-        params_dtype=torch.bfloat16,
-        bf16=True,
-        tensor_model_parallel_size=tp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=1,
-        sequence_parallel=tp > 1,
-    )
-    return build_mcore_model(config, arch.pattern, arch.vocab_size, arch.max_position_embeddings)
+from nano3.arch import Arch
+from nano3.cpu.cuda import redirected_to
 
 
 def plan(configs: list[str]) -> None:
@@ -51,14 +36,13 @@ def plan(configs: list[str]) -> None:
     for config in configs:
         arch = Arch.load(config)
         with redirected_to("meta"), torch.device("meta"):
-            model = build(arch)
+            model = build(arch, arch.max_position_embeddings)
         tensors, objects = {}, []
-        for entry in model.sharded_state_dict(prefix="module.").values():
-            for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-                if isinstance(part, ShardedObject):
-                    objects.append(part.unique_key)
-                else:
-                    tensors[part.key] = list(part.global_shape)
+        for part in sharded_parts(model):
+            if isinstance(part, ShardedObject):
+                objects.append(part.unique_key)
+            else:
+                tensors[part.key] = list(part.global_shape)
         result.append({"tensors": tensors, "objects": objects})
     print(json.dumps(result))
 
@@ -69,7 +53,8 @@ def load(folder: str, tp: int, ep: int) -> None:
         tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1
     )
     model_parallel_cuda_manual_seed(0)
-    model = build(Arch.load(Path(folder) / "hf"), tp, ep)
+    arch = Arch.load(Path(folder) / "hf")
+    model = build(arch, arch.max_position_embeddings, tp=tp, ep=ep)
     state = dist_checkpointing.load(model.sharded_state_dict(prefix="module."), f"{folder}/weights")
     loaded = {key.removeprefix("module."): value for key, value in state.items()}
     model.load_state_dict(loaded)

@@ -9,21 +9,20 @@ import json
 import math
 import sys
 
-from nano3 import cpu
+import torch
+import torch.distributed as dist
 
-cpu.enable()
+from tests.mcore_model import build, sharded_parts  # first: it switches the CPU backend on
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
+# isort: split
 
-from nano3.arch import Arch, resolve_model  # noqa: E402
-from nano3.core import build_mcore_model, transformer_kwargs  # noqa: E402
-from nano3.cpu.cuda import redirected_to  # noqa: E402
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nano3.arch import Arch, resolve_model
+from nano3.cpu.cuda import redirected_to
 
 
 def count(arch: Arch, rank: int, world: int, sizes: dict[str, int]) -> tuple[int, int]:
@@ -38,31 +37,12 @@ def count(arch: Arch, rank: int, world: int, sizes: dict[str, int]) -> tuple[int
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(0)
-    config = TransformerConfig(
-        **transformer_kwargs(arch),
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=1,
-        sequence_parallel=tp > 1,
-    )
     with redirected_to("meta"), torch.device("meta"):
-        model = build_mcore_model(
-            config,
-            arch.pattern,
-            arch.vocab_size,
-            8192,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-        )
-        state = model.sharded_state_dict(prefix="module.")
+        model = build(arch, 8192, tp=tp, pp=pp, ep=ep)
+        parts = list(sharded_parts(model))
     owned = sum(
         math.prod(part.local_shape)
-        for entry in state.values()
-        for part in (entry.build() if isinstance(entry, ShardedTensorFactory) else [entry])
+        for part in parts
         if isinstance(part, ShardedTensor) and set(_flat(part.replica_id)) == {0}
     )
     parallel_state.destroy_model_parallel()

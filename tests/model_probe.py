@@ -19,24 +19,22 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from nano3.adapter_checkpoint import adapter_state, save_adapter  # noqa: E402
 from nano3.arch import Arch  # noqa: E402
-from nano3.core import build_mcore_model, transformer_kwargs  # noqa: E402
 from nano3.lora import Nano3LoRA  # noqa: E402
 from nano3.router import RouterGuard  # noqa: E402
 from nano3.targets import PRESETS, select  # noqa: E402
+from tests.mcore_model import build  # noqa: E402
 
 LENGTHS = (7, 1, 12, 20)
 """Documents of the pack: a short one, one of a single token, and two that cross a chunk of the scan."""
 
 
-def build(folder: Path) -> tuple[torch.nn.Module, Arch]:
+def load(folder: Path) -> tuple[torch.nn.Module, Arch]:
     arch = Arch.load(folder / "hf")
-    config = TransformerConfig(**transformer_kwargs(arch), params_dtype=torch.float32)
-    model = build_mcore_model(config, arch.pattern, arch.vocab_size, 128).eval()
+    model = build(arch, 128, torch.float32).eval()
     state = dist_checkpointing.load(model.sharded_state_dict(prefix="module."), str(folder / "weights"))
     model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
     return model, arch
@@ -78,7 +76,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
-    model, arch = build(nemo)
+    model, arch = load(nemo)
     tokens = torch.randint(0, 100, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
     results = {"tokens": tokens, **leak(model, tokens)}
     # PyTorch picks another kernel, with other rounding, for weights that want gradients: freeze before comparing bits.

@@ -58,7 +58,6 @@ def test_round_trip_gives_every_file_back(
 ):
     """Names, shapes, dtypes and values, config.json and tokenizer: all files equal, with chunks of 2,000 bytes too."""
     monkeypatch.setattr(planning, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(nemo_to_hf, "CHUNK_BYTES", chunk_bytes)
     source = tiny_hf_folder(tmp_path / "source", **VARIANTS[variant])
     (source / "extra").mkdir()
     (source / "extra" / "notes.txt").write_text("kept")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronHConfig
 
 from data_prep.chat import SPECIAL_IDS, render, text_of
 from data_prep.overlap import HeldOut
+from evaluation.hf_model import load_reference
 from nano3.arch import PRESETS, Arch
 from nano3.cli import UserError
 from recipes import nemotron_pretrain_pico as pretrain
@@ -22,7 +23,6 @@ from recipes.pico_model import (
     build_model,
     checkpoint_tensors,
     export,
-    load_model,
     mamba_mixers,
     pico_config,
     routers,
@@ -135,7 +135,7 @@ def test_export_has_the_real_layout_and_loads_without_missing_or_unexpected_keys
     for mixer in mamba_mixers(model):
         mixer.dt_bias.data = mixer.dt_bias.data.bfloat16().float()
     with torch.no_grad():
-        assert torch.allclose(model(tokens).logits, load_model(tmp_path)(tokens).logits, atol=1e-4)
+        assert torch.allclose(model(tokens).logits, load_reference(tmp_path, torch.float32)(tokens).logits, atol=1e-4)
 
 
 def test_only_the_float32_families_stay_float32():
@@ -190,7 +190,7 @@ def test_the_committed_model_answers_as_its_curve_says():
     curve = json.loads((PICO / "curve.json").read_text())
     tokenizer = Tokenizer.from_file(str(PICO / "tokenizer.json"))
     assert (PICO / "tokenizer.json").read_text() == build_tokenizer().to_str(pretty=True)
-    model = load_model(PICO)
+    model = load_reference(PICO, torch.float32)
     task = pico_tasks.PRETRAINING["sort_ascending"][0]
     held_out = [
         pretrain.encode(tokenizer, row["messages"]) for row in pico_tasks.rows(task, 60, pretrain.HELD_OUT_SEED)
@@ -202,7 +202,7 @@ def test_the_committed_model_answers_as_its_curve_says():
 
 def test_greedy_generation_agrees_with_the_one_pass_score():
     tokenizer = AutoTokenizer.from_pretrained(PICO)
-    model = load_model(PICO)
+    model = load_reference(PICO, torch.float32)
     task = pico_tasks.PRETRAINING["sort_ascending"][0]
     for row in pico_tasks.rows(task, 6, 5):
         prompt = text_of(render(row["messages"][:1], thinking=False, add_generation_prompt=True))

@@ -11,14 +11,12 @@ or compare with a process that never calls it.
 
 from __future__ import annotations
 
-import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 from nano3.cpu.conv import causal_conv1d_fn, causal_conv1d_varlen_states
 from nano3.cpu.norm import RMSNorm, rmsnorm_fn
 from nano3.cpu.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+from nano3.cpu.standin import put_module
 
 MAMBA_VERSION = "2.3.2.post1"
 """The mamba-ssm release whose public signatures are mirrored; megatron-core asks for 2.0.0 to train on packed data."""
@@ -51,11 +49,4 @@ def install() -> None:
     for installed distributions must hear the truth.
     """
     for name, names in MODULES.items():
-        module = ModuleType(name, f"Stand-in for {name} on the CPU (nano3.cpu).")
-        module.__spec__ = ModuleSpec(name, None, is_package=True)
-        module.__path__ = []
-        module.__dict__.update(names)
-        sys.modules[name] = module
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
+        put_module(name, **names)

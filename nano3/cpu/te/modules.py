@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.machinery
 import importlib.metadata
-import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from nano3.cpu.standin import put_module
 from nano3.cpu.te import VERSION
 from nano3.cpu.te.attention import DotProductAttention
 from nano3.cpu.te.base import TransformerEngineBaseModule
@@ -104,18 +102,6 @@ class Format:
     HYBRID = "HYBRID"
 
 
-def _module(name: str, **names: Any) -> types.ModuleType:
-    module = types.ModuleType(name)
-    module.__dict__.update(names)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-    module.__path__ = []
-    sys.modules[name] = module
-    if "." in name:
-        parent, child = name.rsplit(".", 1)
-        setattr(sys.modules[parent], child, module)
-    return module
-
-
 def install() -> None:
     """Registers `transformer_engine` and the submodules that Megatron-Core 0.16.1 and NeMo 2.7.3 import."""
     real_version = importlib.metadata.version
@@ -125,21 +111,21 @@ def install() -> None:
         return VERSION if named == "transformer-engine" else real_version(distribution_name)
 
     importlib.metadata.version = version
-    _module("transformer_engine", __version__=VERSION)
-    _module("transformer_engine.common")
-    _module("transformer_engine.common.recipe", Format=Format, Recipe=_Recipe, DelayedScaling=DelayedScaling)
+    put_module("transformer_engine", __version__=VERSION)
+    put_module("transformer_engine.common")
+    put_module("transformer_engine.common.recipe", Format=Format, Recipe=_Recipe, DelayedScaling=DelayedScaling)
     modules = {cls.__name__: cls for cls in (Linear, LayerNormLinear, GroupedLinear, RMSNorm, DotProductAttention)}
-    _module("transformer_engine.pytorch", **modules, fp8_autocast=fp8_autocast, fp8_model_init=fp8_model_init)
-    _module("transformer_engine.pytorch.ops", Sequential=torch.nn.Sequential, FusibleOperation=torch.nn.Module)
-    _module("transformer_engine.pytorch.tensor", QuantizedTensor=QuantizedTensor)
-    _module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=fp8_autocast)
-    _module(
+    put_module("transformer_engine.pytorch", **modules, fp8_autocast=fp8_autocast, fp8_model_init=fp8_model_init)
+    put_module("transformer_engine.pytorch.ops", Sequential=torch.nn.Sequential, FusibleOperation=torch.nn.Module)
+    put_module("transformer_engine.pytorch.tensor", QuantizedTensor=QuantizedTensor)
+    put_module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=fp8_autocast)
+    put_module(
         "transformer_engine.pytorch.distributed",
         CudaRNGStatesTracker=CudaRNGStatesTracker,
         activation_recompute_forward=activation_recompute_forward,
         is_fp8_activation_recompute_enabled=is_fp8_activation_recompute_enabled,
     )
     router = ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")
-    _module("transformer_engine.pytorch.router", **{name: _gpu_only(name) for name in router})
-    _module("transformer_engine.pytorch.module")
-    _module("transformer_engine.pytorch.module.base", TransformerEngineBaseModule=TransformerEngineBaseModule)
+    put_module("transformer_engine.pytorch.router", **{name: _gpu_only(name) for name in router})
+    put_module("transformer_engine.pytorch.module")
+    put_module("transformer_engine.pytorch.module.base", TransformerEngineBaseModule=TransformerEngineBaseModule)
