@@ -38,26 +38,35 @@ PROMPT_THINKING = "<|im_start|>assistant\n<think>\n"
 PROMPT_ANSWERING = "<|im_start|>assistant\n<think></think>"
 TURN_END = "<|im_end|>"
 
+LARGEST_WEIGHT = 1e6
+"""Of the loss; larger ones are mistakes, and squared they would leave FP32."""
+
 Message = Mapping[str, Any]
 
 _TURN_MARKS = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")
 _MESSAGE_KEYS = {
     "system": {"content"},
     "user": {"content"},
-    "assistant": {"content", "reasoning_content", "tool_calls"},
+    "assistant": {"content", "reasoning_content", "tool_calls", "weight"},
     "tool": {"content", "name", "tool_call_id"},
 }
 
 
 class Segment(NamedTuple):
-    """A run of text; `supervised` says that the model wrote it and the loss counts it."""
+    """A run of text; `weight` is what the loss multiplies its tokens by: 0 for what the model did not write, else 1 or
+    the `weight` of the assistant message."""
 
     text: str
-    supervised: bool
+    weight: float
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the loss counts it."""
+        return self.weight > 0
 
 
 def render(messages: Sequence[Message], thinking: bool, add_generation_prompt: bool = False) -> list[Segment]:
-    """The conversation in the model's format, neighbouring segments differing in `supervised`.
+    """The conversation in the model's format, neighbouring segments differing in `weight`.
 
     `thinking` chooses between the two generation prompts and, as in the published template, changes nothing else:
     whether a turn shows its reasoning depends on the turn (use `without_reasoning` to train answers only).
@@ -65,10 +74,10 @@ def render(messages: Sequence[Message], thinking: bool, add_generation_prompt: b
     """
     check_messages(messages)
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    pieces = [Segment(f"<|im_start|>system\n{system}<|im_end|>\n", False)]
+    pieces = [Segment(f"<|im_start|>system\n{system}<|im_end|>\n", 0)]
     pieces += _render_turns(messages)
     if add_generation_prompt:
-        pieces.append(Segment(PROMPT_THINKING if thinking else PROMPT_ANSWERING, False))
+        pieces.append(Segment(PROMPT_THINKING if thinking else PROMPT_ANSWERING, 0))
     return _merged(pieces)
 
 
@@ -104,9 +113,19 @@ def check_messages(messages: Sequence[Message]) -> None:
         if role == "tool" and previous not in ("assistant", "tool"):
             raise UserError(f"messages[{number}]: a tool message must follow an assistant message that calls it")
         _check_texts(number, message)
+        if "weight" in message:
+            check_weight(f"messages[{number}]", message["weight"])
         previous = role
     if all(message["role"] != "user" for message in messages):
         raise UserError("'messages' has no user message; a conversation needs one")
+
+
+def check_weight(where: str, weight: object) -> None:
+    """Refuses a weight of the loss that is not a number from 0 to `LARGEST_WEIGHT`."""
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= LARGEST_WEIGHT:
+        raise UserError(
+            f"{where}: 'weight' is {weight!r}; give a number from 0 to {LARGEST_WEIGHT:g} (without one it is 1)"
+        )
 
 
 def _check_texts(number: int, message: Message) -> None:
@@ -153,20 +172,21 @@ def _render_turns(messages: Sequence[Message]) -> list[Segment]:
         role = message["role"]
         if role == "user":
             as_written = True
-            pieces.append(Segment(f"<|im_start|>user\n{message['content']}<|im_end|>\n", False))
+            pieces.append(Segment(f"<|im_start|>user\n{message['content']}<|im_end|>\n", 0))
         elif role == "tool":
             following = messages[number + 1]["role"] if number + 1 < len(messages) else None
             opening = "" if messages[number - 1]["role"] == "tool" else "<|im_start|>user\n"
             closing = "" if following == "tool" else "<|im_end|>\n"
             response = f"<tool_response>\n{message['content']}\n</tool_response>\n"
-            pieces.append(Segment(opening + response + closing, False))
+            pieces.append(Segment(opening + response + closing, 0))
         elif role == "assistant":
             prompt, written = _assistant(message, past=False)
             if number < last_user:
                 shown = _assistant(message, past=True)
                 as_written = as_written and shown == (prompt, written)
                 prompt, written = shown
-            pieces += [Segment(prompt, False), Segment(written, as_written), Segment("\n", False)]
+            weight = float(message.get("weight", 1)) if as_written else 0.0
+            pieces += [Segment(prompt, 0), Segment(written, weight), Segment("\n", 0)]
     return pieces
 
 
@@ -202,9 +222,9 @@ def _parameter(value: Any) -> str:
 def _merged(pieces: Sequence[Segment]) -> list[Segment]:
     """Joins neighbours of equal kind, so that a tokenizer meets as few boundaries as possible."""
     merged: list[Segment] = []
-    for text, supervised in pieces:
-        if merged and merged[-1].supervised == supervised:
-            merged[-1] = Segment(merged[-1].text + text, supervised)
+    for text, weight in pieces:
+        if merged and merged[-1].weight == weight:
+            merged[-1] = Segment(merged[-1].text + text, weight)
         elif text:
-            merged.append(Segment(text, supervised))
+            merged.append(Segment(text, weight))
     return merged

@@ -28,6 +28,8 @@ from nano3.cli import UserError, fresh_output
 KIND = "pack-index"
 VERSION = 1
 _FILES = ("documents.bin", "packs.idx")
+PADDING = -1
+"""The source of a position that holds no token of a document."""
 _BITS = 512
 """Width of one word in the table of free room: Python integers of this size cost about 50 ns an operation."""
 
@@ -120,7 +122,7 @@ def build_packs(
     items, offsets = best_fit(lengths[fits], seq_length, max_documents, seed)
     documents = fits[items]
     packs, positions = len(offsets) - 1, int((store.lengths() - 1)[fits].sum())
-    lost = sum(int(store.document(number)[1].sum()) for number in too_long.tolist())
+    lost = sum(int(np.count_nonzero(store.document(number)[1])) for number in too_long.tolist())
     if lost == store.manifest["supervised_tokens"]:
         raise UserError(f"the documents that fit --seq-length {seq_length} have no supervised token; raise it")
     facts = {
@@ -222,22 +224,33 @@ class PackedDataset:
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         """One training sequence, S = seq_length positions:
 
-        `tokens` and `labels` (S,) int64, `loss_mask` (S,) float32, `position_ids` (S,) int64 from 0 in every segment,
-        `cu_seqlens` (segments + 1,) int32 from 0 to S. A segment is a document with its padding; the room that is left
-        at the end is a segment of its own. Padding is token 0 with loss mask 0.
+        `tokens` and `labels` (S,) int64, `loss_mask` (S,) float32 (a token's weight in the loss, 0 or 1 without
+        weights), `position_ids` (S,) int64 from 0 in every segment, `source` (S,) int32 (a number in
+        `store.source_names`), `cu_seqlens` (segments + 1,) int32 from 0 to S. A segment is a document with its padding;
+        the room that is left at the end is a segment of its own. Padding is token 0 with loss mask 0 and source
+        `PADDING`.
         """
+        return self._sequence(self.documents(number).tolist())
+
+    def padding(self) -> dict[str, np.ndarray]:
+        """A sequence without any document: what fills a batch up and changes no sum over tokens."""
+        return self._sequence([])
+
+    def _sequence(self, documents: list[int]) -> dict[str, np.ndarray]:
         length, multiple = self.facts["seq_length"], self.facts["pad_multiple"]
         tokens = np.zeros(length, dtype=np.int64)
         labels = np.zeros(length, dtype=np.int64)
         loss_mask = np.zeros(length, dtype=np.float32)
         position_ids = np.empty(length, dtype=np.int64)
+        source = np.full(length, PADDING, dtype=np.int32)
         ends = [0]
-        for document in self.documents(number).tolist():
+        for document in documents:
             ids, mask = self.store.document(document)
             start, stop = ends[-1], ends[-1] + len(ids) - 1
             tokens[start:stop] = ids[:-1]
             labels[start:stop] = ids[1:]
             loss_mask[start:stop] = mask[1:]
+            source[start:stop] = self.store.source(document)
             ends.append(start + -(-(len(ids) - 1) // multiple) * multiple)
         if ends[-1] < length:
             ends.append(length)
@@ -248,5 +261,6 @@ class PackedDataset:
             "labels": labels,
             "loss_mask": loss_mask,
             "position_ids": position_ids,
+            "source": source,
             "cu_seqlens": np.array(ends, dtype=np.int32),
         }

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from data_prep.chat import Segment, render, without_reasoning
@@ -83,11 +84,16 @@ def _add(
         for row, segments, (tokens, mask) in zip(batch, documents, encoder.encode(documents), strict=True):
             if not mask.any():
                 raise UserError(
-                    f"{row.where}: no supervised token, since no assistant message follows the last user message; "
-                    "add the answer or remove the row"
+                    f"{row.where}: no supervised token, since no assistant message with a weight above 0 follows the "
+                    "last user message; add the answer or remove the row"
                 )
+            if not row.weight:
+                raise UserError(f"{row.where}: 'weight' is 0, so there is nothing to learn from it; remove the row")
             turns.count(row, segments)
-            writer.add(tokens, mask, row.source)
+            try:
+                writer.add(tokens, mask * np.float32(row.weight), row.source)
+            except UserError as error:
+                raise UserError(f"{row.where}: {error}") from error
 
 
 def print_summary(store: TokenStore, facts: dict[str, Any]) -> None:
@@ -96,6 +102,8 @@ def print_summary(store: TokenStore, facts: dict[str, Any]) -> None:
     total, supervised = manifest["tokens"], manifest["supervised_tokens"]
     print(f"{store.folder}: {len(store):,} documents, {total:,} tokens, {supervised:,} supervised", end=" ")
     print(f"({supervised / total:.1%}), longest document {manifest['longest_document']:,} tokens")
+    if store.weighted:
+        print(f"  loss weights: {', '.join(format(weight, 'g') for weight in sorted(manifest['weights']))}")
     for name, counts in manifest["sources"].items():
         print(f"  {name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens", end=", ")
         print(f"{counts['supervised_tokens']:,} supervised")

@@ -1,7 +1,7 @@
 """Where conversations come from: chat JSONL files, and reasoning-gym's procedural tasks.
 
-One row is `{"id": ..., "source": ..., "messages": [...]}`. For evaluation the question of a row is everything but its
-last message, and the answer is that message's `content`.
+One row is `{"id": ..., "source": ..., "weight": ..., "messages": [...]}`. For evaluation the question of a row is
+everything but its last message, and the answer is that message's `content`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.chat import check_messages
+from data_prep.chat import check_messages, check_weight
 from nano3.cli import UserError, fresh_file
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """One row of a chat JSONL file; `where` is `file:line` for messages to the user."""
+    """One row of a chat JSONL file; `where` is `file:line` for messages to the user, `weight` its share in the loss."""
 
     id: str
     source: str
     messages: list[dict[str, Any]]
     where: str
+    weight: float = 1.0
 
     @property
     def question(self) -> str:
@@ -46,9 +47,10 @@ def check_file(path: Path | str) -> Path:
 def read_chat(path: Path | str) -> Iterator[Conversation]:
     """Reads chat JSONL line by line, in constant memory; blank lines are skipped.
 
-    A row needs `messages`; `id` defaults to `file:line` and `source` to the file's name without its ending. White
-    space around `reasoning_content` is stripped: the format puts its own newlines there, and a tokenizer might join
-    the two. Raises `UserError` with file and line for a row that cannot be used.
+    A row needs `messages`; `id` defaults to `file:line`, `source` to the file's name without its ending, and `weight`,
+    by which the loss multiplies the weights of the row's messages, to 1. White space around `reasoning_content` is
+    stripped: the format puts its own newlines there, and a tokenizer might join the two. Raises `UserError` with file
+    and line for a row that cannot be used.
     """
     path = check_file(path)
     empty = True
@@ -74,13 +76,15 @@ def _conversation(line: bytes, path: Path, where: str) -> Conversation:
         raise UserError(f"{where}: tool definitions ('tools') are not rendered; describe them in the system message")
     try:
         check_messages(row["messages"])
+        check_weight("this row", row.get("weight", 1))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     messages = [dict(message) for message in row["messages"]]
     for message in messages:
         if message.get("reasoning_content"):
             message["reasoning_content"] = message["reasoning_content"].strip()
-    return Conversation(str(row.get("id", where)), str(row.get("source", path.stem)), messages, where)
+    weight = float(row.get("weight", 1))
+    return Conversation(str(row.get("id", where)), str(row.get("source", path.stem)), messages, where, weight)
 
 
 def write_rows(path: Path | str, rows: Iterable[dict[str, Any]]) -> int:

@@ -1,13 +1,15 @@
 """The token store: a folder of flat arrays that are memory-mapped, and a manifest that says what they are.
 
     tokens.bin      int32, little-endian, all documents one after the other
-    loss_mask.bin   uint8, 1 where the model itself wrote the token
+    loss_mask.bin   uint8, 0 where the loss does not count the token, else the number of its weight, from 1
     documents.idx   int64, documents + 1 offsets into the two
-    manifest.json   format version, tokenizer, counts, sources, and size and SHA-256 of the files above
+    sources.bin     int32, the number of each document's source in the manifest's `sources`
+    manifest.json   format version, tokenizer, counts, sources, weights, and size and SHA-256 of the files above
     packs-*/        pack indexes (data_prep/packing.py), rebuilt without touching any of these
 
 Nothing in it is a pickle, nothing is executed on load, and reading takes no memory but the pages that are touched.
-int32, because a vocabulary of 131,072 does not fit 16 bits.
+int32, because a vocabulary of 131,072 does not fit 16 bits. `weights` of the manifest is `[1.0]` unless the data has
+weights: a store without them has masks of 0 and 1. Version 1 is the same without sources.bin and `weights`.
 """
 
 from __future__ import annotations
@@ -24,10 +26,16 @@ from data_prep.tokens import ChatTokenizer, tokenizer_sha256
 from nano3.cli import UserError
 
 KIND = "token-store"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
-FILES = {"tokens.bin": "<i4", "loss_mask.bin": "u1", "documents.idx": "<i8"}
+FILES = {"tokens.bin": "<i4", "loss_mask.bin": "u1", "documents.idx": "<i8", "sources.bin": "<i4"}
 """File -> NumPy dtype."""
+_FILES_OF = {1: set(FILES) - {"sources.bin"}, 2: set(FILES)}
+"""Version -> its files; these versions are read."""
+MAX_WEIGHTS = 255
+"""Different loss weights that one store can hold: their numbers are bytes."""
+UNKNOWN_SOURCE = "unknown"
+"""The one source of a version 1 store that was made of several: it does not say which document came from which."""
 
 _REBUILD = "prepare the data again with data_prep/prepare.py"
 
@@ -60,19 +68,25 @@ class StoreWriter:
         self.folder = folder
         self.documents = self.tokens = self.supervised_tokens = self.longest = 0
         self.sources: dict[str, dict[str, int]] = {}
+        self._source_numbers: dict[str, int] = {}
         self._max_token = 0
+        self._weights: dict[float, int] = {}
         self._files = {name: _HashedFile(folder / name) for name in FILES}
         self._files["documents.idx"].write(np.int64(0).astype("<i8").tobytes())
 
     def add(self, tokens: np.ndarray, mask: np.ndarray, source: str) -> None:
-        """Appends a document: `tokens` and `mask` of shape (n,), n >= 2. The first token is never predicted."""
+        """Appends a document: `tokens` and `mask` of shape (n,), n >= 2. The first token is never predicted.
+
+        `mask` is what the loss multiplies each token by: 0 or 1, or any weights of at least 0. Raises `UserError` for
+        more than `MAX_WEIGHTS` different ones in the store.
+        """
         assert tokens.shape == mask.shape == (len(tokens),), "tokens and mask belong together"
         assert len(tokens) >= 2, "nothing to predict"
-        assert mask.max() <= 1, "the mask is 0 or 1"
         assert mask[0] == 0, "nothing predicts the first token"
+        codes = self._codes(mask)
         self._files["tokens.bin"].write(tokens.astype("<i4").tobytes())
-        self._files["loss_mask.bin"].write(mask.astype("u1").tobytes())
-        supervised = int(mask.sum(dtype=np.int64))
+        self._files["loss_mask.bin"].write(codes.tobytes())
+        supervised = int(np.count_nonzero(codes))
         self.documents += 1
         self.tokens += len(tokens)
         self.supervised_tokens += supervised
@@ -80,8 +94,22 @@ class StoreWriter:
         self._max_token = max(self._max_token, int(tokens.max()))
         self._files["documents.idx"].write(np.int64(self.tokens).astype("<i8").tobytes())
         counts = self.sources.setdefault(source, {"documents": 0, "tokens": 0, "supervised_tokens": 0})
+        number = self._source_numbers.setdefault(source, len(self._source_numbers))
+        self._files["sources.bin"].write(np.int32(number).astype("<i4").tobytes())
         for key, value in (("documents", 1), ("tokens", len(tokens)), ("supervised_tokens", supervised)):
             counts[key] += value
+
+    def _codes(self, mask: np.ndarray) -> np.ndarray:
+        """The weights (n,) as bytes (n,): 0, or 1 + the weight's place among those of the store."""
+        values, places = np.unique(mask, return_inverse=True)
+        assert np.isfinite(values).all(), "a weight is a number"
+        assert values.min() >= 0, "a weight is at least 0"
+        for value in values.tolist():
+            if value and value not in self._weights:
+                if len(self._weights) == MAX_WEIGHTS:
+                    raise UserError(f"more than {MAX_WEIGHTS} different loss weights; round them, to two digits say")
+                self._weights[value] = len(self._weights) + 1
+        return np.array([self._weights.get(value, 0) for value in values.tolist()], dtype=np.uint8)[places]
 
     def finish(self, tokenizer: ChatTokenizer, **facts: Any) -> None:
         """Closes the files and writes the manifest; `facts` are JSON values to record in it, such as the inputs."""
@@ -93,7 +121,8 @@ class StoreWriter:
             "supervised_tokens": self.supervised_tokens,
             "longest_document": self.longest,
             "max_token_id": self._max_token,
-            "sources": dict(sorted(self.sources.items())),
+            "sources": self.sources,
+            "weights": list(self._weights) or [1.0],
             "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
             "files": {name: {"dtype": FILES[name], **file.close()} for name, file in self._files.items()},
             **facts,
@@ -134,10 +163,12 @@ class TokenStore:
             raise UserError(f"{path} is not valid JSON ({error}); {_REBUILD}") from error
         if not isinstance(manifest, dict) or manifest.get("format") != KIND:
             raise UserError(f"{path} does not describe a {KIND}; give a folder that data_prep/prepare.py made")
-        if manifest.get("version") != VERSION:
-            raise UserError(f"{path} has version {manifest.get('version')}, this code reads {VERSION}; {_REBUILD}")
-        if set(manifest.get("files", ())) != set(FILES):
-            raise UserError(f"{path} does not list the files {', '.join(FILES)}; {_REBUILD}")
+        version = manifest.get("version")
+        if version not in _FILES_OF:
+            readable = " and ".join(map(str, _FILES_OF))
+            raise UserError(f"{path} has version {version}, this code reads {readable}; {_REBUILD}")
+        if set(manifest.get("files", ())) != _FILES_OF[version]:
+            raise UserError(f"{path} does not list the files {', '.join(sorted(_FILES_OF[version]))}; {_REBUILD}")
         return manifest
 
     def __len__(self) -> int:
@@ -154,8 +185,32 @@ class TokenStore:
 
     @cached_property
     def loss_mask(self) -> np.ndarray:
-        """All masks, (tokens,) uint8, mapped."""
+        """The numbers of all weights, (tokens,) uint8, mapped: indices into `weights`."""
         return self._map("loss_mask.bin")
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a supervised token has another weight than 1."""
+        return self.manifest.get("weights", [1.0]) != [1.0]
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """The weight of each number in `loss_mask`, (weights + 1,) float32; the first is 0."""
+        return np.array([0.0, *self.manifest.get("weights", [1.0])], dtype=np.float32)
+
+    @property
+    def source_names(self) -> list[str]:
+        """The sources by number."""
+        names = list(self.manifest["sources"])
+        return names if "sources.bin" in self.manifest["files"] or len(names) == 1 else [UNKNOWN_SOURCE]
+
+    @cached_property
+    def _sources(self) -> np.ndarray:
+        return self._map("sources.bin")
+
+    def source(self, number: int) -> int:
+        """The number of a document's source."""
+        return int(self._sources[number]) if "sources.bin" in self.manifest["files"] else 0
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -167,9 +222,9 @@ class TokenStore:
         return np.diff(self.offsets)
 
     def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and mask of a document, as views of the mapped arrays."""
+        """Tokens (n,) int32 of a document, a view of the mapped array, and their weights in the loss, (n,) float32."""
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
-        return self.tokens[start:end], self.loss_mask[start:end]
+        return self.tokens[start:end], self.weights[self.loss_mask[start:end]]
 
     def check_tokenizer(self, folder: Path | str) -> None:
         """Refuses a tokenizer (of the model that is to be trained, say) other than the one that made the store."""

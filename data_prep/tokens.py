@@ -26,7 +26,10 @@ _HEAD = 32
 
 
 class Encoded(NamedTuple):
-    """One document: `tokens` (n,) int32 and `mask` (n,) uint8, 1 where the model itself wrote the token."""
+    """One document: `tokens` (n,) int32 and `mask` (n,) float32, each token's weight in the loss.
+
+    A weight is 0 where the model did not write the token, and 1 where it did unless the message has another `weight`.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -84,10 +87,10 @@ class ChatTokenizer:
         ids = iter(self._ids(segment.text for segments in documents for segment in segments))
         encoded = []
         for segments in documents:
-            parts = [(next(ids), segment.supervised) for segment in segments]
+            parts = [(next(ids), segment.weight) for segment in segments]
             tokens = np.array([token for part, _ in parts for token in part], dtype=np.int32)
             mask = np.repeat(
-                np.array([supervised for _, supervised in parts], dtype=np.uint8), [len(part) for part, _ in parts]
+                np.array([weight for _, weight in parts], dtype=np.float32), [len(part) for part, _ in parts]
             )
             encoded.append(Encoded(tokens, mask))
         return encoded

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.packing import PackedDataset, best_fit, build_packs
+from data_prep.packing import PADDING, PackedDataset, best_fit, build_packs
 from data_prep.store import FILES, KIND, StoreWriter, TokenStore
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError, fresh_output
@@ -43,14 +43,24 @@ def test_one_pack_by_hand(tmp_path: Path) -> None:
     end = len(parts[first][0])
     assert sample["cu_seqlens"].tolist() == [0, end, 5, 8]
     assert sample["position_ids"].tolist() == [*range(end), *range(5 - end), 0, 1, 2]
+    assert sample["source"].tolist() == [0] * 5 + [PADDING] * tail
     kinds = {name: str(array.dtype) for name, array in sample.items()}
     assert kinds == {
         "tokens": "int64",
         "labels": "int64",
         "loss_mask": "float32",
         "position_ids": "int64",
+        "source": "int32",
         "cu_seqlens": "int32",
     }
+
+
+def test_a_sequence_of_padding_counts_nothing(tmp_path: Path) -> None:
+    build_packs(make_store(tmp_path, [4, 3]), seq_length=8)
+    sample = PackedDataset(tmp_path / "store", 8).padding()
+    assert sample["loss_mask"].tolist() == sample["tokens"].tolist() == [0] * 8
+    assert sample["cu_seqlens"].tolist() == [0, 8]
+    assert sample["source"].tolist() == [PADDING] * 8
 
 
 def test_padding_belongs_to_its_document(tmp_path: Path) -> None:

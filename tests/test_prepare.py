@@ -75,6 +75,21 @@ def test_turns_that_lost_their_reasoning_are_counted(tmp_path: Path, tokenizer: 
     assert store.manifest["turns"] == {"answered": 0, "thought": 1, "context_only": 1}
 
 
+def test_weights_of_rows_and_messages_multiply(tmp_path: Path, tokenizer: Path) -> None:
+    talk = row("a", "b")["messages"] + row("c", "dd")["messages"]
+    talk[1]["weight"], talk[3]["weight"] = 0, 0.5
+    rows = [{"messages": talk, "weight": 3, "source": "x"}, row("e", "f") | {"weight": 0.25}]
+    store, facts = prepare([write_jsonl(tmp_path / "x.jsonl", rows)], tokenizer, tmp_path / "store", 128)
+    # Supervised by hand: "dd" + end at 3 * 0.5, and "f" + end at 0.25; "b" + end has weight 0 and is context only.
+    weights = [mask[mask > 0].tolist() for _, mask in (store.document(0), store.document(1))]
+    assert weights == [[1.5] * 3, [0.25] * 2]
+    assert facts["supervised_positions"] == store.manifest["supervised_tokens"] == 5
+    assert store.manifest["turns"] == {"answered": 2, "thought": 0, "context_only": 1}
+    (pack,) = (PackedDataset(tmp_path / "store", 128)[number] for number in range(facts["packs"]))
+    assert pack["loss_mask"].sum() == 1.5 * 3 + 0.25 * 2
+    assert {store.source_names[number] for number in set(pack["source"].tolist()) - {-1}} == {"x", "test"}
+
+
 def test_same_input_gives_the_same_bytes(tmp_path: Path, tokenizer: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [row(str(n), str(n + 1)) for n in range(50)])
     contents = []
@@ -94,6 +109,13 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path, tokenizer: Path) -> Non
         ([{"messages": [{"role": "bot", "content": "x"}]}], r"bad\.jsonl:2: messages\[0\]: role 'bot'"),
         ([row("a", "b") | {"tools": [{}]}], r"bad\.jsonl:2: tool definitions"),
         ([{"messages": [{"role": "user", "content": "x"}]}], r"bad\.jsonl:2: no supervised token"),
+        ([row("a", "b") | {"weight": -1}], r"bad\.jsonl:2: this row: 'weight' is -1"),
+        ([row("a", "b") | {"weight": 0}], r"bad\.jsonl:2: 'weight' is 0, so there is nothing to learn"),
+        ([row("a", "b") | {"weight": "1"}], r"bad\.jsonl:2: this row: 'weight' is '1'"),
+        (
+            [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": True}]}],
+            r"bad\.jsonl:2: messages\[1\]: 'weight' is True",
+        ),
         ([row("<|im_start|>", "b")], r"bad\.jsonl:2: messages\[0\].*control token"),
     ],
 )

@@ -40,7 +40,7 @@ def test_tokens_and_mask_by_hand(tokenizer: ChatTokenizer) -> None:
     written = [*ids("so\n"), THOUGHT, *ids("\nyo"), END]
     assert encoded.tokens.tolist() == [*prompt, *written, *ids("\n")]
     assert encoded.mask.tolist() == [0] * len(prompt) + [1] * len(written) + [0]
-    assert (encoded.tokens.dtype, encoded.mask.dtype) == (np.int32, np.uint8)
+    assert (encoded.tokens.dtype, encoded.mask.dtype) == (np.int32, np.float32)
 
 
 def test_batch_equals_one_by_one(tokenizer: ChatTokenizer) -> None:
@@ -116,6 +116,54 @@ def test_reader_maps_and_never_loads(store: Path) -> None:
     assert copy.document(1)[0].tolist() == [10, 131071]
 
 
+def as_version_1(store: Path) -> None:
+    """Rewrites a store without weights as the first version of this project wrote it."""
+    manifest = json.loads((store / "manifest.json").read_text())
+    (store / "sources.bin").unlink()
+    del manifest["files"]["sources.bin"], manifest["weights"]
+    (store / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
+
+
+def test_the_source_of_every_document_is_known(store: Path) -> None:
+    opened = TokenStore(store)
+    assert [opened.source_names[opened.source(number)] for number in range(2)] == ["a", "b"]
+    assert not opened.weighted
+
+
+def test_a_store_of_version_1_still_opens(store: Path) -> None:
+    as_version_1(store)
+    opened = TokenStore(store)
+    assert opened.document(0)[1].tolist() == [0, 0, 1, 1]
+    assert not opened.weighted
+    # Two sources, and nothing that says which document came from which.
+    assert (opened.source_names, opened.source(1)) == (["unknown"], 0)
+
+
+def test_weights_are_stored_in_a_byte_each(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    masks = [[0, 0.5, 1], [0, 1, 0], [0, 0.5, 0.25]]
+    with fresh_output(tmp_path / "weighted", KIND) as folder:
+        writer = StoreWriter(folder)
+        for mask in masks:
+            writer.add(np.array([10, 20, 11], np.int32), np.array(mask, np.float32), "a")
+        writer.finish(tokenizer)
+    opened = TokenStore(tmp_path / "weighted")
+    assert [opened.document(number)[1].tolist() for number in range(3)] == masks
+    assert opened.weighted
+    assert opened.manifest["weights"] == [0.5, 1.0, 0.25]
+    assert (tmp_path / "weighted" / "loss_mask.bin").read_bytes() == bytes([0, 1, 2, 0, 2, 0, 0, 1, 3])
+    assert opened.manifest["supervised_tokens"] == 5
+
+
+def test_more_weights_than_a_byte_can_number_are_refused(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path)
+    for number in range(1, 256):
+        writer.add(np.array([1, 2]), np.array([0, number / 256], np.float32), "a")
+    writer.add(np.array([1, 2]), np.array([0, 1 / 256], np.float32), "a")
+    with pytest.raises(UserError, match="more than 255 different loss weights; round them"):
+        writer.add(np.array([1, 2]), np.array([0, 7.0], np.float32), "a")
+    writer.close()
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_truncated_or_missing_files_are_refused_by_name(store: Path, name: str) -> None:
     path = store / name
@@ -138,7 +186,8 @@ def test_damaged_bytes_are_found_by_verify(store: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 2}, "has version 2, this code reads 1"),
+        ({"version": 3}, "has version 3, this code reads 1 and 2"),
+        ({"version": 1}, "list"),
         ({"format": "x"}, "does not describe"),
         ({"files": {}}, "list"),
     ],
