@@ -6,7 +6,7 @@ from launch.layout import validate
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.targets import select
-from recipes.settings import Run, Settings
+from recipes.settings import Run, Settings, TrainSettings
 
 
 def check_run(task: Run, arch: Arch) -> None:
@@ -38,6 +38,7 @@ def _check_numbers(settings: Settings) -> None:
         ("train.warmup", train.warmup, 0 <= train.warmup < train.steps, f"from 0 to below train.steps={train.steps}"),
         ("train.lr", train.lr, train.lr > 0, "positive"),
         ("train.min_lr", train.min_lr, 0 <= train.min_lr <= train.lr, f"from 0 to train.lr={train.lr}"),
+        *_schedule(train),
         ("train.beta2", train.beta2, 0 <= train.beta2 < 1, "at least 0 and below 1"),
         ("train.weight_decay", train.weight_decay, train.weight_decay >= 0, "at least 0"),
         ("train.clip", train.clip, train.clip > 0, "positive"),
@@ -54,3 +55,15 @@ def _check_numbers(settings: Settings) -> None:
     ):
         if not holds:
             raise UserError(f"{name}={value} must be {rule}")
+
+
+def _schedule(train: TrainSettings) -> list[tuple[str, float, bool, str]]:
+    """Checks of the learning rate's schedule, as `_check_numbers` lists them."""
+    if train.schedule == "wsd":
+        left, fifth = train.steps - train.warmup, max(train.steps // 5, 1)
+        return [("train.decay", train.decay, 1 <= train.decay <= left, f"from 1 to {left} with wsd, such as {fifth}")]
+    falls = train.schedule == "cosine" or train.min_lr == 0
+    return [
+        ("train.decay", train.decay, train.decay == 0, f"0: train.schedule={train.schedule} has no decay of its own"),
+        ("train.min_lr", train.min_lr, falls, "0: train.schedule=constant never falls"),
+    ]

@@ -19,7 +19,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
-from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
+from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
 from data_prep.packing import PackedDataset
 from nano3.adapter_checkpoint import SaveAdapter
@@ -29,6 +29,7 @@ from nano3.liveness import AdapterLiveness
 from nano3.lora import Nano3LoRA
 from nano3.progress import Progress
 from nano3.router import RouterGuard
+from nano3.schedule import Schedule
 from nano3.targets import select
 from recipes.checks import check_run
 from recipes.packed_data import PackedDataModule
@@ -101,7 +102,7 @@ def _trainer(task: Run) -> run.Config:
         callbacks=[
             run.Config(RouterGuard),
             run.Config(AdapterLiveness),
-            run.Config(SaveAdapter, out=str(out / "adapter"), facts=_facts(task)),
+            run.Config(SaveAdapter, out=str(out / "adapter"), facts=_facts(task), base=task.base),
             run.Config(Progress, folder=task.out, every=task.settings.log.every, steps=train.steps),
         ],
         limit_val_batches=validation_batches,
@@ -167,11 +168,12 @@ def _optimizer(task: Run) -> run.Config:
             use_distributed_optimizer=task.bf16,
         ),
         lr_scheduler=run.Config(
-            CosineAnnealingScheduler,
-            max_steps=train.steps,
-            warmup_steps=train.warmup,
-            constant_steps=0,
-            min_lr=train.min_lr,
+            Schedule,
+            kind=train.schedule,
+            steps=train.steps,
+            warmup=train.warmup,
+            decay=train.decay,
+            floor=train.min_lr / train.lr,
         ),
     )
 

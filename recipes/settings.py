@@ -42,11 +42,15 @@ class TrainSettings:
     steps: int = 300
     """Optimizer steps."""
     lr: float = 1e-4
-    """Peak learning rate; cosine to `min_lr`."""
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine to `min_lr`; or `lr`, and over the last `decay` steps 1 - sqrt to `min_lr`; or `lr`."""
     min_lr: float = 0.0
-    """Where the cosine ends: the rate that a step after the last would have."""
+    """Where cosine and wsd end: the rate that a step after the last would have."""
     warmup: int = 50
     """Steps of linear warm-up."""
+    decay: int = 0
+    """Steps of wsd's decay; other schedules have none."""
     global_batch: int = 128
     """Packs per step over all ranks."""
     seq_length: int = 4096
