@@ -1,43 +1,46 @@
-"""A LoRA adapter folder: read, checked against its base model, turned into weight deltas in Hugging Face's rows.
+"""A LoRA adapter folder: read, checked against its base model, turned into new rows for Hugging Face's tensors.
 
-`lora.json` says rank, alpha, targets and the base's config.json; `weights/` is Megatron torch_dist. Each module
-has `linear_in` A (rank, in) and `linear_out` B (out, rank), rows in Megatron's order; its delta is
-(alpha / rank) * B @ A, computed in FP32. One adapter serves all routed experts of a layer.
+`lora.json` says what kind of adapter it is (`conversion.lora_json`); `weights/` is Megatron torch_dist. Each module
+has `linear_in` A (rank, in) and `linear_out` B (out, rank), rows in Megatron's order; its delta is scale * B @ A,
+computed in FP32. One adapter serves all routed experts of a layer, or each has its own: (experts, rank, in) and
+(experts, out, rank).
+Under DoRA a row of the merged weight is the row of W + delta, scaled to the length that `magnitude` has for it.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from conversion.folders import WEIGHTS, require_adapter
+from conversion.folders import WEIGHTS
 from conversion.layout import check_tensors
-from conversion.names import Linear, linears
+from conversion.lora_json import read_lora_json
+from conversion.names import VOCABULARY_KEYS, Linear, adaptable, adapter_shapes
 from conversion.plan import PREFIX
 from conversion.torch_dist import RowReader, TorchDistReader
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.digest import combine, layer_digest
-from nano3.targets import select
 
 _ROUTER = ("weight", "e_score_correction_bias")
+
+Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""A (rank, in), B (out, rank) and the magnitude (out,), FP32."""
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """Rows `start` to `start + count` of a Hugging Face tensor get rows `first` and following of a module's delta."""
+    """Rows `start` to `start + count` of a Hugging Face tensor are rows `first` and following of an adapted module, of
+    its routed expert `expert` if it is one."""
 
     path: str
     start: int
     count: int
     first: int
+    expert: int = 0
 
 
 class Adapter:
@@ -45,23 +48,31 @@ class Adapter:
 
     def __init__(self, folder: Path, arch: Arch) -> None:
         self.folder, self.arch = folder, arch
-        self.info = _read_info(folder)
-        self.rank, self.scale = self.info["rank"], self.info["alpha"] / self.info["rank"]
-        recorded = Arch.from_config(self.info["base_config"], f"{folder}/lora.json")
+        self.info = read_lora_json(folder)
+        recorded = Arch.from_config(self.info.base_config, f"{folder}/lora.json")
         differences = recorded.differences(arch)
         if differences:
             raise UserError(f"adapter {folder} belongs to another model than the base: {'; '.join(differences)}")
-        self.modules = _modules(arch, select(arch, self.info["targets"], self.info["experts"]))
+        self.sizes = self.info.sizes(arch)
+        linears = adaptable(arch)
+        self.modules = {path: linears[path] for path in self.sizes}
         self._reader = TorchDistReader(folder / WEIGHTS)
+        self._check_tensors()
+        self._factors = lru_cache(maxsize=4)(self._read_factors)
+
+    def _check_tensors(self) -> None:
         expected = {
-            key: shape for path, linear in self.modules.items() for key, shape in self._keys(path, linear).items()
+            self._key(path, name): self._padded(path, name, shape)
+            for path in self.modules
+            for name, shape in self._shapes(path).items()
         }
-        check_tensors(f"adapter {folder}", self._reader.shapes, expected)
+        if self.info.router == "balance":
+            expected |= {self._bias_key(number): (self.arch.n_routed_experts,) for number in self.arch.moe_layers}
+        check_tensors(f"adapter {self.folder}", self._reader.shapes, expected)
         for key in expected:
             self._reader.dtype(key)  # refuses what is not floating point
             if not torch.isfinite(self._reader.whole(key)).all():
-                raise UserError(f"adapter {folder}: {key} holds NaN or infinity; the training diverged")
-        self._factors = lru_cache(maxsize=4)(self._read_factors)
+                raise UserError(f"adapter {self.folder}: {key} holds NaN or infinity; the training diverged")
 
     def check_base(self, rows: RowReader) -> bool:
         """Compares the routers of the base, read by `rows`, with those that training recorded.
@@ -70,7 +81,7 @@ class Adapter:
         routers tell them apart. Returns False when the adapter records none; raises `UserError` when they differ.
         Training in BF16 holds an FP32 router's weight rounded and its bias as it is: both readings of a weight count.
         """
-        recorded = self.info.get("router_sha256")
+        recorded = self.info.router_sha256
         if not recorded:
             return False
         experts = self.arch.n_routed_experts
@@ -91,59 +102,70 @@ class Adapter:
         )
 
     def contributions(self) -> dict[str, list[Contribution]]:
-        """Hugging Face tensor name -> what is added to which of its rows."""
+        """Hugging Face tensor name -> which of its rows change, and where their new values come from."""
         result: dict[str, list[Contribution]] = {}
         for path, linear in self.modules.items():
             begin = 0
-            for block in linear.blocks:
-                # Blocks of routed experts follow one another, and each gets the whole delta of the shared adapter.
-                part = Contribution(path, block.start, block.count, begin % linear.rows)
+            for block in linear.blocks:  # those of routed experts follow one another
+                expert, first = divmod(begin, linear.rows)
+                part = Contribution(path, block.start, block.count, first, expert)
                 result.setdefault(block.name, []).append(part)
                 begin += block.count
         return result
 
-    def delta(self, part: Contribution) -> torch.Tensor:
-        """The rows of (alpha / rank) * B @ A that `part` names, FP32, (count, in)."""
-        low, high = self._factors(part.path)
-        return self.scale * (high[part.first : part.first + part.count] @ low)
+    def router_biases(self) -> dict[str, torch.Tensor]:
+        """Correction biases that training moved (`router=balance`), FP32, by the name of the tensor they replace."""
+        if self.info.router != "balance":
+            return {}
+        return {
+            f"backbone.layers.{number}.mixer.gate.{_ROUTER[1]}": self._reader.whole(self._bias_key(number)).float()
+            for number in self.arch.moe_layers
+        }
 
-    def _read_factors(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        low, *high = (self._reader.whole(key).float() for key in self._keys(path, self.modules[path]))
-        return low, torch.cat(high)
+    def merged(self, part: Contribution, old: torch.Tensor) -> torch.Tensor:
+        """The new values of the rows `old`, (count, in), that `part` names, FP32."""
+        low, high, magnitude = self._factors(part.path, part.expert)
+        rows = slice(part.first, part.first + len(old))
+        old = old.float()
+        new = old + self.sizes[part.path].scale * (high[rows] @ low)
+        if magnitude is None:
+            return new
+        lengths = new.norm(dim=1)
+        scale = torch.where(old.any(dim=1), magnitude[rows] / lengths.clamp_min(torch.finfo(torch.float32).tiny), 1)
+        return new * scale[:, None]
 
-    def _keys(self, path: str, linear: Linear) -> Mapping[str, tuple[int, ...]]:
-        """Keys and shapes of a module's factors: A first, then B, or its sections from top to bottom."""
-        layer = path.removesuffix(linear.module)
-        prefix = f"{PREFIX}{layer}{linear.module_key}.adapter."
-        out = f"{prefix}linear_out.weight"
-        keys = {f"{prefix}linear_in.weight": (self.rank, linear.width)}
-        if linear.sections:
-            return keys | {f"{out}.{section}": (rows, self.rank) for section, rows in linear.sections}
-        return keys | {out: (linear.rows, self.rank)}
+    def _read_factors(self, path: str, expert: int) -> Factors:
+        low, *rest = (self._read(path, name, expert) for name in self._shapes(path))
+        parts = max(1, len(self.modules[path].sections))
+        return low, torch.cat(rest[:parts]), torch.cat(rest[parts:]) if self.info.dora else None
 
+    def _read(self, path: str, name: str, expert: int) -> torch.Tensor:
+        """A tensor of one expert's adapter, padded rows left out; of a module with one adapter the whole tensor."""
+        shape = self._shapes(path)[name]
+        offset = (0,) * len(shape)
+        stacked = self._each(path) or (name == "magnitude" and self.modules[path].experts)
+        if stacked:
+            offset, shape = (expert, *offset[1:]), (1, *shape[1:])
+        value = self._reader.read(self._key(path, name), offset, shape).float()
+        return value[0] if stacked else value
 
-def _modules(arch: Arch, paths: list[str]) -> dict[str, Linear]:
-    """The linear modules at these paths, `decoder.layers.N.<module>`."""
-    known = {
-        f"decoder.layers.{n}.{linear.module}": linear for n in range(len(arch.layers)) for linear in linears(arch, n)
-    }
-    return {path: known[path] for path in paths}
+    def _each(self, path: str) -> bool:
+        return self.info.experts == "each" and self.modules[path].experts > 0
 
+    def _shapes(self, path: str) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of a module's tensors, padded rows left out: A, then B, then the magnitude."""
+        return adapter_shapes(self.modules[path], self.sizes[path].rank, self._each(path), self.info.dora)
 
-def _read_info(folder: Path) -> dict[str, Any]:
-    """lora.json, checked field by field."""
-    require_adapter(folder)
-    try:
-        info = json.loads((folder / "lora.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{folder}/lora.json is not valid JSON ({error}); copy the adapter again") from None
-    if not isinstance(info, dict) or info.get("format") != 1:
-        raise UserError(f"{folder}/lora.json is not of format 1; use the version of this project that wrote it")
-    missing = [name for name in ("rank", "alpha", "targets", "experts", "base_config") if name not in info]
-    if missing:
-        raise UserError(f"{folder}/lora.json lacks {', '.join(missing)}; copy the adapter again")
-    if not isinstance(info["rank"], int) or info["rank"] < 1:
-        raise UserError(f"{folder}/lora.json: rank {info['rank']!r} is not a positive integer")
-    if not isinstance(info["alpha"], int | float) or not math.isfinite(info["alpha"]):
-        raise UserError(f"{folder}/lora.json: alpha {info['alpha']!r} is not a number")
-    return info
+    def _key(self, path: str, name: str) -> str:
+        linear: Linear = self.modules[path]
+        return f"{PREFIX}{path.removesuffix(linear.module)}{linear.module_key}.adapter.{name}"
+
+    def _bias_key(self, number: int) -> str:
+        return f"{PREFIX}decoder.layers.{number}.mlp.router.expert_bias"
+
+    def _padded(self, path: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape as stored: tensors with a row for each token may have rows of padding behind them."""
+        stored = self._reader.shapes.get(self._key(path, name))
+        if f"{path}.weight" in VOCABULARY_KEYS and name != "linear_in.weight" and stored and stored[0] > shape[0]:
+            return stored[0], *shape[1:]
+        return shape

@@ -10,7 +10,7 @@ tensor keeps its dtype; what the adapter does not target is copied bit for bit, 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from nano3.arch import resolve_model
 from nano3.cli import check_output, fresh_output, run
 
 if TYPE_CHECKING:
+    import torch
+
     from conversion.adapter import Adapter, Contribution
 
 
@@ -31,6 +33,8 @@ class Summary:
     total: int
     targeted: int
     same_routers: bool
+    balanced: int = 0
+    """Correction biases of routers that training moved and the merge replaced."""
     changed: int = 0
 
     def __str__(self) -> str:
@@ -38,6 +42,10 @@ class Summary:
             f"{self.total} tensors: {self.targeted} targeted, {self.changed} changed, "
             f"{self.total - self.changed} identical bit for bit; routers "
             + ("are those of the training run" if self.same_routers else "not compared, the adapter records none")
+            + (
+                f"; {self.balanced} correction biases moved in training (router=balance) and replaced"
+                * bool(self.balanced)
+            )
         )
 
 
@@ -60,11 +68,16 @@ def merge(base: Path, adapter_folder: Path, out: Path) -> Summary:
 
 
 def _write(hf: HFFolder, adapter: Adapter, same_routers: bool, writer: SafetensorsWriter, bar: Any) -> Summary:
-    parts = adapter.contributions()
-    summary = Summary(len(hf.layout.entries), len(parts), same_routers)
+    parts, biases = adapter.contributions(), adapter.router_biases()
+    summary = Summary(len(hf.layout.entries), len(parts), same_routers, len(biases))
     for name, entry in hf.layout.entries.items():
         if name in parts:
-            summary.changed += _add(hf, name, parts[name], adapter, writer)
+            summary.changed += _adapt(hf, name, parts[name], adapter, writer)
+        elif name in biases:
+            old = hf.rows(name, 0, entry.shape[0])
+            new = biases[name].to(old.dtype)
+            writer.write(name, 0, new)
+            summary.changed += not _equal(new, old)
         else:
             for start, count in row_steps(entry.shape[0], entry.row_bytes):
                 writer.write(name, start, hf.rows(name, start, count))
@@ -72,17 +85,23 @@ def _write(hf: HFFolder, adapter: Adapter, same_routers: bool, writer: Safetenso
     return summary
 
 
-def _add(hf: HFFolder, name: str, parts: list[Contribution], adapter: Adapter, writer: SafetensorsWriter) -> bool:
-    """Writes one targeted tensor with its deltas; says whether any value changed."""
+def _adapt(hf: HFFolder, name: str, parts: list[Contribution], adapter: Adapter, writer: SafetensorsWriter) -> bool:
+    """Writes one targeted tensor with its new values; says whether any value changed."""
+    changed = False
+    row_bytes = 4 * hf.layout.entries[name].shape[1]  # in FP32
+    for part in parts:
+        for begin, count in row_steps(part.count, row_bytes):
+            old = hf.rows(name, part.start + begin, count)
+            new = adapter.merged(replace(part, first=part.first + begin), old).to(old.dtype)
+            writer.write(name, part.start + begin, new)
+            changed |= not _equal(new, old)
+    return changed
+
+
+def _equal(new: torch.Tensor, old: torch.Tensor) -> bool:
     import torch
 
-    changed = False
-    for part in parts:
-        old = hf.rows(name, part.start, part.count)
-        new = (old.float() + adapter.delta(part)).to(old.dtype)
-        writer.write(name, part.start, new)
-        changed |= not torch.equal(new, old)
-    return changed
+    return torch.equal(new, old)
 
 
 def main() -> int:

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from nano3 import targets
 from nano3.arch import Arch
 
-EMBEDDING = "embedding.word_embeddings.weight"
-OUTPUT = "output_layer.weight"
+EMBEDDING = f"{targets.EMBEDDING}.weight"
+OUTPUT = f"{targets.OUTPUT}.weight"
 VOCABULARY_KEYS = (EMBEDDING, OUTPUT)
 """Megatron tensors that may have more rows than the vocabulary."""
 
@@ -62,10 +63,10 @@ class MegatronTensor:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear module of one layer, what LoRA can target.
+    """A linear module of one layer, or the embedding or output layer: what LoRA can target.
 
-    `module` is its path in Megatron's layer. `blocks` are the rows of its weight in Megatron's order, of all experts
-    one after the other when `experts` is not 0 (an adapter of such a module is shared by all of them). `norm` is the
+    `module` is its path in Megatron's layer (of the embedding and output layer the whole path). `blocks` are the rows
+    of its weight in Megatron's order, of all experts one after the other when `experts` is not 0. `norm` is the
     Hugging Face norm that Megatron fuses into the module.
     """
 
@@ -113,6 +114,33 @@ def linears(arch: Arch, number: int) -> tuple[Linear, ...]:
             specs.experts("mlp.experts.linear_fc2", "down_proj"),
         )
     return specs.feed_forward("mlp.", "", norm=layer + "norm.weight")
+
+
+def adaptable(arch: Arch) -> dict[str, Linear]:
+    """What can carry an adapter by its path, as `nano3.targets.adaptable_modules` lists them."""
+    names = {targets.EMBEDDING: "backbone.embeddings.weight", targets.OUTPUT: "lm_head.weight"}
+    result = {
+        path: Linear(path, (RowBlock(name, 0, arch.vocab_size),), arch.hidden_size) for path, name in names.items()
+    }
+    for number in range(len(arch.layers)):
+        result |= {f"decoder.layers.{number}.{linear.module}": linear for linear in linears(arch, number)}
+    return result
+
+
+def adapter_shapes(linear: Linear, rank: int, each: bool, dora: bool) -> dict[str, tuple[int, ...]]:
+    """Tensors of one adapter behind `.adapter.`, A first, with their global shapes (padded vocabulary rows aside).
+
+    `each`: routed experts have one adapter each, A (experts, rank, in) and B (experts, out, rank). DoRA magnitudes of
+    routed experts are (experts, out) either way.
+    """
+    experts = (linear.experts,) if linear.experts else ()
+    own = experts if each else ()
+    shapes: dict[str, tuple[int, ...]] = {"linear_in.weight": (*own, rank, linear.width)}
+    rows = {f".{name}": count for name, count in linear.sections} or {"": linear.rows}
+    shapes |= {f"linear_out.weight{part}": (*own, count, rank) for part, count in rows.items()}
+    if dora:
+        shapes |= {f"magnitude{part}": (*experts, count) for part, count in rows.items()}
+    return shapes
 
 
 def megatron_tensors(arch: Arch) -> Iterator[MegatronTensor]:

@@ -126,7 +126,12 @@ def keep_fp32_exact(model: MambaModel) -> None:
     for module in model.modules():
         for kind, names in FP32_TENSORS.items():
             if isinstance(module, kind):
-                module._apply = partial(_apply_but_to, names, module)  # type: ignore[method-assign]
+                keep_dtype(module, names)
+
+
+def keep_dtype(module: torch.nn.Module, names: tuple[str, ...]) -> None:
+    """Makes casts of `module`, or of a model around it, pass over its tensors `names`."""
+    module._apply = partial(_apply_but_to, names, module)  # type: ignore[method-assign]
 
 
 def _apply_but_to(names: tuple[str, ...], module: torch.nn.Module, function: Callable, recurse: bool = True) -> Any:

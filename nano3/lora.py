@@ -1,13 +1,15 @@
 """LoRA on the hybrid model: NeMo's adapters where they are right, our own where they are not.
 
 Kept from NeMo 2.7.3: `PEFT` (freezing, adapter-only checkpoints), `LoRALinear`, and `ParallelLinearAdapter` for dense
-layers. Replaced, each for a reason:
-  * routed experts: one adapter per layer shared by all its experts, replicated on every rank that holds experts;
+layers. Replaced, each for a reason (`nano3.adapters`, `nano3.vocabulary_adapters`):
+  * routed experts: one adapter per layer shared by all its experts, replicated on every rank that holds experts, or one
+    for each expert, on the ranks that hold it;
   * `linear_fc1`: NeMo shards its B as two gated halves, and this model has no gate;
   * `in_proj`: its B is stored by section (z, x, B, C, dt) like the layer itself, so that it reshards;
+  * DoRA, and adapters of embedding and output layer;
   * the first A: a function of the layer's global name and a seed, hence the same on every parallel layout.
 
-Delta of a layer: W += (alpha / rank) * linear_out.weight @ linear_in.weight.
+Delta of a layer: W += scale * linear_out.weight @ linear_in.weight, scale = alpha / rank unless asked otherwise.
 """
 
 from __future__ import annotations
@@ -19,16 +21,15 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.ssm.mamba_block import MambaStack
-from megatron.core.ssm.mamba_mixer import MambaMixer, _split_tensor_factory
+from megatron.core.models.mamba import MambaModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from nemo.collections.llm.peft.lora import LoRALinear
-from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_attributes_from_linear
 from nemo.lightning.pytorch.callbacks.peft import PEFT
 from torch import nn
 
+from nano3.adapters import AdaptedLinear, AdapterOptions, DenseAdapter, EachExpertAdapter, SharedExpertsAdapter
 from nano3.cli import UserError
+from nano3.targets import EMBEDDING, OUTPUT, Size, is_routed, sizes
+from nano3.vocabulary_adapters import AdaptedEmbedding, AdaptedOutput, EmbeddingAdapter, OutputAdapter
 
 
 def initial_a(name: str, rank: int, in_features: int, seed: int) -> torch.Tensor:
@@ -43,72 +44,19 @@ def initial_a(name: str, rank: int, in_features: int, seed: int) -> torch.Tensor
     return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
 
 
-class DenseAdapter(ParallelLinearAdapter):
-    """NeMo's adapter of a column- or row-parallel layer; `sections` are the local rows of each part of in_proj's B."""
-
-    sections: list[tuple[str, int]] | None = None
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """`linear_in.weight` split along the rank (column) or the input (row), `linear_out.weight` along the output."""
-        state = self.linear_in.sharded_state_dict(f"{prefix}linear_in.", sharded_offsets, metadata)
-        state.update(self.linear_out.sharded_state_dict(f"{prefix}linear_out.", sharded_offsets, metadata))
-        state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
-        if self.sections:
-            key = f"{prefix}linear_out.weight"
-            names, rows = zip(*self.sections, strict=True)
-            state[key] = _split_tensor_factory(state[key], list(rows), list(names), 0)
-        return state
-
-
-class SharedExpertsAdapter(nn.Module):
-    """One adapter for all routed experts of a layer, whole on every rank (expert tensor parallel 1).
-
-    Its gradient is the sum over all tokens of all experts, wherever they are: the tokens of other expert-parallel ranks
-    arrive through the data-parallel reduction (`allreduce=True`: that group spans the expert ranks), those of other
-    tensor-parallel ranks through Megatron-Core's reduction of sequence-parallel parameters.
-    """
-
-    def __init__(self, in_features: int, out_features: int, lora: Nano3LoRA, config: Any) -> None:
-        super().__init__()
-        settings = {"bias": False, "dtype": config.params_dtype, "device": torch.cuda.current_device()}
-        self.linear_in = nn.Linear(in_features, lora.dim, **settings)
-        self.linear_out = nn.Linear(lora.dim, out_features, **settings)
-        nn.init.zeros_(self.linear_out.weight)
-        self.dropout = nn.Dropout(lora.dropout)
-        self.scale = lora.alpha / lora.dim
-        for parameter in self.parameters():
-            parameter.allreduce = True  # type: ignore[attr-defined]
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(tokens, in) -> (tokens, out)."""
-        return self.linear_out(self.linear_in(self.dropout(x))) * self.scale
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """Both matrices whole; replicas on every tensor- and data-parallel rank, of which one writes."""
-        del metadata  # names the groups of the experts around it; the replicas are over the dense model's groups
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True),
-            prefix,
-            {},
-            sharded_offsets,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        )
-
-
 @dataclass
 class Nano3LoRA(PEFT):
     """LoRA as a NeMo 2 model transform.
 
     Args:
         modules: paths of the layers to adapt with global layer numbers, from `nano3.targets.select`.
-        dim: rank of the adapters.
-        alpha: scale times rank; the delta is multiplied by alpha / dim.
+        dim: rank of the adapters that no pattern names.
+        alpha: scale times rank of the adapters that no pattern names.
+        rank_pattern: `target:rank`, see `nano3.targets.sizes`.
+        alpha_pattern: `target:alpha`, likewise.
+        rslora: scale alpha / sqrt(rank) instead of alpha / rank.
+        dora: a trained magnitude for every output row, see `nano3.dora`.
+        experts: "shared" or "each": what routed experts among `modules` get.
         dropout: probability on the adapters' input while training.
         seed: of the first A, and of dropout.
     """
@@ -116,6 +64,11 @@ class Nano3LoRA(PEFT):
     modules: list[str] = field(default_factory=list)
     dim: int = 32
     alpha: float = 32.0
+    rank_pattern: list[str] = field(default_factory=list)
+    alpha_pattern: list[str] = field(default_factory=list)
+    rslora: bool = False
+    dora: bool = False
+    experts: str = "shared"
     dropout: float = 0.0
     seed: int = 1234
 
@@ -123,74 +76,81 @@ class Nano3LoRA(PEFT):
         """Freezes the model and wraps the chosen layers of this rank's pipeline stage."""
         self.freeze_model(model)
         model_parallel_cuda_manual_seed(self.seed)  # of dropout; NeMo seeds Megatron with a constant
-        stacks = [module for module in model.modules() if isinstance(module, MambaStack)]
-        chosen = set(self.modules)
-        for stack in stacks:
-            for layer in stack.layers:
-                chosen -= self._wrap_layer(layer, chosen)
-        held = {f"decoder.layers.{layer.layer_number - 1}." for stack in stacks for layer in stack.layers}
-        missed = sorted(path for path in chosen if any(path.startswith(prefix) for prefix in held))
+        chosen = sizes(self.modules, self.dim, self.alpha, self.rank_pattern, self.alpha_pattern, self.rslora)
+        missed: list[str] = []
+        for core in [module for module in model.modules() if isinstance(module, MambaModel)]:
+            found = self._wrap_vocabulary(core, chosen)
+            held = [f"{name}." if name != OUTPUT else name for name in ("embedding", OUTPUT) if hasattr(core, name)]
+            for layer in core.decoder.layers:
+                found |= self._wrap_layer(layer, chosen)
+                held.append(f"decoder.layers.{layer.layer_number - 1}.")
+            missed += [path for path in chosen if path not in found and path.startswith(tuple(held))]
         if missed:
             raise UserError(f"LoRA targets found no layer in the model: {', '.join(missed[:5])}")
         return model
 
-    def _wrap_layer(self, layer: Any, chosen: set[str]) -> set[str]:
+    def _wrap_layer(self, layer: Any, chosen: dict[str, Size]) -> set[str]:
         """Wraps what is chosen in one layer; returns the paths that were found."""
         found = set()
         for name, module in list(layer.named_modules()):
             path = f"decoder.layers.{layer.layer_number - 1}.{name}"
             if path in chosen:
                 parent = layer.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], LoRALinear(module, self._adapter(module, path, parent)))
+                adapter = self._adapter(module, path, parent, chosen[path])
+                setattr(parent, name.rpartition(".")[2], AdaptedLinear(module, adapter))
                 found.add(path)
         return found
 
-    def _adapter(self, module: Any, path: str, parent: nn.Module) -> nn.Module:
-        if ".mlp.experts." in path:
-            if parallel_state.get_expert_tensor_parallel_world_size() > 1:
-                raise UserError("adapters on routed experts need layout.etp=1")
-            adapter: Any = SharedExpertsAdapter(module.in_features, module.out_features, self, module.config)
-            split = None
-        else:
-            adapter, split = self._dense_adapter(module, path, parent)
-        weight = adapter.linear_in.weight
+    def _wrap_vocabulary(self, core: Any, chosen: dict[str, Size]) -> set[str]:
+        """Wraps embedding and output layer where they are chosen and on this stage; returns the paths found."""
+        found = set()
+        if EMBEDDING in chosen and hasattr(core, "embedding"):
+            table = core.embedding.word_embeddings
+            embedding = EmbeddingAdapter(table, core.config, self._options(chosen[EMBEDDING]))
+            self._fill(embedding.linear_in.weight, EMBEDDING)
+            core.embedding.word_embeddings = AdaptedEmbedding(table, embedding)
+            found.add(EMBEDDING)
+        if OUTPUT in chosen and hasattr(core, "output_layer"):
+            output = OutputAdapter(core.output_layer, OUTPUT, core, self._options(chosen[OUTPUT]))
+            self._fill(output.linear_in.weight, OUTPUT, 0)
+            core.output_layer = AdaptedOutput(core.output_layer, output)
+            found.add(OUTPUT)
+        return found
+
+    def _options(self, size: Size) -> AdapterOptions:
+        return AdapterOptions(size.rank, size.scale, self.dropout, self.dora)
+
+    def _adapter(self, module: Any, path: str, parent: nn.Module, size: Size) -> nn.Module:
+        if not is_routed(path):
+            world = parallel_state.get_tensor_model_parallel_world_size()
+            if size.rank % world:
+                raise UserError(f"rank {size.rank} of {path} is not a multiple of layout.tp {world}")
+            dense = DenseAdapter(module, path, parent, self._options(size))
+            self._fill(dense.linear_in.weight, path, 1 if dense.input_is_parallel else 0)
+            return dense
+        if parallel_state.get_expert_tensor_parallel_world_size() > 1:
+            raise UserError("adapters on routed experts need layout.etp=1")
+        if self.experts == "each":
+            each = EachExpertAdapter(module, self._options(size))
+            first = parallel_state.get_expert_model_parallel_rank() * module.num_gemms
+            for i in range(module.num_gemms):
+                self._fill(getattr(each.linear_in, f"weight{i}"), f"{path}.{first + i}")
+            return each
+        shared = SharedExpertsAdapter(module, self._options(size))
+        self._fill(shared.linear_in.weight, path)
+        return shared
+
+    def _fill(self, weight: torch.Tensor, name: str, split: int | None = None) -> None:
+        """Sets this rank's part of the first A, which tensor parallelism splits along the axis `split`."""
+        if weight.device.type == "meta":
+            return
         world = parallel_state.get_tensor_model_parallel_world_size()
-        whole = initial_a(path, self.dim, weight.shape[1] * (world if split == 1 else 1), self.seed)
+        rows, columns = (size * (world if axis == split else 1) for axis, size in enumerate(weight.shape))
+        whole = initial_a(name, rows, columns, self.seed)
         if split is not None:
             whole = whole.chunk(world, split)[parallel_state.get_tensor_model_parallel_rank()]
         with torch.no_grad():
             weight.copy_(whole)
-        return adapter
-
-    def _dense_adapter(self, module: nn.Module, path: str, parent: nn.Module) -> tuple[DenseAdapter, int]:
-        """The adapter and the axis along which tensor parallelism splits its A."""
-        input_is_parallel, in_features, out_features, no_sequence_gather, is_parallel = (
-            get_adapter_attributes_from_linear(module)
-        )
-        world = parallel_state.get_tensor_model_parallel_world_size()
-        if self.dim % world:
-            raise UserError(f"lora.rank {self.dim} is not a multiple of layout.tp {world}")
-        adapter = DenseAdapter(
-            in_features,
-            out_features,
-            self.dim,
-            base_linear_name=path,
-            activation="identity",
-            column_init_method="zero",  # A is filled by the caller
-            row_init_method="zero",
-            input_is_parallel=input_is_parallel,
-            dropout=self.dropout,
-            dropout_position="pre",
-            model_parallel_config=module.config,
-            alpha=self.alpha,
-            disable_sequence_parallel_comm=no_sequence_gather,
-            base_linear_is_parallel=is_parallel,
-        )
-        if isinstance(parent, MambaMixer) and path.endswith("in_proj"):
-            states = parent.ngroups_local_tp * parent.d_state
-            inner, heads = parent.d_inner_local_tp, parent.nheads_local_tp
-            adapter.sections = [("z", inner), ("x", inner), ("B", states), ("C", states), ("dt", heads)]
-        return adapter, 1 if input_is_parallel else 0
 
     def transform(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
         """Not used: layers are wrapped by their global path in `__call__`."""

@@ -1,4 +1,4 @@
-"""Which linear layers a LoRA target names. Imports neither torch nor NeMo, so a wrong target is refused at once.
+"""Which layers a LoRA target names, with what rank and scale. Imports neither torch nor NeMo: refused at once.
 
 Paths are Megatron-Core's with global layer numbers: `decoder.layers.5.self_attention.linear_qkv`. A target is a
 module's last name (`linear_qkv`, `in_proj`) or a pattern with `*` over the path (`*.layers.5.*`, `*.shared_experts.*`).
@@ -6,16 +6,33 @@ module's last name (`linear_qkv`, `in_proj`) or a pattern with `*` over the path
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from nano3.arch import Arch
 from nano3.cli import UserError
 
+Number = TypeVar("Number", int, float)
+
 PRESETS = {
     "all": ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2"),
     "attention": ("linear_qkv", "linear_proj"),
+    "peft": ("linear_qkv", "linear_proj", "in_proj", "*.shared_experts.*"),
 }
-"""Target lists by name; `all` is the list of NVIDIA's published recipe for this model (Megatron-Bridge)."""
+"""Target lists by name. `all` is the list of NVIDIA's published recipe for this model (Megatron-Bridge). `peft` is what
+Hugging Face PEFT 0.21 loads into plain linear layers of this model: it refuses out_proj of Mamba layers, and routed
+experts are no linear layers in transformers 5."""
+
+EMBEDDING = "embedding.word_embeddings"
+OUTPUT = "output_layer"
+VOCABULARY = (EMBEDDING, OUTPUT)
+"""Adapted only when a target names them; no preset does."""
+
+EXPERTS = ("shared", "each", "none")
+"""`shared`: one adapter per layer for all its routed experts; `each`: one per expert; `none`: they stay untouched."""
 
 _MODULES = {
     "M": ("mixer.in_proj", "mixer.out_proj"),
@@ -30,9 +47,23 @@ _MODULES = {
 }
 
 
+@dataclass(frozen=True)
+class Size:
+    """Of one adapter. The delta is `scale` * B @ A with A (rank, in) and B (out, rank)."""
+
+    rank: int
+    scale: float
+
+
 def adaptable_modules(arch: Arch) -> list[str]:
-    """Every linear layer that can carry an adapter, by path, in layer order. The router is not among them."""
-    return [f"decoder.layers.{n}.{name}" for n, letter in enumerate(arch.layers) for name in _MODULES[letter]]
+    """Every layer that can carry an adapter, by path, in the order of the model. The router is not among them."""
+    layers = [f"decoder.layers.{n}.{name}" for n, letter in enumerate(arch.layers) for name in _MODULES[letter]]
+    return [EMBEDDING, *layers, OUTPUT]
+
+
+def is_routed(path: str) -> bool:
+    """Whether the module at `path` is the routed experts' of a layer."""
+    return ".mlp.experts." in path
 
 
 def matches(target: str, path: str) -> bool:
@@ -46,10 +77,10 @@ def select(arch: Arch, targets: list[str] | tuple[str, ...], experts: str) -> li
     Args:
         arch: the model.
         targets: names or patterns, see the module's docstring.
-        experts: "shared" (one adapter per layer for all its routed experts) or "none" (routed experts stay untouched).
+        experts: one of `EXPERTS`.
 
     Raises:
-        UserError: a target names nothing, or nothing is left.
+        UserError: a target names nothing, nothing is left, or `experts=each` meets no routed expert.
     """
     modules = adaptable_modules(arch)
     for target in targets:
@@ -57,13 +88,89 @@ def select(arch: Arch, targets: list[str] | tuple[str, ...], experts: str) -> li
             names = sorted({path.rsplit(".", 1)[-1] for path in modules})
             raise UserError(
                 f"LoRA target {target!r} matches no linear layer of this model (pattern {arch.pattern}); "
-                f"there are {', '.join(names)}, or patterns such as '*.layers.0.*' over paths such as {modules[0]}"
+                f"there are {', '.join(names)}, or patterns such as '*.layers.0.*' over paths such as {modules[1]}"
             )
-    if experts not in ("shared", "none"):
-        raise UserError(f"lora.experts={experts!r} is not known; choose shared or none")
+    if experts not in EXPERTS:
+        raise UserError(f"lora.experts={experts!r} is not known; choose one of {', '.join(EXPERTS)}")
     chosen = [path for path in modules if any(matches(target, path) for target in targets)]
     if experts == "none":
-        chosen = [path for path in chosen if ".mlp.experts." not in path]
+        chosen = [path for path in chosen if not is_routed(path)]
     if not chosen:
         raise UserError("the LoRA targets leave no layer to adapt; give lora.targets or lora.preset=all")
+    if experts == "each" and not any(map(is_routed, chosen)):
+        raise UserError("lora.experts=each, but no target names routed experts; add linear_fc1 or linear_fc2")
     return chosen
+
+
+def sizes(
+    paths: Sequence[str],
+    rank: int,
+    alpha: float,
+    rank_pattern: Iterable[str] = (),
+    alpha_pattern: Iterable[str] = (),
+    rslora: bool = False,
+) -> dict[str, Size]:
+    """Rank and scale of every adapted module.
+
+    Args:
+        paths: from `select`.
+        rank, alpha: of modules that no pattern names.
+        rank_pattern, alpha_pattern: `target:value`; of several that name a module the last one holds. A rank of its own
+            leaves alpha as it is, as in PEFT.
+        rslora: the scale is alpha / sqrt(rank) instead of alpha / rank (rank-stabilized LoRA, arXiv 2312.03732).
+
+    Raises:
+        UserError: a pattern is malformed, names no adapted module, or later ones leave it nothing.
+    """
+    ranks = _by_pattern("lora.rank_pattern", rank_pattern, paths, _rank)
+    alphas = _by_pattern("lora.alpha_pattern", alpha_pattern, paths, _alpha)
+    result = {}
+    for path in paths:
+        own_rank, own_alpha = ranks.get(path, rank), alphas.get(path, alpha)
+        result[path] = Size(own_rank, own_alpha / (math.sqrt(own_rank) if rslora else own_rank))
+    return result
+
+
+def _rank(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _alpha(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError
+    return value
+
+
+def _by_pattern(
+    key: str, patterns: Iterable[str], paths: Sequence[str], parse: Callable[[str], Number]
+) -> dict[str, Number]:
+    """Module path -> value of the last pattern that names it."""
+    owner: dict[str, str] = {}
+    values: dict[str, Number] = {}
+    patterns = list(patterns)
+    for pattern in patterns:
+        target, _, text = pattern.rpartition(":")
+        try:
+            value = parse(text if target else "")
+        except ValueError:
+            kind = "a positive whole number" if key.startswith("lora.rank") else "a positive number"
+            raise UserError(f"{key}: {pattern!r} is not TARGET:VALUE with {kind}, such as in_proj:64") from None
+        named = [path for path in paths if matches(target, path)]
+        if not named:
+            raise UserError(
+                f"{key}: {pattern!r} names no adapted layer; there are {', '.join(sorted(_last_names(paths)))}"
+            )
+        owner.update(dict.fromkeys(named, pattern))
+        values.update(dict.fromkeys(named, value))
+    idle = [pattern for pattern in patterns if pattern not in owner.values()]
+    if idle:
+        raise UserError(f"{key}: later patterns name every layer of {idle[0]!r} again (the last one holds); remove it")
+    return values
+
+
+def _last_names(paths: Iterable[str]) -> set[str]:
+    return {path.rsplit(".", 1)[-1] for path in paths}

@@ -230,6 +230,7 @@ def test_the_base_must_have_the_routers_of_the_training_run(rounded: bool, tmp_p
 
 IN = "module.decoder.layers.0.mixer.out_proj.adapter.linear_in.weight"
 OTHER = TINY_CONFIG | {"hybrid_override_pattern": "MEM*M"}
+FORMAT_2: dict[str, Any] = {"format": 2, "rank_pattern": [], "alpha_pattern": [], "rslora": False, "dora": False}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": ({"config": OTHER}, "pattern: MEM[*]M != MEM[*]E"),
     "unreadable base config": ({"base_config": {"model_type": "llama"}}, "model_type"),
@@ -245,9 +246,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "alpha not finite": ({"alpha": float("nan")}, "alpha nan"),
     "NaN": ({"change": lambda t: t[IN].fill_(float("nan"))}, f"{IN} holds NaN"),
     "integers": ({"change": lambda t: t.update({IN: torch.zeros(4, 64).int()})}, "known are"),
-    "later format": ({"format": 2}, "format 1"),
+    "later format": ({"format": 3}, "format 3"),
+    "format 2 without its fields": ({"format": 2}, "lacks rank_pattern, alpha_pattern, rslora, dora"),
+    "format 1 with a field of format 2": ({"dora": True}, "format 1 and has dora"),
+    "a flag that is a word": ({**FORMAT_2, "dora": "no"}, "dora 'no' is not true or false"),
+    "a pattern that names nothing": ({**FORMAT_2, "rank_pattern": ["q_proj:8"]}, "'q_proj:8' names no adapted layer"),
+    "a rank that the tensors do not have": ({**FORMAT_2, "rank_pattern": ["in_proj:8"]}, r"has shape \(4, 32\)"),
+    "a magnitude that is not there": ({**FORMAT_2, "dora": True}, "magnitude"),
+    "experts announced one by one": ({"experts": "each"}, r"mlp\.experts\.experts"),
+    "unknown experts": ({"experts": "some"}, "experts 'some'"),
+    "balance without its biases": ({"router": "balance"}, "expert_bias"),
     "unknown target": ({"targets": ("q_proj",)}, "q_proj"),
 }
+
+
+EXPERTS_SAID = ("experts announced one by one", "unknown experts")
+"""Cases whose lora.json says another thing than what the tensors were made for."""
 
 
 def _experts() -> dict[str, torch.Tensor]:
@@ -259,9 +273,10 @@ def _experts() -> dict[str, torch.Tensor]:
 def test_wrong_adapters_are_refused_before_anything_is_written(case: str, tmp_path: Path):
     arguments, message = REFUSED[case]
     base = tiny_hf_folder(tmp_path / "base")
-    adapter = write_adapter(tmp_path / "adapter", **({} if "targets" in arguments else arguments))
-    if "targets" in arguments:
-        info = json.loads((adapter / "lora.json").read_text()) | {"targets": list(arguments["targets"])}
+    said = {"targets", "experts"} & set(arguments) if case in ("unknown target", *EXPERTS_SAID) else set()
+    adapter = write_adapter(tmp_path / "adapter", **{k: v for k, v in arguments.items() if k not in said})
+    if said:
+        info = json.loads((adapter / "lora.json").read_text()) | {name: arguments[name] for name in said}
         (adapter / "lora.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=message):
         merge(base, adapter, tmp_path / "out")
