@@ -3,7 +3,8 @@
 Shapes: `sbhd` query (s, b, heads, d), key and value (s, b, groups, d); `thd` (tokens, heads, d) with `cu_seqlens`.
 Output (s, b, heads * d) or (tokens, heads * d). A packed batch is computed document by document, so one document's
 values cannot reach another's. PyTorch's fused kernel keeps query, key, value, output and log-sum-exp for backward, as
-flash attention does on GPUs.
+flash attention does on GPUs. Under context parallelism the inputs are a rank's share of the pack
+(`nano3.context_parallel`), and `cu_seqlens` those of the whole.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from nano3.cpu.te.base import TransformerEngineBaseModule, refuse
+from nano3.cpu.te.context import Share
 
 
 def _forgive_missing_state(_module: torch.nn.Module, incompatible_keys: Any) -> None:
@@ -53,13 +55,14 @@ class DotProductAttention(TransformerEngineBaseModule):
             "DotProductAttention",
             attention_dropout=attention_dropout > 0.0,
             cross_attention=attention_type != "self",
-            context_parallel=cp_group is not None,
+            hierarchical_context_parallel=isinstance(cp_group, list),
+            packed_context_parallel_by_all_gather=cp_group is not None and cp_comm_type == "all_gather",
             separate_value_width=isinstance(kv_channels, tuple) and kv_channels[0] != kv_channels[1],
         )
         self.num_attention_heads, self.num_gqa_groups = num_attention_heads, num_gqa_groups or num_attention_heads
         self.qkv_format, self.attn_mask_type, self.layer_number = qkv_format, attn_mask_type, layer_number
         self.tp_size, self.tp_group, self.get_rng_state_tracker = tp_size, tp_group, get_rng_state_tracker
-        self.cp_comm_type = cp_comm_type
+        self.cp_group, self.cp_comm_type = cp_group, cp_comm_type
         width = kv_channels[0] if isinstance(kv_channels, tuple) else kv_channels
         self.register_load_state_dict_post_hook(_forgive_missing_state)
         self.softmax_scale = softmax_scale if softmax_scale is not None else width**-0.5
@@ -84,6 +87,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         if attention_mask is not None or mask not in ("causal", "padding_causal"):
             raise NotImplementedError(f"attention mask {mask!r}: this model's layers are causal")
         if layout == "sbhd":
+            refuse("DotProductAttention", context_parallel_of_unpacked_sequences=self._shared)
             return self._causal(query_layer, key_layer, value_layer)
         if layout != "thd":
             raise NotImplementedError(f"qkv_format {layout!r}: Megatron-Core sends sbhd or thd")
@@ -91,6 +95,10 @@ class DotProductAttention(TransformerEngineBaseModule):
         kv_bounds = cu_seqlens_kv if cu_seqlens_kv_padded is None else cu_seqlens_kv_padded
         if q_bounds is None or kv_bounds is None or not torch.equal(q_bounds, kv_bounds):
             raise ValueError("packed self-attention needs equal cu_seqlens for queries and keys")
+        if self._shared:
+            if cu_seqlens_q_padded is None or cu_seqlens_kv_padded is None:
+                raise ValueError("packed attention under context parallelism needs cu_seqlens_padded, as on GPUs")
+            return self._context_parallel(q_bounds, query_layer, key_layer, value_layer)
         bounds = q_bounds.tolist()
         if bounds[0] != 0 or bounds[-1] != query_layer.shape[0]:
             raise ValueError(
@@ -103,9 +111,38 @@ class DotProductAttention(TransformerEngineBaseModule):
         ]
         return torch.cat(outputs)
 
+    @property
+    def _shared(self) -> bool:
+        return self.cp_group is not None and self.cp_group.size() > 1
+
+    def _context_parallel(
+        self, bounds: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """A rank's share (t, heads, d) -> (t, heads * d)."""
+        share = Share(bounds, self.cp_group)
+        query, keys, values = (t.unsqueeze(1) for t in (query, share.whole(key), share.whole(value)))
+        outputs = [
+            self._attend(query[piece.queries], keys[piece.keys], values[piece.keys], piece.mask)
+            for piece in share.pieces()
+        ]
+        return torch.cat(outputs).squeeze(1)
+
     def _causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """(s, b, heads, d) -> (s, b, heads * d)."""
+        return self._attend(query, key, value, None)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(s, b, heads, d) -> (s, b, heads * d); without a mask, causal."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
         return out.permute(2, 0, 1, 3).flatten(2)

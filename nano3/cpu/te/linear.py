@@ -25,6 +25,14 @@ def _mappings() -> Any:
     return mappings
 
 
+def _mark_parallel(weight: Any, parallel_mode: str | None) -> None:
+    """Marks a weight as Transformer Engine marks every one, split or not: Megatron-Core's gradient norm counts what is
+    marked on all tensor-parallel ranks, and experts are told to be split by nobody while each rank has its own."""
+    weight.tensor_model_parallel = True
+    weight.partition_dim = 1 if parallel_mode == "row" else 0
+    weight.partition_stride = 1
+
+
 class _ParallelLinear(TransformerEngineBaseModule):
     """Weight (out, in), split by rows (`column`) or columns (`row`) over the tensor-parallel group."""
 
@@ -45,9 +53,7 @@ class _ParallelLinear(TransformerEngineBaseModule):
             self.in_features //= self.tp_size
         self.weight = Parameter(torch.empty(self.out_features, self.in_features, **factory))
         initialize(self.weight, *init)
-        self.weight.tensor_model_parallel = self.parallel_mode is not None  # type: ignore[attr-defined]
-        self.weight.partition_dim = 1 if self.parallel_mode == "row" else 0  # type: ignore[attr-defined]
-        self.weight.partition_stride = 1  # type: ignore[attr-defined]
+        _mark_parallel(self.weight, self.parallel_mode)
         self.use_bias = bias
         self.bias = Parameter(torch.zeros(self.out_features, **factory)) if bias else None
 
@@ -218,6 +224,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         for i in range(num_gemms):
             weight = Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
             initialize(weight, init_method, get_rng_state_tracker, rng_tracker_name)
+            _mark_parallel(weight, parallel_mode)
             setattr(self, f"weight{i}", weight)
 
     def forward(self, inp: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> torch.Tensor:

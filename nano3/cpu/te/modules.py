@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nano3.context_parallel import partitioned_indices
 from nano3.cpu.standin import put_module
 from nano3.cpu.te import VERSION
 from nano3.cpu.te.attention import DotProductAttention
@@ -112,6 +113,7 @@ def install() -> None:
 
     importlib.metadata.version = version
     put_module("transformer_engine", __version__=VERSION)
+    put_module("transformer_engine_torch", thd_get_partitioned_indices=partitioned_indices)
     put_module("transformer_engine.common")
     put_module("transformer_engine.common.recipe", Format=Format, Recipe=_Recipe, DelayedScaling=DelayedScaling)
     modules = {cls.__name__: cls for cls in (Linear, LayerNormLinear, GroupedLinear, RMSNorm, DotProductAttention)}

@@ -1,0 +1,74 @@
+"""Tensors of a model that is cut over ranks: filled from whole ones, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from nano3.parity.case import VOCABULARY, Case, is_vocabulary
+
+
+class Shard(NamedTuple):
+    """A part of the whole tensor `key` of `shape`, at `where`."""
+
+    key: str
+    shape: tuple[int, ...]
+    where: tuple[Any, ...]
+    value: torch.Tensor
+
+
+def parts_of(model: torch.nn.Module) -> Iterator[ShardedTensor]:
+    """Every tensor of this rank as Megatron-Core's checkpoints name and place it; `data` is the tensor itself."""
+    for entry in model.sharded_state_dict(prefix="").values():  # type: ignore[operator]
+        for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
+            if isinstance(part, ShardedTensor):
+                yield part
+
+
+def place(part: ShardedTensor) -> tuple[Any, ...]:
+    """Index of a part in its whole tensor: numbers for prepended axes, slices for the rest."""
+    ahead = part.prepend_axis_num
+    lengths = zip(part.global_offset[ahead:], part.local_shape, strict=True)
+    return (*part.global_offset[:ahead], *(slice(start, start + length) for start, length in lengths))
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, case: Case) -> None:
+    """Gives this rank its parts of the case's weights."""
+    for part in parts_of(model):
+        part.data.copy_(case.whole(part.key, part.global_shape)[place(part)])
+
+
+@torch.no_grad()
+def shards(model: torch.nn.Module, adapters: bool) -> list[Shard]:
+    """Copies of this rank's parts of all adapters, or of all parameters."""
+    return [
+        Shard(part.key, tuple(part.global_shape), place(part), part.data.detach().clone())
+        for part in parts_of(model)
+        if (".adapter." in part.key if adapters else not part.key.endswith("expert_bias"))
+    ]
+
+
+def assemble(ranks: Iterable[list[Shard]]) -> tuple[dict[str, torch.Tensor], float]:
+    """Whole tensors from the shards of all ranks, and the largest difference between two copies of one value.
+
+    Raises:
+        ValueError: values that no rank has.
+    """
+    whole: dict[str, torch.Tensor] = {}
+    held: dict[str, torch.Tensor] = {}
+    drift = 0.0
+    for key, shape, where, value in (shard for shards in ranks for shard in shards):
+        if key not in whole:
+            whole[key], held[key] = torch.zeros(shape, dtype=value.dtype), torch.zeros(shape, dtype=torch.bool)
+        seen = held[key][where]
+        drift = max(drift, float(torch.where(seen, (whole[key][where] - value).abs(), 0).max()))
+        whole[key][where] = torch.where(seen, whole[key][where], value)
+        held[key][where] = True
+    missing = sorted(key for key, mask in held.items() if not mask.all())
+    if missing:
+        raise ValueError(f"no rank holds all of {', '.join(missing[:3])}")
+    return {key: value[:VOCABULARY] if is_vocabulary(key) else value for key, value in whole.items()}, drift

@@ -1,0 +1,198 @@
+"""One rank of one layout: builds its part of the model, trains three steps, writes what it saw.
+
+Megatron-Core's own schedule, data-parallel wrapper, gradient reduction and optimizer; of NeMo only the adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nano3 import cpu
+
+cpu.enable()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from nano3.context_parallel import cut_batch  # noqa: E402
+from nano3.core import build_mcore_model, transformer_kwargs  # noqa: E402
+from nano3.parity.case import PACK, STEPS, Case, Sizes  # noqa: E402
+from nano3.parity.shards import fill, shards  # noqa: E402
+from nano3.pipeline import pipeline_kwargs  # noqa: E402
+
+RANK, ALPHA = 4, 8.0
+"""Of the adapters."""
+
+
+def config_of(case: Case, sizes: Sizes) -> TransformerConfig:
+    """Megatron-Core's configuration of the case on a layout."""
+    kwargs = transformer_kwargs(case.arch) | pipeline_kwargs(case.arch, sizes.pp)
+    if case.dtype == torch.float64:
+        kwargs["moe_router_dtype"] = "fp64"
+    return TransformerConfig(
+        **kwargs,
+        params_dtype=case.dtype,
+        pipeline_dtype=case.dtype,
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        context_parallel_size=sizes.cp,
+        expert_model_parallel_size=sizes.ep,
+        expert_tensor_parallel_size=sizes.etp,
+        sequence_parallel=sizes.tp > 1,
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+    )
+
+
+def keep_fp64_loss() -> None:
+    """Megatron-Core turns logits to FP32 before the cross entropy; an FP64 comparison would end there."""
+
+    def calculate_logits_max(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = logits.clone()  # the caller subtracts the maximum in place
+        return logits, logits.max(-1).values
+
+    VocabParallelCrossEntropy.calculate_logits_max = staticmethod(calculate_logits_max)
+
+
+def build(case: Case, sizes: Sizes) -> torch.nn.Module:
+    """This rank's part of the model with the case's weights and, if asked for, adapters."""
+    model: torch.nn.Module = build_mcore_model(
+        config_of(case, sizes),
+        case.arch.pattern,
+        case.arch.vocab_size,
+        PACK,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    if case.adapters:
+        from nano3.lora import Nano3LoRA
+        from nano3.targets import PRESETS, select
+
+        lora = Nano3LoRA(modules=select(case.arch, PRESETS["all"], "shared"), dim=RANK, alpha=ALPHA)
+        lora.freeze_model = lambda m: m.requires_grad_(False)  # NeMo's walks a Lightning module; here is a bare one
+        model = lora(model)
+    fill(model, case)
+    return model
+
+
+def packed_seq_params(batch: dict[str, torch.Tensor]) -> PackedSeqParams:
+    """Document boundaries of the whole pack, as attention and the Mamba mixer want them."""
+    bounds, longest = batch["cu_seqlens"], int(batch["max_seqlen"])
+    return PackedSeqParams("thd", bounds, bounds, bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+
+
+def forward_step(losses: list[torch.Tensor], data: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple:
+    """Megatron-Core's contract: the output, and what makes (sum, number, report) of it."""
+    batch = next(data)
+    output = model(
+        input_ids=batch["tokens"],
+        position_ids=batch["position_ids"],
+        attention_mask=None,
+        labels=batch["labels"],
+        packed_seq_params=packed_seq_params(batch),
+    )
+
+    def loss(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        total = (per_token * batch["loss_mask"]).sum()
+        number = batch["loss_mask"].sum()
+        losses.append(torch.stack([total.detach().double(), number.double()]))
+        return total, number.int(), {}
+
+    return output, loss
+
+
+def my_batches(case: Case, sizes: Sizes, step: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The packs of this data-parallel rank, its context-parallel share of each."""
+    share = parallel_state.get_data_parallel_rank()
+    for number in range(share, len(case.packs), sizes.copies):
+        yield cut_batch(case.batch(step, number), sizes.cp, parallel_state.get_context_parallel_rank())
+
+
+def over_ranks(losses: list[torch.Tensor]) -> float:
+    """Mean loss per supervised token of the global batch; ranks that computed no loss add nothing."""
+    total = torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64)
+    if parallel_state.get_tensor_model_parallel_rank() > 0:
+        total = torch.zeros_like(total)  # tensor-parallel ranks all have the same loss
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def optimizer_of(case: Case, model: Any) -> Any:
+    """Megatron-Core's Adam. Clipping knows FP32 gradients only, so in FP64 there is none."""
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=1e-3, min_lr=1e-3, weight_decay=0.1, params_dtype=case.dtype,
+            clip_grad=0.0 if case.dtype == torch.float64 else 0.5,
+        ),
+        [model],
+    )  # fmt: skip
+
+
+def gradients(model: torch.nn.Module, case: Case) -> list:
+    """The reduced gradients, placed like the parameters that they belong to."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    values = [parameter.detach().clone() for parameter in trained]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
+        found = shards(model, case.adapters)
+        for parameter, value in zip(trained, values, strict=True):
+            parameter.copy_(value)
+    return found
+
+
+def train(case: Case, sizes: Sizes) -> dict[str, Any]:
+    """Three steps; the losses of each, the first gradients and their norm, the trained parameters at the end."""
+    model = build(case, sizes)
+    config = model.config
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=False)
+    wrapped = DistributedDataParallel(config, settings, model)
+    optimizer = optimizer_of(case, wrapped)
+    result: dict[str, Any] = {"losses": [], "norms": []}
+    for step in range(STEPS):
+        wrapped.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses: list[torch.Tensor] = []
+        get_forward_backward_func()(
+            forward_step_func=partial(forward_step, losses),
+            data_iterator=my_batches(case, sizes, step),
+            model=[wrapped],
+            num_microbatches=len(case.packs) // sizes.copies,
+            seq_length=PACK,
+            micro_batch_size=1,
+        )
+        result["losses"].append(over_ranks(losses))
+        if step == 0:
+            result["gradients"] = gradients(model, case)
+        result["norms"].append(optimizer.step()[1])
+    result["trained"] = shards(model, case.adapters)
+    return result
+
+
+def rank_main(work: Callable[..., Any], folder: Path, rank: int, world: int, sizes: Sizes, *arguments: Any) -> None:
+    """Joins the group, runs `work(*arguments)` and writes its result to `folder/rank.pt`."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        context_parallel_size=sizes.cp,
+        expert_model_parallel_size=sizes.ep,
+        expert_tensor_parallel_size=sizes.etp,
+    )
+    model_parallel_cuda_manual_seed(1)
+    torch.save(work(*arguments), folder / f"{rank}.pt")
+    dist.barrier()
