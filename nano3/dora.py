@@ -30,12 +30,6 @@ Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 MAGNITUDE = "magnitude"
 
 
-def is_magnitude(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a DoRA magnitude: it gets no weight decay, which would pull lengths to zero."""
-    del parameter
-    return name.endswith(f".adapter.{MAGNITUDE}")
-
-
 def squared_lengths(weight: torch.Tensor) -> torch.Tensor:
     """(out, in) -> (out,) squared row lengths, FP32."""
     return weight.float().square().sum(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from launch.layout import validate
 from nano3.arch import Arch
 from nano3.cli import UserError
-from nano3.targets import select
+from nano3.targets import EMBEDDING, is_routed, select, sizes
 from recipes.settings import Run, Settings, TrainSettings
 
 
@@ -18,17 +18,26 @@ def check_run(task: Run, arch: Arch) -> None:
         raise UserError(
             f"layout.cp={layout.cp}: packed documents are not yet cut over context-parallel ranks here; use layout.cp=1"
         )
-    if layout.etp > 1 and lora.experts == "shared":
+    _check_numbers(settings)
+    _check_adapters(settings, arch)
+    if train.validate_every and task.validation is None:
+        raise UserError(f"train.validate_every={train.validate_every} needs --validation STORE")
+
+
+def _check_adapters(settings: Settings, arch: Arch) -> None:
+    layout, lora = settings.layout, settings.lora
+    paths = select(arch, lora.chosen_targets(), lora.experts)
+    if layout.etp > 1 and any(map(is_routed, paths)):
         raise UserError(
             f"layout.etp={layout.etp}: adapters on routed experts are whole on every rank; "
             "use layout.etp=1, or lora.experts=none"
         )
-    if lora.rank % layout.tp:
-        raise UserError(f"lora.rank={lora.rank} must be a multiple of layout.tp={layout.tp}")
-    select(arch, lora.chosen_targets(), lora.experts)
-    _check_numbers(settings)
-    if train.validate_every and task.validation is None:
-        raise UserError(f"train.validate_every={train.validate_every} needs --validation STORE")
+    for path, size in sizes(
+        paths, lora.rank, lora.alpha, lora.rank_pattern, lora.alpha_pattern, lora.rslora
+    ).items():
+        if size.rank % layout.tp and path != EMBEDDING and not is_routed(path):
+            key = "lora.rank" if size.rank == lora.rank else "lora.rank_pattern"
+            raise UserError(f"{key}: rank {size.rank} of {path} must be a multiple of layout.tp={layout.tp}")
 
 
 def _check_numbers(settings: Settings) -> None:
@@ -51,6 +60,7 @@ def _check_numbers(settings: Settings) -> None:
         ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
         ("lora.alpha", lora.alpha, lora.alpha > 0, "positive, or the adapters change nothing"),
         ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "at least 0 and below 1"),
+        ("lora.plus_ratio", lora.plus_ratio, lora.plus_ratio > 0, "positive"),
         ("log.every", settings.log.every, settings.log.every >= 1, "at least 1"),
     ):
         if not holds:

@@ -27,6 +27,7 @@ from nano3.arch import Arch
 from nano3.hf_config import read_config
 from nano3.liveness import AdapterLiveness
 from nano3.lora import Nano3LoRA
+from nano3.parameter_groups import is_b, is_magnitude
 from nano3.progress import Progress
 from nano3.router import RouterGuard
 from nano3.schedule import Schedule
@@ -78,6 +79,11 @@ def _lora(task: Run) -> run.Config:
         modules=select(Arch.load(task.model), lora.chosen_targets(), lora.experts),
         dim=lora.rank,
         alpha=lora.alpha,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        rslora=lora.rslora,
+        dora=lora.dora,
+        experts=lora.experts,
         dropout=lora.dropout,
         seed=task.settings.train.seed,
     )
@@ -154,6 +160,9 @@ def _optimizer(task: Run) -> run.Config:
     train = task.settings.train
     return run.Config(
         MegatronOptimizerModule,
+        no_weight_decay_cond=is_magnitude,
+        scale_lr_cond=is_b,
+        lr_mult=task.settings.lora.plus_ratio,
         config=run.Config(
             OptimizerConfig,
             optimizer="adam",
@@ -194,8 +203,14 @@ def _facts(task: Run) -> dict[str, Any]:
     """What `lora.json` says, so that a merge can check what it is given."""
     lora = task.settings.lora
     return {
+        "format": 2,
         "rank": lora.rank,
         "alpha": lora.alpha,
+        "rank_pattern": lora.rank_pattern,
+        "alpha_pattern": lora.alpha_pattern,
+        "rslora": lora.rslora,
+        "dora": lora.dora,
+        "plus_ratio": lora.plus_ratio,
         "dropout": lora.dropout,
         "targets": lora.chosen_targets(),
         "experts": lora.experts,

@@ -11,6 +11,7 @@ is what conversion/merge_lora.py merges; OUT also has metrics.jsonl and TensorBo
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -19,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from conversion.folders import refuse_overlap
-from conversion.names import linears
+from conversion.names import adaptable, adapter_shapes
 from launch.overrides import apply_overrides, flatten
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError, check_output, fresh_output, owner_of, run
-from nano3.targets import select
+from nano3.targets import select, sizes
 from recipes.checks import check_run
 from recipes.settings import Run, Settings
 
@@ -107,14 +108,15 @@ def _experts_in_a_node(arch: Arch, gpus: int) -> int:
 
 
 def trainable_parameters(task: Run, arch: Arch) -> int:
-    """Adapter parameters: rank * (in + out) for every adapted linear layer, one for all routed experts of a layer."""
-    lora = task.settings.lora
-    chosen = set(select(arch, lora.chosen_targets(), lora.experts))
+    """Adapter parameters of the whole model: rank * (in + out) for every adapter, and its magnitudes under DoRA. Rows that
+    pad the vocabulary are not counted: they never get a gradient."""
+    lora, modules = task.settings.lora, adaptable(arch)
+    paths = select(arch, lora.chosen_targets(), lora.experts)
+    chosen = sizes(paths, lora.rank, lora.alpha, lora.rank_pattern, lora.alpha_pattern, lora.rslora)
     return sum(
-        lora.rank * (linear.rows + linear.width)
-        for number in range(len(arch.layers))
-        for linear in linears(arch, number)
-        if f"decoder.layers.{number}.{linear.module}" in chosen
+        math.prod(shape)
+        for path, size in chosen.items()
+        for shape in adapter_shapes(modules[path], size.rank, lora.experts == "each", lora.dora).values()
     )
 
 

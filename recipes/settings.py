@@ -17,18 +17,30 @@ from nano3.targets import PRESETS
 class LoraSettings:
     """Which layers get an adapter, and how large."""
 
-    preset: Literal["all", "attention"] = "all"
-    """The targets by a name: all linear layers but router, embedding and lm_head; or the attention layers' only."""
+    preset: Literal["all", "attention", "peft"] = "all"
+    """The targets by a name: all linear layers but router, embedding and lm_head; the attention layers' only; or what
+    Hugging Face PEFT can load for this model."""
     targets: list[str] = field(default_factory=list)
-    """Names (`in_proj`) or patterns (`*.layers.5.*`) instead of the preset's; empty: the preset's."""
+    """Names (`in_proj`) or patterns (`*.layers.5.*`) instead of the preset's; empty: the preset's. Only here can
+    `word_embeddings` and `output_layer` be named."""
     rank: int = 32
     """Rows of A and columns of B; a multiple of layout.tp."""
     alpha: float = 32.0
     """The delta is multiplied by alpha / rank."""
+    rank_pattern: list[str] = field(default_factory=list)
+    """`target:rank` for some layers (`in_proj:64,*.layers.5.*:8`); of several that name a layer the last one holds."""
+    alpha_pattern: list[str] = field(default_factory=list)
+    """`target:alpha` for some layers, likewise; a rank of its own leaves a layer's alpha as it is."""
+    rslora: bool = False
+    """Rank-stabilized: the delta is multiplied by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """Weight-decomposed: every output row of an adapted layer has a trained length; routed experts have theirs each."""
+    plus_ratio: float = 1.0
+    """LoRA+: the learning rate of B is this many times train.lr, which A has."""
     dropout: float = 0.0
-    """Probability on the adapters' input, while training."""
-    experts: Literal["shared", "none"] = "shared"
-    """Routed experts: one adapter per layer for all of them, or none."""
+    """Probability on the adapters' input, while training; the embedding's adapter has no such input."""
+    experts: Literal["shared", "each", "none"] = "shared"
+    """Routed experts: one adapter per layer for all of them, one for each, or none."""
 
     def chosen_targets(self) -> list[str]:
         """The targets, with the preset resolved."""
