@@ -12,7 +12,7 @@ from recipes.settings import Run, Settings, TrainSettings
 def check_run(task: Run, arch: Arch) -> None:
     """Raises `UserError` for a layout, targets or numbers with which the run could not be right."""
     settings = task.settings
-    layout, train, lora = settings.layout, settings.train, settings.lora
+    layout, train = settings.layout, settings.train
     validate(arch, layout, task.ranks, train.seq_length, train.global_batch)
     if layout.cp > 1:
         raise UserError(
@@ -32,9 +32,7 @@ def _check_adapters(settings: Settings, arch: Arch) -> None:
             f"layout.etp={layout.etp}: adapters on routed experts are whole on every rank; "
             "use layout.etp=1, or lora.experts=none"
         )
-    for path, size in sizes(
-        paths, lora.rank, lora.alpha, lora.rank_pattern, lora.alpha_pattern, lora.rslora
-    ).items():
+    for path, size in sizes(paths, lora.rank, lora.alpha, lora.rank_pattern, lora.alpha_pattern, lora.rslora).items():
         if size.rank % layout.tp and path != EMBEDDING and not is_routed(path):
             key = "lora.rank" if size.rank == lora.rank else "lora.rank_pattern"
             raise UserError(f"{key}: rank {size.rank} of {path} must be a multiple of layout.tp={layout.tp}")

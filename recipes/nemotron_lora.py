@@ -108,8 +108,10 @@ def _experts_in_a_node(arch: Arch, gpus: int) -> int:
 
 
 def trainable_parameters(task: Run, arch: Arch) -> int:
-    """Adapter parameters of the whole model: rank * (in + out) for every adapter, and its magnitudes under DoRA. Rows that
-    pad the vocabulary are not counted: they never get a gradient."""
+    """Adapter parameters of the whole model: rank * (in + out) for every adapter, and its magnitudes under DoRA.
+
+    Rows that pad the vocabulary are not counted: they never get a gradient.
+    """
     lora, modules = task.settings.lora, adaptable(arch)
     paths = select(arch, lora.chosen_targets(), lora.experts)
     chosen = sizes(paths, lora.rank, lora.alpha, lora.rank_pattern, lora.alpha_pattern, lora.rslora)
