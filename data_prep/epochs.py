@@ -1,4 +1,4 @@
-"""The order in which packs are trained on."""
+"""The order in which packs are trained on and validated on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from data_prep.packing import PackedDataset
 
 
 class Epochs:
-    """`samples` packs in a seeded order, epoch after epoch.
+    """`samples` packs epoch after epoch, each in a seeded order of its own, or in the packs' own without `shuffle`.
 
     Which pack sample i is depends on i and the seed alone, not on ranks or workers: a run that goes on at sample i
     sees what it would have seen.
@@ -30,3 +30,17 @@ class Epochs:
 
     def __getitem__(self, sample: int) -> dict[str, np.ndarray]:
         return self.packs[self.pack_of(sample)]
+
+
+class Once:
+    """Every pack once, in order, then sequences of padding up to `samples`: sums over it are those of the whole set."""
+
+    def __init__(self, packs: PackedDataset, samples: int) -> None:
+        assert samples >= len(packs), "every pack has its turn"
+        self.packs, self.samples = packs, samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, sample: int) -> dict[str, np.ndarray]:
+        return self.packs[sample] if sample < len(self.packs) else self.packs.padding()

@@ -14,7 +14,7 @@ from megatron.core.models.mamba import MambaModel
 from torch import nn
 
 from nano3.cli import fresh_output
-from nano3.router import RouterGuard
+from nano3.router import RouterGuard, balances
 
 KIND = "lora-adapter"
 
@@ -23,7 +23,8 @@ def adapter_state(model: nn.Module) -> dict[str, Any]:
     """The sharded state of this rank's adapters, keys with the prefix `module.` and global layer numbers."""
     (core,) = [module for module in model.modules() if isinstance(module, MambaModel)]
     state = core.sharded_state_dict(prefix="module.")
-    return {key: value for key, value in state.items() if ".adapter." in key}
+    moving = (".mlp.router.expert_bias",) if balances(model) else ()
+    return {key: value for key, value in state.items() if ".adapter." in key or key.endswith(moving)}
 
 
 def save_adapter(model: nn.Module, out: Path, facts: dict[str, Any]) -> None:

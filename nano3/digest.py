@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 
 
-def layer_digest(weight: torch.Tensor, bias: torch.Tensor) -> str:
-    """SHA-256 over a router's weight (experts, hidden) and correction bias (experts,), both as FP32 bytes."""
+def layer_digest(*tensors: torch.Tensor) -> str:
+    """SHA-256 over a router's tensors as FP32 bytes: weight (experts, hidden), correction bias (experts,), or both."""
     digest = hashlib.sha256()
-    for tensor in (weight, bias):
+    for tensor in tensors:
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -22,11 +22,12 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from nemo.collections.llm.gpt.model.base import GPTModel  # noqa: E402
 from nemo.collections.llm.gpt.model.ssm import SSMConfig  # noqa: E402
-from nemo.lightning.megatron_parallel import MaskedTokenLossReduction  # noqa: E402
 
 from nano3 import compat  # noqa: E402
 from nano3.arch import Arch  # noqa: E402
 from nano3.core import build_mcore_model, transformer_kwargs  # noqa: E402
+from nano3.loss import TokenLoss, WeightedFinish, accuracy, mean_loss, mean_losses, record_verdicts  # noqa: E402
+from nano3.router import BALANCE_RATE, count_documents_only  # noqa: E402
 
 compat.install()
 
@@ -36,8 +37,8 @@ Batch = dict[str, torch.Tensor]
 def packed_data_step(dataloader_iter: Iterator) -> Batch:
     """Takes one packed micro batch; every pipeline stage gets the document boundaries.
 
-    Returns tensors on the current device: tokens, labels, loss_mask, position_ids (1, s), cu_seqlens (documents + 1,)
-    and the host integer max_seqlen.
+    Returns tensors on the current device: tokens, labels, loss_mask, position_ids, source (1, s), cu_seqlens
+    (documents + 1,) and the host integer max_seqlen.
     """
     item = next(dataloader_iter)
     batch = item[0] if isinstance(item, tuple) else item
@@ -57,14 +58,23 @@ def packed_seq_params(batch: Batch) -> PackedSeqParams:
 
 
 def packed_forward_step(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Per-token losses (1, s) on the last pipeline stage, hidden states on the others."""
-    return model(
+    """Per-token losses (1, s) on the last pipeline stage, hidden states on the others.
+
+    While the model is evaluated, the last stage's batch gets `correct`, (1, s) bool.
+    """
+    core = next(module for module in model.modules() if isinstance(module, MambaModel))
+    balanced = core.config.moe_router_bias_update_rate > 0
+    output = model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
         attention_mask=None,
         labels=batch["labels"],
         packed_seq_params=packed_seq_params(batch),
+        **({"padding_mask": batch["source"] < 0} if balanced else {}),
     )
+    if core.post_process and not core.training:
+        batch["correct"] = core.correct
+    return output
 
 
 @dataclass
@@ -86,53 +96,72 @@ class Nano3Config(SSMConfig):
             raise ValueError("Megatron-Core's hybrid stack has no virtual pipeline; leave it unset")
         first = parallel_state.is_pipeline_first_stage() if pre_process is None else pre_process
         last = parallel_state.is_pipeline_last_stage() if post_process is None else post_process
-        return build_mcore_model(
+        model = build_mcore_model(
             self, self.hybrid_override_pattern, self.vocab_size, self.seq_length, pre_process=first, post_process=last
         )
-
-
-class ValidationLoss(MaskedTokenLossReduction):
-    """Adds up loss and supervised tokens over a whole validation: its mean is over tokens, not over batches."""
-
-    def __init__(self) -> None:
-        super().__init__(validation_step=True)
-        self.total = torch.zeros(2)
-
-    def reduce(self, losses_reduced_per_micro_batch: Any) -> torch.Tensor:
-        for micro_batch in losses_reduced_per_micro_batch or ():
-            self.total += micro_batch["loss_sum_and_ub_size"].to(self.total)
-        return super().reduce(losses_reduced_per_micro_batch)
-
-    def take(self) -> float:
-        """Mean loss per supervised token since the last call, over all ranks; every rank must call it."""
-        total, self.total = self.total.double().cuda(), torch.zeros(2)
-        for group in (
-            parallel_state.get_data_parallel_group(with_context_parallel=True),
-            parallel_state.get_pipeline_model_parallel_group(),  # all but the last stage add nothing
-        ):
-            torch.distributed.all_reduce(total, group=group)
-        return float(total[0] / total[1])
+        record_verdicts(model)
+        if self.moe_router_bias_update_rate:
+            count_documents_only(model)
+        return model
 
 
 class Nano3Model(GPTModel):
-    """NeMo's GPT training machinery around Megatron-Core's Mamba hybrid."""
+    """NeMo's GPT training machinery around Megatron-Core's Mamba hybrid.
+
+    The trainer's data module says which sources the data has: `train_sources` and `validation_sources`, lists of names.
+    """
 
     @property
-    def validation_loss_reduction(self) -> ValidationLoss:
-        """NeMo's, with sums over the whole validation."""
-        if self._validation_loss_reduction is None:  # type: ignore[has-type]  # GPTModel.__init__ sets it
-            self._validation_loss_reduction = ValidationLoss()
+    def training_loss_reduction(self) -> TokenLoss:
+        """Our loss in place of NeMo's."""
+        if self._training_loss_reduction is None:  # type: ignore[has-type]  # GPTModel.__init__ sets it
+            self._training_loss_reduction = TokenLoss(len(self.trainer.datamodule.train_sources), validation=False)
+        return self._training_loss_reduction
+
+    @property
+    def validation_loss_reduction(self) -> TokenLoss:
+        """The same, with sums over the whole validation."""
+        if self._validation_loss_reduction is None:  # type: ignore[has-type]
+            self._validation_loss_reduction = TokenLoss(
+                len(self.trainer.datamodule.validation_sources), validation=True
+            )
         return self._validation_loss_reduction
 
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        """Megatron-Core's model with these inputs; NeMo's own method passes no padding mask on."""
+        return self.module(**inputs)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Puts `WeightedFinish` before the function that NeMo gave the model when the first epoch started."""
+        finalize = self.config.finalize_model_grads_func
+        if not isinstance(finalize, WeightedFinish):
+            loss = self.training_loss_reduction
+            self.config.finalize_model_grads_func = WeightedFinish(finalize, loss, self._log_sources)
+
+    def _log_sources(self, table: torch.Tensor) -> None:
+        """Logs `loss/SOURCE`; NaN for a source that the global batch has nothing of."""
+        for name, loss in zip(self.trainer.datamodule.train_sources, mean_losses(table), strict=True):
+            self.log(f"loss/{name}", loss, batch_size=1)
+
     def on_validation_epoch_end(self) -> None:
-        """Logs `validation_loss`. NeMo's own `val_loss` is the mean of the batches' means."""
-        self.log("validation_loss", self.validation_loss_reduction.take())
+        """Logs `validation_loss`, `validation_accuracy` and `validation_loss/SOURCE`, over the whole set."""
+        table = self.validation_loss_reduction.finish()
+        self.log("validation_loss", mean_loss(table))
+        self.log("validation_accuracy", accuracy(table))
+        for name, loss in zip(self.trainer.datamodule.validation_sources, mean_losses(table), strict=True):
+            self.log(f"validation_loss/{name}", loss)
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, without NeMo's `val_loss`: the mean of the batches' means, which depends on the batch size."""
+        if name != "val_loss":
+            super().log(name, *args, **kwargs)
 
 
-def nano3_config(arch: Arch, seq_length: int, bf16: bool) -> Nano3Config:
-    """The configuration for `arch`, BF16 or FP32; gradients are divided by the global batch's supervised tokens."""
+def nano3_config(arch: Arch, seq_length: int, bf16: bool, router: str = "frozen") -> Nano3Config:
+    """The configuration for `arch`, BF16 or FP32, with a `frozen` router or one that goes on to `balance`."""
+    bias_rate = BALANCE_RATE if router == "balance" else 0.0
     return Nano3Config(
-        **transformer_kwargs(arch),
+        **{**transformer_kwargs(arch), "moe_router_bias_update_rate": bias_rate},
         hybrid_override_pattern=arch.pattern,
         vocab_size=arch.vocab_size,
         seq_length=seq_length,
@@ -140,12 +169,12 @@ def nano3_config(arch: Arch, seq_length: int, bf16: bool) -> Nano3Config:
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         cross_entropy_loss_fusion=not cpu.enabled(),
         attention_backend=AttnBackend.auto,  # NeMo's default insists on flash-attn, which not every environment has
-        calculate_per_token_loss=True,
+        calculate_per_token_loss=True,  # gradients are sums, which `WeightedFinish` divides
         forward_step_fn=packed_forward_step,
         data_step_fn=packed_data_step,
     )
 
 
-def nano3_model(folder: str, seq_length: int, bf16: bool) -> Nano3Model:
+def nano3_model(folder: str, seq_length: int, bf16: bool, router: str = "frozen") -> Nano3Model:
     """The model that the config.json in `folder` describes, without weights (they come from the checkpoint)."""
-    return Nano3Model(nano3_config(Arch.load(Path(folder)), seq_length, bf16))
+    return Nano3Model(nano3_config(Arch.load(Path(folder)), seq_length, bf16, router))

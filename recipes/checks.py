@@ -8,6 +8,12 @@ from nano3.cli import UserError
 from nano3.targets import EMBEDDING, is_routed, select, sizes
 from recipes.settings import Run, Settings, TrainSettings
 
+ONE_PACK = (
+    "a pack is one sequence with its own document boundaries (cu_seqlens), so a forward pass takes exactly one; for "
+    "more tokens in it raise train.seq_length, for more packs per step train.global_batch"
+)
+"""Why a micro batch is one pack, and what to do instead."""
+
 
 def check_run(task: Run, arch: Arch) -> None:
     """Raises `UserError` for a layout, targets or numbers with which the run could not be right."""
@@ -20,8 +26,17 @@ def check_run(task: Run, arch: Arch) -> None:
         )
     _check_numbers(settings)
     _check_adapters(settings, arch)
+    if train.micro_batch != 1:
+        raise UserError(f"train.micro_batch={train.micro_batch}: {ONE_PACK}")
+    _check_validation(task)
+
+
+def _check_validation(task: Run) -> None:
+    train = task.settings.train
     if train.validate_every and task.validation is None:
         raise UserError(f"train.validate_every={train.validate_every} needs --validation STORE")
+    if train.patience and not train.validate_every:
+        raise UserError(f"train.patience={train.patience} counts validations; give train.validate_every too")
 
 
 def _check_adapters(settings: Settings, arch: Arch) -> None:
@@ -55,6 +70,8 @@ def _check_numbers(settings: Settings) -> None:
             0 <= train.validate_every <= train.steps,
             "from 0 to train.steps",
         ),
+        ("train.patience", train.patience, train.patience >= 0, "at least 0"),
+        ("train.min_improvement", train.min_improvement, train.min_improvement >= 0, "at least 0"),
         ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
         ("lora.alpha", lora.alpha, lora.alpha > 0, "positive, or the adapters change nothing"),
         ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "at least 0 and below 1"),

@@ -21,7 +21,6 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
-from data_prep.packing import PackedDataset
 from nano3.adapter_checkpoint import SaveAdapter
 from nano3.arch import Arch
 from nano3.hf_config import read_config
@@ -50,13 +49,20 @@ def lora_recipe(task: Run) -> run.Partial:
     train = task.settings.train
     return run.Partial(
         llm.finetune,
-        model=run.Config(nano3_model, folder=task.model, seq_length=train.seq_length, bf16=task.bf16),
+        model=run.Config(
+            nano3_model,
+            folder=task.model,
+            seq_length=train.seq_length,
+            bf16=task.bf16,
+            router=task.settings.router,
+        ),
         data=run.Config(
             PackedDataModule,
             train=task.data,
             validation=task.validation,
             seq_length=train.seq_length,
             pad_multiple=task.settings.layout.document_multiple,
+            micro_batch=train.micro_batch,
             global_batch=train.global_batch,
             steps=train.steps,
             seed=train.seed,
@@ -91,12 +97,6 @@ def _lora(task: Run) -> run.Config:
 
 def _trainer(task: Run) -> run.Config:
     train, out = task.settings.train, Path(task.out)
-    validation_batches = 0
-    if task.validation is not None:
-        pad = task.settings.layout.document_multiple
-        packs = len(PackedDataset(task.validation, train.seq_length, pad))
-        # Lightning counts what a rank's loader gives: micro batches, and only whole global batches of them.
-        validation_batches = packs // train.global_batch * (train.global_batch // task.settings.layout.dp(task.ranks))
     return run.Config(
         nl.Trainer,
         accelerator="cpu" if task.cpu else "gpu",
@@ -106,13 +106,13 @@ def _trainer(task: Run) -> run.Config:
         strategy=_strategy(task),
         plugins=_bf16() if task.bf16 else None,
         callbacks=[
-            run.Config(RouterGuard),
+            run.Config(RouterGuard, router=task.settings.router),
             run.Config(AdapterLiveness),
             run.Config(SaveAdapter, out=str(out / "adapter"), facts=_facts(task), base=task.base),
             run.Config(Progress, folder=task.out, every=task.settings.log.every, steps=train.steps),
         ],
-        limit_val_batches=validation_batches,
-        val_check_interval=(train.validate_every or train.steps) if validation_batches else None,
+        limit_val_batches=0 if task.validation is None else 1.0,
+        val_check_interval=None if task.validation is None else train.validate_every or train.steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
@@ -214,5 +214,6 @@ def _facts(task: Run) -> dict[str, Any]:
         "dropout": lora.dropout,
         "targets": lora.chosen_targets(),
         "experts": lora.experts,
+        "router": task.settings.router,
         "base_config": read_config(task.model),
     }

@@ -147,20 +147,6 @@ def check_data(task: Run, arch: Arch) -> None:
         largest = packs.store.manifest["max_token_id"]
         if largest >= arch.vocab_size:
             raise UserError(f"{store} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}")
-        if store == task.validation:
-            _check_validation(len(packs), task)
-
-
-def _check_validation(packs: int, task: Run) -> None:
-    """Validation takes whole global batches: fewer packs than one are refused, a remainder is named."""
-    batch = task.settings.train.global_batch
-    if packs < batch:
-        raise UserError(
-            f"the validation store {task.validation} has {packs} packs, fewer than one global batch of {batch}; "
-            "lower train.global_batch or validate on more"
-        )
-    if packs % batch:
-        print(f"validation uses {packs - packs % batch} of {packs} packs: whole global batches", file=sys.stderr)
 
 
 def train(task: Run, arch: Arch) -> int:

@@ -2,82 +2,165 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from nemo.lightning.data import WrappedDataLoader
+from megatron.core import parallel_state
+from nemo.lightning.data import WrappedDataLoader, add_megatron_sampler
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
-from data_prep.epochs import Epochs
+from data_prep.epochs import Epochs, Once
 from data_prep.packing import PackedDataset
+from data_prep.store import TokenStore
+from nano3.cli import UserError
+from recipes.checks import ONE_PACK
+
+LOGGED_SOURCES = 32
+"""Sources with a loss of their own in the logs; of more, the smallest share the last one."""
+OTHER_SOURCES = "other"
 
 
-def collate(items: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """One pack as a micro batch: (1, seq_length) tensors, `cu_seqlens` (segments + 1,), `max_seqlen` ()."""
-    (item,) = items
+def logged_sources(store: TokenStore) -> tuple[list[str], np.ndarray]:
+    """Names for the logs, and the place among them of every source number; the last entry is padding's, -1."""
+    names = store.source_names
+    counts = store.manifest["sources"]
+    largest = sorted(names, key=lambda name: -counts.get(name, {}).get("supervised_tokens", 0))
+    kept = names if len(names) <= LOGGED_SOURCES else [*largest[: LOGGED_SOURCES - 1], OTHER_SOURCES]
+    place = {name: number for number, name in enumerate(kept)}
+    return kept, np.array([*(place.get(name, len(kept) - 1) for name in names), -1], dtype=np.int32)
+
+
+def collate(items: list[dict[str, np.ndarray]], places: np.ndarray) -> dict[str, torch.Tensor]:
+    """One pack as a micro batch: (1, seq_length) tensors, `cu_seqlens` (segments + 1,), `max_seqlen` ().
+
+    `places` turns the source numbers of the store into those of the logs (`logged_sources`).
+    """
+    if len(items) != 1:
+        raise UserError(f"a micro batch of {len(items)} packs: {ONE_PACK}")
+    item = {**items[0], "source": places[items[0]["source"]]}
     batch = {key: torch.from_numpy(value)[None] for key, value in item.items() if key != "cu_seqlens"}
     boundaries = torch.from_numpy(item["cu_seqlens"])
     return {**batch, "cu_seqlens": boundaries, "max_seqlen": boundaries.diff().max()}
+
+
+def validation_plan(packs: int, ranks: int, most: int) -> tuple[int, int]:
+    """(steps, micro batches per step and rank) that take every pack once, with as little filling as possible.
+
+    Args:
+        packs: of the validation set.
+        ranks: that take different packs.
+        most: micro batches that a step may have.
+    """
+    per_rank = -(-packs // ranks)
+    steps = -(-per_rank // most)
+    return steps, -(-per_rank // steps)
+
+
+class PackSampler(MegatronDataSampler):
+    """NeMo's, whose validation steps have a number of micro batches of their own.
+
+    Args:
+        seq_length: length of a pack.
+        micro_batch: packs in a micro batch.
+        global_batch: packs in a training step.
+    """
+
+    def __init__(self, seq_length: int, micro_batch: int, global_batch: int) -> None:
+        super().__init__(seq_length, micro_batch, global_batch, output_log=False)
+        self.validation_micro_batches = 1
+
+    def transform_dataloader(self, dataloader: Any, consumed_samples: int = 0) -> Any:
+        """NeMo's; a validation loader counts its own steps."""
+        if dataloader.mode != "validation":
+            return super().transform_dataloader(dataloader, consumed_samples)
+        ranks = parallel_state.get_data_parallel_world_size()
+        return add_megatron_sampler(
+            dataloader,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.micro_batch_size * self.validation_micro_batches * ranks,
+            dataloader_mode=dataloader.mode,
+            rank=parallel_state.get_data_parallel_rank(),
+            world_size=ranks,
+        )
+
+    def on_megatron_step_start(self, step: Any) -> Any:
+        """NeMo's, with the micro batches of a validation step."""
+        step = super().on_megatron_step_start(step)
+        return dataclasses.replace(step, num_microbatches=self.validation_micro_batches) if step.forward_only else step
 
 
 class PackedDataModule(pl.LightningDataModule):
     """Packs of a token store, one to a micro batch.
 
     Args:
-        train: folder of the token store to train on.
+        train: folder of the token store to train on; None when there is nothing but validation.
         validation: folder of the one to validate on, or None.
         seq_length: length of a pack.
         pad_multiple: what each document in a pack is padded to a multiple of (context parallelism wants 2 * cp).
+        micro_batch: packs per forward pass of a rank: 1.
         global_batch: packs per step over all ranks.
         steps: of the whole run.
         seed: of the order of packs.
+
+    Raises:
+        UserError: a micro batch of several packs.
     """
 
     def __init__(
         self,
-        train: str,
+        train: str | None,
         validation: str | None,
         seq_length: int,
         pad_multiple: int,
+        micro_batch: int,
         global_batch: int,
         steps: int,
         seed: int,
     ) -> None:
         super().__init__()
+        if micro_batch != 1:
+            raise UserError(f"train.micro_batch={micro_batch}: {ONE_PACK}")
         self.train, self.validation, self.seq_length, self.pad_multiple = train, validation, seq_length, pad_multiple
-        self.micro_batch_size, self.global_batch_size, self.steps, self.seed = 1, global_batch, steps, seed
-        self.data_sampler = MegatronDataSampler(
-            seq_len=seq_length, micro_batch_size=1, global_batch_size=global_batch, output_log=False
-        )
+        self.micro_batch_size, self.global_batch_size, self.steps, self.seed = micro_batch, global_batch, steps, seed
+        self.data_sampler = PackSampler(seq_length, micro_batch, global_batch)
         self.tokenizer = None
+        self.train_sources: list[str] = []
+        self.validation_sources: list[str] = []
 
     def setup(self, stage: str = "") -> None:
         del stage
-        packs = PackedDataset(self.train, self.seq_length, self.pad_multiple)
-        self._train = Epochs(packs, self.steps * self.global_batch_size, self.seed, shuffle=True)
-        self._validation = None
+        if self.train is not None:
+            packs = PackedDataset(self.train, self.seq_length, self.pad_multiple)
+            self.train_sources, self._train_places = logged_sources(packs.store)
+            self._train = Epochs(packs, self.steps * self.global_batch_size, self.seed, shuffle=True)
         if self.validation is not None:
-            held = PackedDataset(self.validation, self.seq_length, self.pad_multiple)
-            whole = len(held) // self.global_batch_size * self.global_batch_size
-            self._validation = Epochs(held, whole, self.seed, shuffle=False)
+            self._held = PackedDataset(self.validation, self.seq_length, self.pad_multiple)
+            self.validation_sources, self._held_places = logged_sources(self._held.store)
 
-    def tokens_in_step(self, step: int) -> int:
-        """Tokens of documents (no padding) in the global batch of `step`, counted from 0."""
-        first = step * self.global_batch_size
-        packs = self._train.packs
-        offsets, total = packs.store.offsets, 0
+    def documents_in_step(self, step: int) -> list[int]:
+        """Tokens of each document (no padding) in the global batch of `step`, counted from 0."""
+        first, packs = step * self.global_batch_size, self._train.packs
+        lengths: list[int] = []
         for sample in range(first, first + self.global_batch_size):
             documents = packs.documents(self._train.pack_of(sample))
-            total += int((offsets[documents + 1] - offsets[documents] - 1).sum())
-        return total
+            lengths += (packs.store.offsets[documents + 1] - packs.store.offsets[documents] - 1).tolist()
+        return lengths
 
-    def _loader(self, dataset: Epochs, mode: str) -> Any:
-        return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=0, collate_fn=collate)
+    def _loader(self, dataset: Any, mode: str, places: np.ndarray) -> Any:
+        return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=0, collate_fn=partial(collate, places=places))
 
     def train_dataloader(self) -> Any:
-        return self._loader(self._train, "train")
+        return self._loader(self._train, "train", self._train_places)
 
     def val_dataloader(self) -> Any:
-        return self._loader(self._validation, "validation") if self._validation else []
+        """Every pack of the validation set once, filled up with padding to whole steps."""
+        if self.validation is None:
+            return []
+        ranks = parallel_state.get_data_parallel_world_size()
+        steps, micro_batches = validation_plan(len(self._held), ranks, self.global_batch_size // ranks)
+        self.data_sampler.validation_micro_batches = micro_batches
+        return self._loader(Once(self._held, steps * micro_batches * ranks), "validation", self._held_places)

@@ -63,6 +63,8 @@ class TrainSettings:
     """Steps of linear warm-up."""
     decay: int = 0
     """Steps of wsd's decay; other schedules have none."""
+    micro_batch: int = 1
+    """Packs per forward pass of a rank: 1, since a pack has document boundaries of its own."""
     global_batch: int = 128
     """Packs per step over all ranks."""
     seq_length: int = 4096
@@ -98,8 +100,8 @@ class Settings:
     layout: Layout = field(default_factory=Layout)
     lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
-    router: Literal["frozen"] = "frozen"
-    """Router weight and correction bias stay as they are, verified by hash."""
+    router: Literal["frozen", "balance"] = "frozen"
+    """Weight and correction bias stay, verified by hash; or `balance`: the bias goes on moving towards equal load."""
     log: LogSettings = field(default_factory=LogSettings)
 
 

@@ -1,0 +1,140 @@
+"""The loss of a step: the weighted mean over the supervised tokens of the global batch, however they were grouped.
+
+    loss = sum of weight * token loss / sum of weights,   over all packs of the step, of all ranks
+
+A token's weight is its `loss_mask`. Every micro batch adds its sums to one small table with a row per source of the
+data; the table is reduced once per step, and all logged losses come from it. Gradients are sums too, divided by the
+same sum of weights.
+
+Call `nano3.cpu.enable()` before importing this module where there may be no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.mamba import MambaModel
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from torch import nn
+
+LOSS, WEIGHT, CORRECT, TOKENS = range(4)
+"""Columns of the table: weighted loss, weights, supervised tokens predicted right (validation), supervised tokens."""
+
+
+class TokenLoss(MegatronLossReduction):
+    """Sums of one step, or of one validation, by source.
+
+    Args:
+        sources: rows of the table; `source` of a batch numbers them, and is negative for padding.
+        validation: whether sums go on over many steps, and count the tokens predicted right.
+    """
+
+    def __init__(self, sources: int, validation: bool) -> None:
+        super().__init__()
+        self.validation = validation
+        self.sums = torch.zeros(sources, 4, dtype=torch.float64)
+        self.reduced = self.sums
+
+    def forward(self, batch: Any, forward_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Losses (1, s) -> their weighted sum, the number of supervised tokens, and nothing more to keep.
+
+        Megatron-Core adds the numbers of tokens up as integers; `WeightedFinish` divides by the weights instead.
+        """
+        weights, losses = batch["loss_mask"].view(-1).float(), forward_out.view(-1).float()
+        loss, supervised = losses * weights, weights > 0
+        correct = batch["correct"].view(-1) & supervised if self.validation else torch.zeros_like(supervised)
+        columns = torch.stack([loss.detach().double(), weights.double(), correct.double(), supervised.double()], 1)
+        self.sums = self.sums.to(losses.device)
+        self.sums.index_add_(0, batch["source"].view(-1).clamp(min=0), columns)
+        return loss.sum(), supervised.sum().int(), {}
+
+    def finish(self) -> torch.Tensor:
+        """The table over all ranks, (sources, 4) float64; starts a new one. Every rank must call it."""
+        self.reduced, self.sums = self.sums.cuda(), torch.zeros_like(self.sums)
+        for group in (
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+            parallel_state.get_pipeline_model_parallel_group(),  # all but the last stage add nothing
+        ):
+            if dist.get_world_size(group) > 1:
+                dist.all_reduce(self.reduced, group=group)
+        return self.reduced
+
+    def reduce(self, losses_reduced_per_micro_batch: Any) -> torch.Tensor:
+        """The loss of the step that `finish` closed. NeMo calls this on the last pipeline stage."""
+        del losses_reduced_per_micro_batch
+        return mean_loss(self.reduced) if not self.validation else torch.zeros((), device=self.sums.device)
+
+
+def mean_loss(table: torch.Tensor) -> torch.Tensor:
+    """(sources, 4) -> the weighted mean over all sources, FP32."""
+    total = table.sum(0)
+    return (total[LOSS] / total[WEIGHT]).float()
+
+
+def mean_losses(table: torch.Tensor) -> torch.Tensor:
+    """(sources, 4) -> the weighted mean of each source, (sources,) FP32; NaN where a source has no token."""
+    return (table[:, LOSS] / table[:, WEIGHT]).float()
+
+
+def accuracy(table: torch.Tensor) -> torch.Tensor:
+    """(sources, 4) -> the share of supervised tokens that were predicted right, each counting 1 whatever its weight."""
+    total = table.sum(0)
+    return (total[CORRECT] / total[TOKENS]).float()
+
+
+class WeightedFinish:
+    """Megatron-Core's `finalize_model_grads`, dividing by the sum of weights instead of a whole number of tokens.
+
+    It runs on every rank of every stage, after the last backward pass of a step and before the loss is reported.
+
+    Args:
+        finalize: what it stands in front of.
+        loss: of the training steps.
+        report: called with the step's table, over all ranks.
+    """
+
+    def __init__(self, finalize: Callable, loss: TokenLoss, report: Callable[[torch.Tensor], None]) -> None:
+        self.finalize, self.loss, self.report = finalize, loss, report
+
+    def __call__(self, model: list[nn.Module], num_tokens: torch.Tensor, **groups: Any) -> None:
+        weights = self.loss.sums[:, WEIGHT].sum().to(num_tokens.device)  # of this rank: the callee adds the ranks up
+        self.report(self.loss.finish())
+        self.finalize(model, weights, **groups)
+
+
+def record_verdicts(model: MambaModel) -> None:
+    """Makes the model keep, while it is evaluated, which labels it predicts: `model.correct`, (1, s) bool.
+
+    The logits exist only between output layer and loss, and under tensor parallelism no rank has them all.
+    """
+    model.compute_language_model_loss = partial(_judge_first, model, model.compute_language_model_loss)
+
+
+def _judge_first(model: Any, loss: Callable, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    if not model.training:
+        model.correct = predicted_right(labels, logits, model.pg_collection.tp)  # now: the loss overwrites the logits
+    return loss(labels, logits)
+
+
+@torch.no_grad()
+def predicted_right(labels: torch.Tensor, logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Whether each label (b, s) has the largest logit; of equal ones the first counts, as in `torch.argmax`.
+
+    Args:
+        labels: token numbers (b, s).
+        logits: (s, b, v), this rank's part of the vocabulary.
+        group: the tensor-parallel ranks that share the vocabulary.
+    """
+    best, predicted = logits.float().max(-1)
+    if group.size() > 1:
+        predicted += group.rank() * logits.shape[-1]
+        largest = best.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        predicted[best < largest] = torch.iinfo(predicted.dtype).max
+        dist.all_reduce(predicted, op=dist.ReduceOp.MIN, group=group)
+    return predicted.transpose(0, 1) == labels
