@@ -77,6 +77,10 @@ class TrainSettings:
     """Largest norm of the gradient."""
     validate_every: int = 0
     """Steps between validations; 0: only at the end."""
+    patience: int = 0
+    """Validations in a row without an improvement after which the run stops; 0: it never stops early."""
+    min_improvement: float = 0.0
+    """By how much the validation loss must fall for an improvement, below that of the last one."""
     seed: int = 1234
     """Of the adapters' first A, the order of packs and dropout."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
