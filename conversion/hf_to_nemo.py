@@ -3,8 +3,9 @@
     python conversion/hf_to_nemo.py SRC OUT
 
 SRC is a Hugging Face folder (or a preset: pico). OUT becomes a NeMo 2 checkpoint: `weights/` (Megatron's torch_dist,
-loads on any parallel layout), `context/` (NeMo's description of model and tokenizer) and `hf/` (config.json, tokenizer
-and everything else of SRC but its weights, byte for byte). `conversion/nemo_to_hf.py` gives SRC back, bit for bit.
+loads on any parallel layout), `context/` (NeMo's description of model and tokenizer), `hf/` (config.json, tokenizer
+and everything else of SRC but its weights, byte for byte) and `base.json` (SRC's content hash, see
+conversion/identity.py). `conversion/nemo_to_hf.py` gives SRC back, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from conversion.folders import (
     refuse_overlap,
     require_space,
 )
+from conversion.identity import record
 from conversion.plan import make_plan
 from conversion.safetensors_io import HFFolder, side_files
 from nano3.arch import resolve_model
@@ -46,6 +48,7 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
         with fresh_output(out, NEMO_KIND) as folder:
             copy_files(source, side, folder / SIDE)
             (folder / LAYOUT).write_text(hf.layout.to_json())
+            record(hf, folder)
             if context:
                 with quiet_imports():
                     from conversion.nemo_io import write_context

@@ -1,22 +1,30 @@
-"""Writes the adapter that a run ends with: Megatron-Core's `torch_dist` with adapter tensors only, and `lora.json`."""
+"""Writes and reads adapters: Megatron-Core's `torch_dist` with adapter tensors only, and `lora.json`."""
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.mamba import MambaModel
 from torch import nn
 
-from nano3.cli import fresh_output
+from nano3.base_identity import recorded_sha256
+from nano3.checkpoint_folder import record_files, sync
+from nano3.cli import UserError, fresh_output
 from nano3.router import RouterGuard, balances
 
 KIND = "lora-adapter"
+WEIGHTS = "weights"
 
 
 def adapter_state(model: nn.Module) -> dict[str, Any]:
@@ -28,26 +36,85 @@ def adapter_state(model: nn.Module) -> dict[str, Any]:
 
 
 def save_adapter(model: nn.Module, out: Path, facts: dict[str, Any]) -> None:
-    """Writes the folder `out` from all ranks, whole or not at all: `weights/`, and `lora.json` with `facts`."""
-    state = adapter_state(model)
-    if dist.get_rank() > 0:
-        folder = [""]
-        dist.broadcast_object_list(folder, src=0)
-        _save(state, Path(folder[0]))
-        dist.barrier()
-        return
-    with fresh_output(out, KIND) as temporary:
-        (temporary / "weights").mkdir()
-        dist.broadcast_object_list([str(temporary / "weights")], src=0)
-        _save(state, temporary / "weights")
-        (temporary / "lora.json").write_text(json.dumps({"format": 1, **facts}, indent=1) + "\n")
+    """Writes the adapter folder `out` from all ranks, whole or not at all; `facts` go to `lora.json`."""
+    with shared_output(out) as folder:
+        write_adapter(adapter_state(model), folder, facts)
+        finish(folder)
+
+
+def write_adapter(state: dict[str, Any], folder: Path, facts: dict[str, Any]) -> None:
+    """Writes `weights/` from all ranks and, on rank 0, `lora.json` into an existing folder."""
+    write_sharded(state, folder / WEIGHTS)
+    if dist.get_rank() == 0:
+        (folder / "lora.json").write_text(json.dumps({"format": 1, **facts}, indent=1) + "\n")
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Fills this rank's adapters from an adapter folder, which may come from another parallel layout."""
+    loaded = dist_checkpointing.load(adapter_state(model), str(folder / WEIGHTS))
+    for key, entry in adapter_state(model).items():
+        entry.data.copy_(loaded[key])
+
+
+def write_sharded(state: dict[str, Any], folder: Path) -> None:
+    """Writes a sharded state from all ranks into the folder, which rank 0 creates."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
     dist.barrier()
-
-
-def _save(state: dict[str, Any], folder: Path) -> None:
     # One thread: with more, PyTorch's writer starts processes, which costs more than adapters are worth.
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+
+
+@contextmanager
+def shared_output(out: Path) -> Iterator[Path]:
+    """`fresh_output` for all ranks: each gets the temporary folder that rank 0 made; leaving it is a barrier."""
+    if dist.get_rank() > 0:
+        name = [""]
+        dist.broadcast_object_list(name, src=0)
+        yield Path(name[0])
+    else:
+        with _full_disk_named(out), fresh_output(out, KIND) as temporary:
+            dist.broadcast_object_list([str(temporary)], src=0)
+            yield temporary
+        sync(out)
+    dist.barrier()
+
+
+def finish(folder: Path) -> None:
+    """When all ranks have written: rank 0 records the files' sizes and asks the disk to hold them."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        record_files(folder)
+        sync(folder)
+
+
+@contextmanager
+def _full_disk_named(out: Path) -> Iterator[None]:
+    """Turns a write that failed for want of space, here or on another rank, into a `UserError`."""
+    try:
+        yield
+    except Exception as error:
+        words = f"{error!r} {error!s}"
+        if any(text in words for text in ("No space left", "Disk quota exceeded", "File too large")) or (
+            isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        ):
+            raise disk_full(out, None) from error
+        raise
+
+
+def disk_full(out: Path, needed: int | None) -> UserError:
+    """The error for `out` when the disk cannot take it; `needed` bytes, if known."""
+    parent = out.resolve()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    wants = f"{needed:,} bytes are needed and " if needed is not None else ""
+    return UserError(
+        f"the disk is full: {out} could not be written; {wants}{free:,} bytes are free in {parent}. What was saved "
+        "before is whole. Make room, or lower checkpoint.keep, and start the same command again"
+    )
 
 
 class SaveAdapter(pl.Callback):
@@ -56,15 +123,23 @@ class SaveAdapter(pl.Callback):
     Args:
         out: the folder to write.
         facts: for `lora.json`: rank, alpha, dropout, targets, experts, modules, base_config.
+        base: NeMo checkpoint with the base weights; its content hash goes to `lora.json`.
     """
 
-    def __init__(self, out: str, facts: dict[str, Any]) -> None:
-        self.out, self.facts = out, facts
+    def __init__(self, out: str, facts: dict[str, Any], base: str) -> None:
+        self.out, self.facts, self.base = out, facts, base
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        del trainer, pl_module, stage
+        self.facts = {**self.facts, "base_sha256": recorded_sha256(Path(self.base))}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        guards = [callback for callback in trainer.callbacks if isinstance(callback, RouterGuard)]  # type: ignore[attr-defined]
-        save_adapter(
-            pl_module,
-            Path(self.out),
-            {**self.facts, "steps": trainer.global_step, "router_sha256": guards[0].digest if guards else None},
-        )
+        save_adapter(pl_module, Path(self.out), adapter_facts(trainer))
+
+
+def adapter_facts(trainer: pl.Trainer) -> dict[str, Any]:
+    """What `lora.json` says of the adapter as it is now: the recipe's facts, the step, the routers' hash."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    (saver,) = [callback for callback in callbacks if isinstance(callback, SaveAdapter)]
+    guards = [callback for callback in callbacks if isinstance(callback, RouterGuard)]
+    return {**saver.facts, "steps": trainer.global_step, "router_sha256": guards[0].digest if guards else None}

@@ -64,6 +64,7 @@ def _check_numbers(settings: Settings) -> None:
         ("train.beta2", train.beta2, 0 <= train.beta2 < 1, "at least 0 and below 1"),
         ("train.weight_decay", train.weight_decay, train.weight_decay >= 0, "at least 0"),
         ("train.clip", train.clip, train.clip > 0, "positive"),
+        ("train.divergence", train.divergence, train.divergence == 0 or train.divergence > 1, "above 1, or 0"),
         (
             "train.validate_every",
             train.validate_every,
@@ -76,6 +77,9 @@ def _check_numbers(settings: Settings) -> None:
         ("lora.alpha", lora.alpha, lora.alpha > 0, "positive, or the adapters change nothing"),
         ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "at least 0 and below 1"),
         ("lora.plus_ratio", lora.plus_ratio, lora.plus_ratio > 0, "positive"),
+        ("checkpoint.every", settings.checkpoint.every, settings.checkpoint.every >= 0, "at least 0"),
+        ("checkpoint.minutes", settings.checkpoint.minutes, settings.checkpoint.minutes >= 0, "at least 0"),
+        ("checkpoint.keep", settings.checkpoint.keep, settings.checkpoint.keep >= 1, "at least 1"),
         ("log.every", settings.log.every, settings.log.every >= 1, "at least 1"),
     ):
         if not holds:

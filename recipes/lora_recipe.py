@@ -29,9 +29,11 @@ from nano3.lora import Nano3LoRA
 from nano3.parameter_groups import is_b, is_magnitude
 from nano3.progress import Progress
 from nano3.router import RouterGuard
+from nano3.run_checkpoint import RunCheckpoints
 from nano3.schedule import Schedule
 from nano3.targets import select
 from recipes.checks import check_run
+from recipes.identity import run_identity
 from recipes.packed_data import PackedDataModule
 from recipes.settings import Run
 
@@ -106,6 +108,7 @@ def _trainer(task: Run) -> run.Config:
         strategy=_strategy(task),
         plugins=_bf16() if task.bf16 else None,
         callbacks=[
+            _checkpoints(task),
             run.Config(RouterGuard, router=task.settings.router),
             run.Config(AdapterLiveness),
             run.Config(SaveAdapter, out=str(out / "adapter"), facts=_facts(task), base=task.base),
@@ -121,6 +124,18 @@ def _trainer(task: Run) -> run.Config:
         enable_model_summary=False,
         use_distributed_sampler=False,
         accumulate_grad_batches=1,
+    )
+
+
+def _checkpoints(task: Run) -> run.Config:
+    checkpoint = task.settings.checkpoint
+    return run.Config(
+        RunCheckpoints,
+        out=task.out,
+        every=checkpoint.every,
+        minutes=checkpoint.minutes,
+        keep=checkpoint.keep,
+        identity=run.Config(run_identity, run=task.to_json()),  # worked out on the ranks, where base and data are
     )
 
 

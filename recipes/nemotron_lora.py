@@ -4,18 +4,15 @@
     python recipes/nemotron_lora.py --model pico --data runs/demo/train --local --ranks 2 layout.ep=2
 
 MODEL is a preset (pico, nano), a Hugging Face folder or a NeMo checkpoint; DATA a token store (data_prep/prepare.py).
-Everything else is key=value in the groups layout, lora, train, router and log: --dry-run prints them all. OUT/adapter
-is what conversion/merge_lora.py merges; OUT also has metrics.jsonl and TensorBoard events.
+Everything else is key=value in the groups layout, lora, train, router, checkpoint and log: --dry-run prints them all.
+OUT/adapter is what conversion/merge_lora.py merges; OUT also has metrics.jsonl, TensorBoard events and checkpoints. A
+run that was interrupted goes on when the same command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import shutil
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +20,13 @@ from conversion.folders import refuse_overlap
 from conversion.names import adaptable, adapter_shapes
 from launch.overrides import apply_overrides, flatten
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
-from nano3.cli import UserError, check_output, fresh_output, owner_of, run
+from nano3.cli import UserError, check_output, run
 from nano3.targets import select, sizes
+from recipes import local_run
 from recipes.checks import check_run
+from recipes.local_run import KIND, refuse_finished
 from recipes.settings import Run, Settings
 
-KIND = "lora-run"
 GPUS_PER_NODE = 8
 
 
@@ -57,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--local", action="store_true", help="run on CPU ranks of this machine instead of GPUs")
     parse.add_argument("--ranks", type=int, help="CPU ranks with --local (default: 1)")
     parse.add_argument("--dry-run", action="store_true", help="print the resolved recipe and layout, start nothing")
-    parse.add_argument("--overwrite", action="store_true", help="run again in an OUT that has an adapter")
+    parse.add_argument("--overwrite", action="store_true", help="start over in an OUT that has a run")
     parse.add_argument("settings", nargs="*", metavar="key=value", help="for example layout.ep=8 lora.rank=16")
     return parse
 
@@ -149,49 +147,10 @@ def check_data(task: Run, arch: Arch) -> None:
             raise UserError(f"{store} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}")
 
 
-def train(task: Run, arch: Arch) -> int:
-    """Imports the base weights where needed and runs the recipe on this machine's ranks; returns the exit code.
-
-    A finished adapter in OUT is kept as `adapter.previous`; what the run writes anew replaces only its own kind.
-    """
-    from conversion.hf_to_nemo import convert
-    from launch.local import run_ranks
-
-    if Path(task.base) == Path(task.out) / "base" and not list(Path(task.model).glob("*.safetensors")):
-        raise UserError(
-            f"{task.model} has no weights; give --model FOLDER, the downloaded model, or --dry-run to see the recipe"
-        )
+def train(task: Run, arch: Arch, overwrite: bool = False) -> int:
+    """Checks the data and runs the recipe on this machine, from the newest checkpoint if OUT has one; the exit code."""
     check_data(task, arch)
-    out = Path(task.out)
-    if owner_of(out) != KIND:
-        with fresh_output(out, KIND):
-            pass
-    (out / "run.json").write_text(task.to_json() + "\n")
-    for old in ("logs", "nemo", "tensorboard"):
-        shutil.rmtree(out / old, ignore_errors=True)
-    if (out / "adapter").exists():
-        shutil.rmtree(out / "adapter.previous", ignore_errors=True)
-        os.rename(out / "adapter", out / "adapter.previous")
-        print(f"the adapter of the last run is now {out / 'adapter.previous'}", file=sys.stderr)
-    if Path(task.base) == out / "base":
-        print("importing the base weights ...", file=sys.stderr)
-        convert(Path(task.model), out / "base", context=False)
-    print(f"training on {task.ranks} {'CPU' if task.cpu else 'GPU'} ranks; logs in {out / 'logs'}", file=sys.stderr)
-    started = time.monotonic()
-    environment = {"NANO3_CPU": "1" if task.cpu else "0"}
-    try:
-        code = run_ranks(["-m", "recipes.worker", str(out / "run.json")], task.ranks, out / "logs", environment)
-    finally:
-        if not (out / "adapter" / "lora.json").exists():
-            print(
-                f"the run ended early and wrote no adapter; see {out / 'logs'}. There are no checkpoints in between "
-                "yet: the same command starts from the beginning",
-                file=sys.stderr,
-            )
-    if not (out / "adapter" / "lora.json").exists():
-        return code or 1
-    print(f"adapter: {out / 'adapter'} ({time.monotonic() - started:.0f} s)")
-    return code
+    return local_run.train(task, overwrite)
 
 
 def main() -> int:
@@ -214,9 +173,9 @@ def main() -> int:
             f"the run wants {task.ranks_per_node} NVIDIA GPUs and this machine has {gpus}; give --gpus-per-node, add "
             "--local to run on CPU ranks, or --dry-run to see the recipe"
         )
-    if (Path(task.out) / "adapter").exists() and not args.overwrite:
-        raise UserError(f"{task.out} holds a finished run; choose another --out, or run again there with --overwrite")
-    return train(task, arch)
+    if not args.overwrite:
+        refuse_finished(Path(task.out))
+    return train(task, arch, args.overwrite)
 
 
 if __name__ == "__main__":

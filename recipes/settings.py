@@ -12,6 +12,8 @@ from typing import Any, Literal
 from launch.layout import Layout
 from nano3.targets import PRESETS
 
+Recompute = Literal["full", "moe", "moe_act", "shared_experts", "layernorm", "mamba"]
+
 
 @dataclass
 class LoraSettings:
@@ -75,6 +77,11 @@ class TrainSettings:
     """Of AdamW; beta1 is 0.9."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    divergence: float = 3.0
+    """Stop when the loss is above its first level and this multiple of its lowest for 20 steps in a row; 0: never."""
+    recompute: list[Recompute] = field(default_factory=list)
+    """What the backward pass computes again instead of keeping: `full`, or some of moe, moe_act, shared_experts,
+    layernorm, mamba."""
     validate_every: int = 0
     """Steps between validations; 0: only at the end."""
     patience: int = 0
@@ -88,13 +95,31 @@ class TrainSettings:
 
 
 @dataclass
+class CheckpointSettings:
+    """How much work an interruption may cost. All of it may change when a run goes on."""
+
+    every: int = 200
+    """Steps between checkpoints; 0: by `minutes` only."""
+    minutes: float = 15.0
+    """Minutes between checkpoints, by rank 0's clock; 0: by `every` only. Both 0: no checkpoints."""
+    keep: int = 2
+    """Checkpoints that stay, the newest; at least 1."""
+
+
+@dataclass
 class LogSettings:
     """What is shown and kept."""
 
     every: int = 10
-    """Steps between progress lines; metrics.jsonl has every step."""
+    """Steps between progress lines, and between adapter norms and expert loads; metrics.jsonl has every step."""
     tensorboard: bool = True
     """Write TensorBoard events to OUT/tensorboard."""
+    wandb: Literal["offline", "online", "off"] = "offline"
+    """Weights & Biases; offline: files in OUT/wandb, without account or network, for `wandb sync` later."""
+    project: str = "nano3-lora"
+    """Project in Weights & Biases."""
+    name: str = ""
+    """The run's name there; empty: the name of the folder OUT."""
 
 
 @dataclass
@@ -106,6 +131,7 @@ class Settings:
     train: TrainSettings = field(default_factory=TrainSettings)
     router: Literal["frozen", "balance"] = "frozen"
     """Weight and correction bias stay, verified by hash; or `balance`: the bias goes on moving towards equal load."""
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
 
@@ -150,6 +176,7 @@ class Run:
             lora=LoraSettings(**groups["lora"]),
             train=TrainSettings(**groups["train"]),
             router=groups["router"],
+            checkpoint=CheckpointSettings(**groups["checkpoint"]),
             log=LogSettings(**groups["log"]),
         )
         return cls(**raw, settings=settings)

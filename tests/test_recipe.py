@@ -149,7 +149,7 @@ def test_ranks_that_end_early_with_code_0_are_no_success(tmp_path, monkeypatch, 
     (tmp_path / "out" / "nano3.json").write_text(json.dumps({"kind": "lora-run"}))
     monkeypatch.setattr("launch.local.run_ranks", lambda *_: 0)
     monkeypatch.setattr("conversion.hf_to_nemo.convert", lambda *_, **__: 0)
-    assert nemotron_lora.train(task, arch) == 1
+    assert nemotron_lora.train(task, arch, overwrite=True) == 1
     assert "wrote no adapter" in capsys.readouterr().err
     assert (tmp_path / "out" / "adapter.previous" / "lora.json").read_text() == "of the last run"
 

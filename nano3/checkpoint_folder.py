@@ -1,0 +1,136 @@
+"""The checkpoints of a run on disk: OUT/checkpoints/step-NNNNNN, which one is newest, whether it is whole.
+
+Each is an adapter folder (`lora.json`, `weights/`) with `training/` beside it. Imports neither torch nor NeMo, so that
+a launcher can refuse a damaged checkpoint, or one of another run, in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nano3.cli import MARKER, UserError
+
+FOLDER = "checkpoints"
+FILES = "files.json"
+"""Lists every file of an adapter or checkpoint folder with its size; written last."""
+TRAINING = "training"
+STATE = "state.json"
+"""In `training/`: step, samples and the identity of the run."""
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+def step_folder(out: Path | str, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies in the run folder `out`."""
+    return Path(out) / FOLDER / f"step-{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def checkpoints(out: Path | str) -> list[Path]:
+    """The checkpoints of the run folder `out`, oldest first. Only whole ones bear the name: they are renamed to it."""
+    root = Path(out) / FOLDER
+    found = [path for path in root.glob("step-*") if path.is_dir() and _STEP.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def newest(out: Path | str) -> Path | None:
+    """The newest checkpoint of `out`, every file of it there in full; None when there is none.
+
+    Raises:
+        UserError: the newest one is damaged. Going back to an older one, or starting over, is for a person to decide.
+    """
+    found = checkpoints(out)
+    if not found:
+        return None
+    try:
+        check_files(found[-1])
+    except UserError as error:
+        older = f"from step {step_of(found[-2])}" if len(found) > 1 else "from the beginning: there is no older one"
+        raise UserError(
+            f"the newest checkpoint is damaged: {error}. Restore the file, or remove the folder {found[-1]} to go on "
+            f"{older}"
+        ) from None
+    return found[-1]
+
+
+def record_files(folder: Path) -> None:
+    """Writes `files.json`: the size in bytes of every file that the folder holds now."""
+    sizes = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (FILES, MARKER)
+    }
+    (folder / FILES).write_text(json.dumps(sizes, indent=1) + "\n")
+
+
+def check_files(folder: Path, required: bool = True) -> None:
+    """Raises `UserError` for a file of `folder` that is missing or has another size than `files.json` says.
+
+    `required=False` accepts a folder without `files.json`: an adapter that an older version wrote.
+    """
+    if not (folder / FILES).is_file() and not required:
+        return
+    try:
+        sizes = json.loads((folder / FILES).read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder / FILES} is missing or not readable") from None
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        if path.stat().st_size != size:
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes and should have {size}: it is truncated or changed"
+            )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`training/state.json` of a checkpoint."""
+    return json.loads((folder / TRAINING / STATE).read_text())
+
+
+def refuse_other_run(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Raises `UserError` when the checkpoint `folder` belongs to a run with another identity, naming what differs."""
+    recorded = read_state(folder)["identity"]
+    names = [*identity, *(name for name in recorded if name not in identity)]
+    different = [name for name in names if recorded.get(name) != identity.get(name)]
+    if different:
+        what = "; ".join(f"{name} was {recorded.get(name)!r} and is {identity.get(name)!r}" for name in different[:5])
+        raise UserError(
+            f"{folder} is a checkpoint of another run: {what}. Go on with what it was, choose another --out, or start "
+            "over here with --overwrite"
+        )
+
+
+def prune(out: Path | str, keep: int) -> None:
+    """Removes all checkpoints but the newest `keep`, which is at least 1."""
+    assert keep >= 1, keep
+    for old in checkpoints(out)[:-keep]:
+        hidden = old.with_name(f".{old.name}.removed")
+        os.rename(old, hidden)  # first out of sight, so that a kill while removing leaves no half of it under its name
+        shutil.rmtree(hidden)
+
+
+def clear_unfinished(out: Path | str) -> None:
+    """Removes what a killed run left half-written or half-removed. Only while no other run writes to `out`."""
+    for hidden in (Path(out) / FOLDER).glob(".step-*"):
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Asks the disk to hold everything in `folder` and its name, so that a power cut leaves it whole."""
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

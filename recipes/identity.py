@@ -1,0 +1,43 @@
+"""What makes two attempts the same run, so that the second may go on from the first's checkpoints.
+
+Every setting that has a say in the numbers, the number of ranks, and the *contents* of base and stores, by hash. Paths
+are not part of it: a run may move. Neither are the groups `log` and `checkpoint`: they may change between attempts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from data_prep.packing import PackedDataset
+from launch.overrides import flatten
+from nano3.base_identity import recorded_sha256
+from recipes.settings import Run
+
+MAY_CHANGE = ("log.", "checkpoint.")
+
+
+def run_identity(run: str) -> dict[str, Any]:
+    """The identity of the run with this JSON (`Run.to_json`), whose base and stores must exist; JSON values."""
+    task = Run.from_json(run)
+    settings = {key: value for key, value in flatten(task.settings).items() if not key.startswith(MAY_CHANGE)}
+    identity = {
+        "base": recorded_sha256(Path(task.base))[:16],
+        "data": _store_sha256(task.data, task),
+        "validation": _store_sha256(task.validation, task) if task.validation else None,
+        "ranks": task.ranks,
+        "bf16": task.bf16,
+        **settings,
+    }
+    return json.loads(json.dumps(identity))
+
+
+def _store_sha256(store: str, task: Run) -> str:
+    """The hash of a store's manifest, which has its files' hashes, and of the packs that this run uses."""
+    packs = PackedDataset(store, task.settings.train.seq_length, task.settings.layout.document_multiple)
+    digest = hashlib.sha256((Path(store) / "manifest.json").read_bytes())
+    for file in sorted(packs.index.iterdir()):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,126 @@
+"""Starts a run on this machine's ranks, or goes on with it: what lies in OUT, and what becomes of it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from conversion.identity import holds
+from nano3.checkpoint_folder import FOLDER, checkpoints, clear_unfinished, newest, refuse_other_run, step_of
+from nano3.cli import UserError, fresh_output, owner_of
+from recipes.settings import Run
+
+KIND = "lora-run"
+
+
+def train(task: Run, overwrite: bool = False) -> int:
+    """Imports the base weights where needed and runs the recipe on this machine's ranks; returns the exit code.
+
+    Goes on from the newest checkpoint in OUT when there is one and the run is the same (see `recipes/identity.py`).
+    `overwrite` starts over: an adapter in OUT is kept as `adapter.previous`, checkpoints are removed.
+
+    Raises:
+        UserError: a finished run, or checkpoints of another one, in OUT without `overwrite`; a damaged checkpoint.
+    """
+    from launch.local import run_ranks
+
+    out = Path(task.out)
+    if owner_of(out) != KIND:
+        with fresh_output(out, KIND):
+            pass
+    with _alone(out):
+        if overwrite:
+            _put_aside(out)
+        refuse_finished(out)
+        clear_unfinished(out)
+        _import_base(task)
+        _announce(task)
+        (out / "run.json").write_text(task.to_json() + "\n")
+        started = time.monotonic()
+        environment = {"NANO3_CPU": "1" if task.cpu else "0"}
+        try:
+            code = run_ranks(["-m", "recipes.worker", str(out / "run.json")], task.ranks, out / "logs", environment)
+        finally:
+            if not (out / "adapter" / "lora.json").exists():
+                print(f"{_how_to_go_on(out)}; see {out / 'logs'}", file=sys.stderr)
+    if not (out / "adapter" / "lora.json").exists():
+        return code or 1
+    print(f"adapter: {out / 'adapter'} ({time.monotonic() - started:.0f} s)")
+    return code
+
+
+def refuse_finished(out: Path) -> None:
+    """Refuses an OUT with an adapter."""
+    if (out / "adapter").exists():
+        raise UserError(f"{out} holds a finished run; choose another --out, or run again there with --overwrite")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Refuses a second run in the same folder while one is alive. The lock dies with the process, however it dies."""
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is writing to {out}; wait for it, or choose another --out") from None
+        yield
+
+
+def _put_aside(out: Path) -> None:
+    """Makes room for a new run: the finished adapter stays as `adapter.previous`."""
+    for old in (FOLDER, "best", "tensorboard", "wandb"):
+        shutil.rmtree(out / old, ignore_errors=True)
+    (out / "metrics.jsonl").unlink(missing_ok=True)
+    if (out / "adapter").exists():
+        shutil.rmtree(out / "adapter.previous", ignore_errors=True)
+        os.rename(out / "adapter", out / "adapter.previous")
+        print(f"the adapter of the last run is now {out / 'adapter.previous'}", file=sys.stderr)
+
+
+def _import_base(task: Run) -> None:
+    """Converts the Hugging Face folder into OUT/base, unless OUT/base was made from it and it has not changed."""
+    base, model = Path(task.base), Path(task.model)
+    if base != Path(task.out) / "base":
+        return
+    if not list(model.glob("*.safetensors")):
+        raise UserError(
+            f"{model} has no weights; give --model FOLDER, the downloaded model, or --dry-run to see the recipe"
+        )
+    if base.exists() and holds(base, model):
+        return
+    from conversion.hf_to_nemo import convert
+
+    print("importing the base weights ...", file=sys.stderr)
+    convert(model, base, context=False)
+
+
+def _announce(task: Run) -> None:
+    """Says where the run begins; refuses checkpoints that are damaged or of another run."""
+    from recipes.identity import run_identity
+
+    out, last = Path(task.out), newest(task.out)
+    where = ""
+    if last is not None:
+        refuse_other_run(last, run_identity(task.to_json()))
+        where = f", going on after step {step_of(last)}"
+    for old in ("logs", "nemo"):
+        shutil.rmtree(out / old, ignore_errors=True)
+    kind = "CPU" if task.cpu else "GPU"
+    print(f"training on {task.ranks} {kind} ranks{where}; logs in {out / 'logs'}", file=sys.stderr)
+
+
+def _how_to_go_on(out: Path) -> str:
+    """What a run that ended early leaves, in words."""
+    found = checkpoints(out)
+    if not found:
+        return "the run ended early and wrote no adapter and no checkpoint: the same command starts from the beginning"
+    return (
+        f"the run ended early and wrote no adapter: the same command goes on after step {step_of(found[-1])} "
+        f"({found[-1]})"
+    )
