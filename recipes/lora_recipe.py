@@ -27,6 +27,7 @@ from nano3.hf_config import read_config
 from nano3.liveness import AdapterLiveness
 from nano3.lora import Nano3LoRA
 from nano3.parameter_groups import is_b, is_magnitude
+from nano3.pipeline import pipeline_kwargs
 from nano3.progress import Progress
 from nano3.router import RouterGuard
 from nano3.run_checkpoint import RunCheckpoints
@@ -151,6 +152,7 @@ def _strategy(task: Run) -> run.Config:
         nl.MegatronStrategy,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        **pipeline_kwargs(Arch.load(task.model), layout.pp),
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from nano3.arch import Arch  # noqa: E402
 from nano3.core import build_mcore_model, transformer_kwargs  # noqa: E402
+from nano3.pipeline import pipeline_kwargs  # noqa: E402
 
 
 def build(
@@ -24,6 +25,7 @@ def build(
     """This rank's part of the model in a layout whose parallel groups exist already."""
     config = TransformerConfig(
         **transformer_kwargs(arch),
+        **pipeline_kwargs(arch, pp),
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,

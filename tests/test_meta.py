@@ -8,7 +8,7 @@ import pytest
 
 PARAMETERS = 31_577_937_344
 ROUTER_BIASES = 2_944
-LAYOUTS = ["1", "8,ep=8", "4,tp=2,ep=2,pp=2", "4,pp=4,ep=1", "4,tp=4,ep=4"]
+LAYOUTS = ["1", "8,ep=8", "4,tp=2,ep=2,pp=2", "3,pp=3", "5,pp=5", "4,tp=4,ep=4"]
 
 
 @pytest.fixture(scope="module")
