@@ -92,21 +92,14 @@ def holds(checkpoint: Path, source: Path) -> bool:
         return recorded["source"] == str(source.resolve()) and recorded["files"] == source_files(hf)
 
 
-def refuse_other_base(hf: HFFolder, info: dict[str, Any], adapter: Path) -> bool:
-    """Raises `UserError` when `hf` is not the base that the adapter's lora.json (`info`) names.
-
-    Returns False for an adapter that names none.
-    """
-    recorded = info.get("base_sha256")
-    if not recorded:
-        return False
-    found = content_sha256(hf)
+def refuse_other_base(hf: HFFolder, recorded: str | None, adapter: Path) -> None:
+    """Raises `UserError` when `hf` does not have the content hash that the adapter records of its base, if it does."""
+    found = recorded and content_sha256(hf)
     if found != recorded:
         raise UserError(
             f"adapter {adapter} was trained on another base than {hf.path}: that one's content hash begins with "
             f"{recorded[:16]}, this one's with {found[:16]}; give the base that was tuned"
         )
-    return True
 
 
 def main() -> int:

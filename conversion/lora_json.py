@@ -16,6 +16,7 @@ from typing import Any
 
 from conversion.folders import require_adapter
 from nano3.arch import Arch
+from nano3.checkpoint_folder import check_files
 from nano3.cli import UserError
 from nano3.targets import EXPERTS, Size, select, sizes
 
@@ -107,4 +108,5 @@ def read_lora_json(folder: Path) -> LoraInfo:
     for name, (holds, what) in rules.items():
         if not holds(info[name]):
             raise UserError(f"{folder}/lora.json: {name} {info[name]!r} is not {what}")
+    check_files(folder, required=False)
     return LoraInfo(**{name: info[name] for name in rules})

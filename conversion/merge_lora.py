@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_adapter, require_space
+from conversion.identity import refuse_other_base
 from conversion.plan import row_steps
 from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
 from nano3.arch import resolve_model
@@ -59,6 +60,7 @@ def merge(base: Path, adapter_folder: Path, out: Path) -> Summary:
 
         adapter = Adapter(adapter_folder, hf.arch)
         same_routers = adapter.check_base(hf.rows)
+        refuse_other_base(hf, adapter.info.base_sha256, adapter_folder)
         side = side_files(base)
         require_space(out, hf.layout.total_bytes + sum((base / path).stat().st_size for path in side))
         with fresh_output(out, HF_KIND) as folder:

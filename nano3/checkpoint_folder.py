@@ -18,7 +18,9 @@ from nano3.cli import MARKER, UserError
 
 FOLDER = "checkpoints"
 FILES = "files.json"
-"""Lists every file of an adapter or checkpoint folder with its size; written last."""
+"""Lists the files of an adapter or checkpoint folder with their sizes; written last."""
+NOT_LISTED = (FILES, MARKER, "lora.json")
+"""Files whose own syntax says whether they are whole, and which people may edit."""
 TRAINING = "training"
 STATE = "state.json"
 """In `training/`: step, samples and the identity of the run."""
@@ -63,11 +65,11 @@ def newest(out: Path | str) -> Path | None:
 
 
 def record_files(folder: Path) -> None:
-    """Writes `files.json`: the size in bytes of every file that the folder holds now."""
+    """Writes `files.json`: the size in bytes of every file that the folder holds now, but for `NOT_LISTED`."""
     sizes = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (FILES, MARKER)
+        if path.is_file() and path.name not in NOT_LISTED
     }
     (folder / FILES).write_text(json.dumps(sizes, indent=1) + "\n")
 

@@ -131,7 +131,8 @@ def _sharded(trainer: pl.Trainer, adapters: dict[str, Any], load: bool) -> tuple
     owners = []
     for state in optimizer_states(trainer):
         for parameter in state.parameters():
-            key = keys[id(parameter)]  # a trainable parameter that is not in the adapter would be lost
+            assert id(parameter) in keys, f"a trainable parameter of shape {tuple(parameter.shape)} is in no adapter"
+            key = keys[id(parameter)]
             for kind, tensor in (state.empty(parameter) if load else state.read(parameter)).items():
                 sharded[f"{kind}.{key}"] = make_sharded_optimizer_tensor(adapters[key], tensor, f"optimizer.{kind}")
             owners.append((state, parameter, key))
