@@ -1,10 +1,14 @@
-"""The order in which packs are trained on and validated on."""
+"""What a run takes from a token store: packs in an order, steps of a validation, names for its sources' losses."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from data_prep.packing import PackedDataset
+
+LOGGED_SOURCES = 32
+"""Sources with a loss of their own in the logs; of more, the smallest share the last one."""
+OTHER_SOURCES = "other"
 
 
 class Epochs:
@@ -44,3 +48,27 @@ class Once:
 
     def __getitem__(self, sample: int) -> dict[str, np.ndarray]:
         return self.packs[sample] if sample < len(self.packs) else self.packs.padding()
+
+
+def validation_plan(packs: int, ranks: int, most: int) -> tuple[int, int]:
+    """(steps, micro batches per step and rank) that take every pack once, with as little filling as possible.
+
+    Args:
+        packs: of the validation set.
+        ranks: that take different packs.
+        most: micro batches that a step may have.
+    """
+    per_rank = -(-packs // ranks)
+    steps = -(-per_rank // most)
+    return steps, -(-per_rank // steps)
+
+
+def logged_sources(packs: PackedDataset) -> tuple[list[str], np.ndarray]:
+    """Names for the logs, and the place among them of every source number; the last entry is padding's, -1."""
+    names, counts = packs.store.source_names, packs.store.manifest["sources"]
+    kept = names
+    if len(names) > LOGGED_SOURCES:
+        largest = sorted(names, key=lambda name: counts[name]["supervised_tokens"], reverse=True)
+        kept = [*largest[: LOGGED_SOURCES - 1], OTHER_SOURCES]
+    place = {name: number for number, name in enumerate(kept)}
+    return kept, np.array([*(place.get(name, len(kept) - 1) for name in names), -1], dtype=np.int32)

@@ -39,7 +39,7 @@ def train(task: Run, overwrite: bool = False) -> int:
             _put_aside(out)
         refuse_finished(out)
         clear_unfinished(out)
-        _import_base(task)
+        import_base(task)
         _announce(task)
         (out / "run.json").write_text(task.to_json() + "\n")
         started = time.monotonic()
@@ -83,7 +83,7 @@ def _put_aside(out: Path) -> None:
         print(f"the adapter of the last run is now {out / 'adapter.previous'}", file=sys.stderr)
 
 
-def _import_base(task: Run) -> None:
+def import_base(task: Run) -> None:
     """Converts the Hugging Face folder into OUT/base, unless OUT/base was made from it and it has not changed."""
     base, model = Path(task.base), Path(task.model)
     if base != Path(task.out) / "base":

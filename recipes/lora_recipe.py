@@ -33,6 +33,7 @@ from nano3.router import RouterGuard
 from nano3.run_checkpoint import RunCheckpoints
 from nano3.schedule import Schedule
 from nano3.targets import select
+from nano3.validation import Validation
 from recipes.checks import check_run
 from recipes.identity import run_identity
 from recipes.packed_data import PackedDataModule
@@ -114,6 +115,12 @@ def _trainer(task: Run) -> run.Config:
             run.Config(AdapterLiveness),
             run.Config(SaveAdapter, out=str(out / "adapter"), facts=_facts(task), base=task.base),
             run.Config(Progress, folder=task.out, every=task.settings.log.every, steps=train.steps),
+            run.Config(
+                Validation,
+                out=str(out / "best"),
+                patience=train.patience,
+                min_improvement=train.min_improvement,
+            ),
         ],
         limit_val_batches=0 if task.validation is None else 1.0,
         val_check_interval=None if task.validation is None else train.validate_every or train.steps,

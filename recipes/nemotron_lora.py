@@ -24,10 +24,15 @@ from nano3.cli import UserError, check_output, run
 from nano3.targets import select, sizes
 from recipes import local_run
 from recipes.checks import check_run
+from recipes.eval_only import evaluate, evaluation_task
 from recipes.local_run import KIND, refuse_finished
 from recipes.settings import Run, Settings
 
 GPUS_PER_NODE = 8
+BALANCE_WARNING = (
+    "router      balance: the routers' correction biases MOVE in training. They are saved with the adapter and merged; "
+    "the adapter without them is another model"
+)
 
 
 def nemotron_3_nano_lora(task: Run) -> Any:
@@ -54,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--gpus-per-node", type=int, help=f"GPUs of each machine (default: {GPUS_PER_NODE})")
     parse.add_argument("--local", action="store_true", help="run on CPU ranks of this machine instead of GPUs")
     parse.add_argument("--ranks", type=int, help="CPU ranks with --local (default: 1)")
+    parse.add_argument("--eval-only", action="store_true", help="loss and accuracy on --validation, no training")
+    parse.add_argument(
+        "--adapter", help="with --eval-only: adapter folder, or none for the base (default: OUT/adapter if it exists)"
+    )
     parse.add_argument("--dry-run", action="store_true", help="print the resolved recipe and layout, start nothing")
     parse.add_argument("--overwrite", action="store_true", help="start over in an OUT that has a run")
     parse.add_argument("settings", nargs="*", metavar="key=value", help="for example layout.ep=8 lora.rank=16")
@@ -86,6 +95,10 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
         cpu=args.local,
         settings=settings,
     )
+    if args.eval_only:
+        task = evaluation_task(task, args.adapter)
+    elif args.adapter:
+        raise UserError("--adapter is what --eval-only evaluates; give that too")
     check_run(task, arch)
     sources = [model, base, args.data, args.validation]
     refuse_overlap(args.out, *(Path(source) for source in sources if source is not None))
@@ -125,6 +138,7 @@ def describe(task: Run, arch: Arch) -> str:
     lines = [f"model       {task.model} ({arch.parameters:,} parameters, {arch.active_parameters:,} active)"]
     lines += [f"data        {task.data or '(none given)'}", f"out         {task.out}"]
     lines += [f"adapters    {trainable_parameters(task, arch):,} parameters"]
+    lines += [BALANCE_WARNING] if task.settings.router == "balance" else []
     lines += ["settings", *(f"  {key}={_text(value)}" for key, value in flatten(task.settings).items())]
     return "\n".join([*lines, "layout", task.settings.layout.describe(arch, task.ranks)])
 
@@ -137,7 +151,7 @@ def check_data(task: Run, arch: Arch) -> None:
     """Opens the stores: packs of this length exist and every token is in the vocabulary. Raises `UserError`."""
     from data_prep.packing import PackedDataset
 
-    if not task.data:
+    if not task.data and not task.eval_only:
         raise UserError("no data: give --data STORE, a token store made by data_prep/prepare.py")
     for store in filter(None, (task.data, task.validation)):
         packs = PackedDataset(store, task.settings.train.seq_length, task.settings.layout.document_multiple)
@@ -173,6 +187,9 @@ def main() -> int:
             f"the run wants {task.ranks_per_node} NVIDIA GPUs and this machine has {gpus}; give --gpus-per-node, add "
             "--local to run on CPU ranks, or --dry-run to see the recipe"
         )
+    if task.eval_only:
+        check_data(task, arch)
+        return evaluate(task)
     if not args.overwrite:
         refuse_finished(Path(task.out))
     return train(task, arch, args.overwrite)

@@ -13,25 +13,10 @@ from megatron.core import parallel_state
 from nemo.lightning.data import WrappedDataLoader, add_megatron_sampler
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
-from data_prep.epochs import Epochs, Once
+from data_prep.epochs import Epochs, Once, logged_sources, validation_plan
 from data_prep.packing import PackedDataset
-from data_prep.store import TokenStore
 from nano3.cli import UserError
 from recipes.checks import ONE_PACK
-
-LOGGED_SOURCES = 32
-"""Sources with a loss of their own in the logs; of more, the smallest share the last one."""
-OTHER_SOURCES = "other"
-
-
-def logged_sources(store: TokenStore) -> tuple[list[str], np.ndarray]:
-    """Names for the logs, and the place among them of every source number; the last entry is padding's, -1."""
-    names = store.source_names
-    counts = store.manifest["sources"]
-    largest = sorted(names, key=lambda name: -counts.get(name, {}).get("supervised_tokens", 0))
-    kept = names if len(names) <= LOGGED_SOURCES else [*largest[: LOGGED_SOURCES - 1], OTHER_SOURCES]
-    place = {name: number for number, name in enumerate(kept)}
-    return kept, np.array([*(place.get(name, len(kept) - 1) for name in names), -1], dtype=np.int32)
 
 
 def collate(items: list[dict[str, np.ndarray]], places: np.ndarray) -> dict[str, torch.Tensor]:
@@ -45,19 +30,6 @@ def collate(items: list[dict[str, np.ndarray]], places: np.ndarray) -> dict[str,
     batch = {key: torch.from_numpy(value)[None] for key, value in item.items() if key != "cu_seqlens"}
     boundaries = torch.from_numpy(item["cu_seqlens"])
     return {**batch, "cu_seqlens": boundaries, "max_seqlen": boundaries.diff().max()}
-
-
-def validation_plan(packs: int, ranks: int, most: int) -> tuple[int, int]:
-    """(steps, micro batches per step and rank) that take every pack once, with as little filling as possible.
-
-    Args:
-        packs: of the validation set.
-        ranks: that take different packs.
-        most: micro batches that a step may have.
-    """
-    per_rank = -(-packs // ranks)
-    steps = -(-per_rank // most)
-    return steps, -(-per_rank // steps)
 
 
 class PackSampler(MegatronDataSampler):
@@ -130,16 +102,18 @@ class PackedDataModule(pl.LightningDataModule):
         self.tokenizer = None
         self.train_sources: list[str] = []
         self.validation_sources: list[str] = []
+        self.validation_packs = 0
 
     def setup(self, stage: str = "") -> None:
         del stage
         if self.train is not None:
             packs = PackedDataset(self.train, self.seq_length, self.pad_multiple)
-            self.train_sources, self._train_places = logged_sources(packs.store)
+            self.train_sources, self._train_places = logged_sources(packs)
             self._train = Epochs(packs, self.steps * self.global_batch_size, self.seed, shuffle=True)
         if self.validation is not None:
             self._held = PackedDataset(self.validation, self.seq_length, self.pad_multiple)
-            self.validation_sources, self._held_places = logged_sources(self._held.store)
+            self.validation_packs = len(self._held)
+            self.validation_sources, self._held_places = logged_sources(self._held)
 
     def documents_in_step(self, step: int) -> list[int]:
         """Tokens of each document (no padding) in the global batch of `step`, counted from 0."""

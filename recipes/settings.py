@@ -150,6 +150,10 @@ class Run:
     ranks_per_node: int
     cpu: bool
     settings: Settings = field(default_factory=Settings)
+    eval_only: bool = False
+    """Validate, and train nothing."""
+    adapter: str | None = None
+    """With `eval_only`: the adapter folder to evaluate; None: the base alone."""
 
     @property
     def ranks(self) -> int:

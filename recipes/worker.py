@@ -23,9 +23,10 @@ def main() -> int:
         import fiddle
         from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+        from recipes.eval_only import evaluation_recipe
         from recipes.nemotron_lora import nemotron_3_nano_lora
 
-        recipe = nemotron_3_nano_lora(task)
+        recipe = evaluation_recipe(task) if task.eval_only else nemotron_3_nano_lora(task)
     quiet()
     try:
         fiddle.build(recipe)()
