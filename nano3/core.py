@@ -13,6 +13,7 @@ import torch
 from megatron.core.activations import squared_relu
 from megatron.core.models.mamba import MambaModel
 from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -143,6 +144,17 @@ def _apply_but_to(names: tuple[str, ...], module: torch.nn.Module, function: Cal
         if value.device.type != "meta":
             tensor.data = value.to(device=tensor.device)
     return module
+
+
+def packed_seq_params(batch: dict[str, torch.Tensor], context_parallel: int) -> PackedSeqParams:
+    """Document boundaries of the whole pack, as Transformer Engine and the Mamba mixer take them.
+
+    Under context parallelism Transformer Engine insists on the boundaries with padding too. Ours are the same, as
+    padding belongs to its document; without it they are left out, since it would compare the two in every layer.
+    """
+    boundaries, longest = batch["cu_seqlens"], int(batch["max_seqlen"])
+    padded = boundaries if context_parallel > 1 else None
+    return PackedSeqParams("thd", boundaries, boundaries, padded, padded, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 def build_mcore_model(

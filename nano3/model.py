@@ -6,8 +6,8 @@ attention and the Mamba mixer, which resets convolution and state at each docume
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ cpu.enable()
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.mamba import MambaModel  # noqa: E402
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from nemo.collections.llm.gpt.model.base import GPTModel  # noqa: E402
 from nemo.collections.llm.gpt.model.ssm import SSMConfig  # noqa: E402
 
 from nano3 import compat  # noqa: E402
 from nano3.arch import Arch  # noqa: E402
-from nano3.core import build_mcore_model, transformer_kwargs  # noqa: E402
+from nano3.context_parallel import cut_batch  # noqa: E402
+from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
 from nano3.loss import TokenLoss, WeightedFinish, accuracy, mean_loss, mean_losses, record_verdicts  # noqa: E402
+from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
 from nano3.router import BALANCE_RATE, count_documents_only  # noqa: E402
 
 compat.install()
@@ -37,24 +38,16 @@ Batch = dict[str, torch.Tensor]
 def packed_data_step(dataloader_iter: Iterator) -> Batch:
     """Takes one packed micro batch; every pipeline stage gets the document boundaries.
 
-    Returns tensors on the current device: tokens, labels, loss_mask, position_ids, source (1, s), cu_seqlens
-    (documents + 1,) and the host integer max_seqlen.
+    Returns tensors on the current device: tokens, labels, loss_mask, position_ids, source (1, s / cp), this rank's
+    share of every document; cu_seqlens (documents + 1,) of the whole pack and the host integer max_seqlen.
     """
     item = next(dataloader_iter)
-    batch = item[0] if isinstance(item, tuple) else item
-    return {key: value.cuda(non_blocking=True) if key != "max_seqlen" else value for key, value in batch.items()}
-
-
-def packed_seq_params(batch: Batch) -> PackedSeqParams:
-    """Document boundaries of a packed batch, as Transformer Engine and the Mamba mixer take them."""
-    boundaries, longest = batch["cu_seqlens"], int(batch["max_seqlen"])
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+    batch = cut_batch(
+        item[0] if isinstance(item, tuple) else item,
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_context_parallel_rank(),
     )
+    return {key: value.cuda(non_blocking=True) if key != "max_seqlen" else value for key, value in batch.items()}
 
 
 def packed_forward_step(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -69,7 +62,7 @@ def packed_forward_step(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         position_ids=batch["position_ids"],
         attention_mask=None,
         labels=batch["labels"],
-        packed_seq_params=packed_seq_params(batch),
+        packed_seq_params=packed_seq_params(batch, core.config.context_parallel_size),
         **({"padding_mask": batch["source"] < 0} if balanced else {}),
     )
     if core.post_process and not core.training:
@@ -82,6 +75,8 @@ class Nano3Config(SSMConfig):
     """NeMo's SSM configuration with a vocabulary of its own: the model's rows, not what a tokenizer happens to say."""
 
     vocab_size: int = 0
+    recompute: list[str] = field(default_factory=list)
+    """What the backward pass computes again (`nano3.recompute`)."""
 
     def configure_model(
         self,
@@ -99,6 +94,7 @@ class Nano3Config(SSMConfig):
         model = build_mcore_model(
             self, self.hybrid_override_pattern, self.vocab_size, self.seq_length, pre_process=first, post_process=last
         )
+        install_recompute(model, self.recompute)
         record_verdicts(model)
         if self.moe_router_bias_update_rate:
             count_documents_only(model)
@@ -157,11 +153,18 @@ class Nano3Model(GPTModel):
             super().log(name, *args, **kwargs)
 
 
-def nano3_config(arch: Arch, seq_length: int, bf16: bool, router: str = "frozen") -> Nano3Config:
-    """The configuration for `arch`, BF16 or FP32, with a `frozen` router or one that goes on to `balance`."""
+def nano3_config(
+    arch: Arch, seq_length: int, bf16: bool, router: str = "frozen", recompute: Sequence[str] = ()
+) -> Nano3Config:
+    """The configuration for `arch`, BF16 or FP32, with a `frozen` router or one that goes on to `balance`.
+
+    `recompute`: what the backward pass computes again (`nano3.recompute`).
+    """
     bias_rate = BALANCE_RATE if router == "balance" else 0.0
     return Nano3Config(
         **{**transformer_kwargs(arch), "moe_router_bias_update_rate": bias_rate},
+        **recompute_kwargs(recompute),
+        recompute=list(recompute),
         hybrid_override_pattern=arch.pattern,
         vocab_size=arch.vocab_size,
         seq_length=seq_length,
@@ -175,6 +178,8 @@ def nano3_config(arch: Arch, seq_length: int, bf16: bool, router: str = "frozen"
     )
 
 
-def nano3_model(folder: str, seq_length: int, bf16: bool, router: str = "frozen") -> Nano3Model:
+def nano3_model(
+    folder: str, seq_length: int, bf16: bool, router: str = "frozen", recompute: Sequence[str] = ()
+) -> Nano3Model:
     """The model that the config.json in `folder` describes, without weights (they come from the checkpoint)."""
-    return Nano3Model(nano3_config(Arch.load(Path(folder)), seq_length, bf16, router))
+    return Nano3Model(nano3_config(Arch.load(Path(folder)), seq_length, bf16, router, recompute))

@@ -19,12 +19,9 @@ def check_run(task: Run, arch: Arch) -> None:
     """Raises `UserError` for a layout, targets or numbers with which the run could not be right."""
     settings = task.settings
     layout, train = settings.layout, settings.train
-    validate(arch, layout, task.ranks, train.seq_length, train.global_batch)
-    if layout.cp > 1:
-        raise UserError(
-            f"layout.cp={layout.cp}: packed documents are not yet cut over context-parallel ranks here; use layout.cp=1"
-        )
+    validate(arch, layout, task.ranks, train.seq_length, train.global_batch, task.ranks_per_node)
     _check_numbers(settings)
+    _check_recompute(train)
     _check_adapters(settings, arch)
     if train.micro_batch != 1:
         raise UserError(f"train.micro_batch={train.micro_batch}: {ONE_PACK}")
@@ -84,6 +81,17 @@ def _check_numbers(settings: Settings) -> None:
     ):
         if not holds:
             raise UserError(f"{name}={value} must be {rule}")
+
+
+def _check_recompute(train: TrainSettings) -> None:
+    """Raises `UserError` where one part of `train.recompute` already holds another."""
+    chosen = train.recompute
+    for whole, parts in (("full", set(chosen) - {"full"}), ("moe", {"moe_act", "shared_experts"} & set(chosen))):
+        if whole in chosen and parts:
+            raise UserError(
+                f"train.recompute={','.join(chosen)}: {whole} already covers {', '.join(sorted(parts))}; "
+                f"leave out {whole} or the others"
+            )
 
 
 def _schedule(train: TrainSettings) -> list[tuple[str, float, bool, str]]:

@@ -14,7 +14,6 @@ from nano3.model import nano3_model  # switches the CPU backend on where there i
 # isort: split
 import nemo_run as run
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
@@ -28,7 +27,6 @@ from nano3.liveness import AdapterLiveness
 from nano3.lora import Nano3LoRA
 from nano3.parameter_groups import is_b, is_magnitude
 from nano3.pipeline import pipeline_kwargs
-from nano3.progress import Progress
 from nano3.router import RouterGuard
 from nano3.run_checkpoint import RunCheckpoints
 from nano3.schedule import Schedule
@@ -37,6 +35,7 @@ from nano3.validation import Validation
 from recipes.checks import check_run
 from recipes.identity import run_identity
 from recipes.packed_data import PackedDataModule
+from recipes.reporting import memory_advice, progress
 from recipes.settings import Run
 
 
@@ -59,6 +58,7 @@ def lora_recipe(task: Run) -> run.Partial:
             seq_length=train.seq_length,
             bf16=task.bf16,
             router=task.settings.router,
+            recompute=train.recompute,
         ),
         data=run.Config(
             PackedDataModule,
@@ -114,13 +114,14 @@ def _trainer(task: Run) -> run.Config:
             run.Config(RouterGuard, router=task.settings.router),
             run.Config(AdapterLiveness),
             run.Config(SaveAdapter, out=str(out / "adapter"), facts=_facts(task), base=task.base),
-            run.Config(Progress, folder=task.out, every=task.settings.log.every, steps=train.steps),
+            progress(task),
             run.Config(
                 Validation,
                 out=str(out / "best"),
                 patience=train.patience,
                 min_improvement=train.min_improvement,
             ),
+            memory_advice(task),  # last: see MemoryAdvice
         ],
         limit_val_batches=0 if task.validation is None else 1.0,
         val_check_interval=None if task.validation is None else train.validate_every or train.steps,
@@ -212,14 +213,9 @@ def _optimizer(task: Run) -> run.Config:
 
 
 def _log(task: Run) -> run.Config:
-    out = Path(task.out)
-    board = run.Config(TensorBoardLogger, save_dir=str(out), name="tensorboard", version="")
+    # NeMo's own log files; metrics are our callback's (recipes/reporting.py).
     return run.Config(
-        nl.NeMoLogger,
-        explicit_log_dir=str(out / "nemo"),
-        ckpt=None,
-        tensorboard=board if task.settings.log.tensorboard else None,
-        update_logger_directory=False,
+        nl.NeMoLogger, explicit_log_dir=str(Path(task.out) / "nemo"), ckpt=None, update_logger_directory=False
     )
 
 
