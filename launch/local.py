@@ -31,7 +31,9 @@ POLL_SECONDS = 0.05
 BLAME_SECONDS = 1.0
 """How long after the first failure other ranks may fail by themselves, so that the culprit is listed too."""
 GRACE_SECONDS = 5.0
-"""Between asking ranks to end (SIGTERM) and making them (SIGKILL)."""
+"""Between asking ranks to end (SIGTERM) and making them (SIGKILL), after one has failed."""
+FAREWELL_SECONDS = 120.0
+"""The same when this process is asked to end: the ranks finish their step and write a checkpoint."""
 STORE_TIMEOUT = timedelta(minutes=30)
 TAIL_LINES = 20
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -58,6 +60,7 @@ def run_ranks(argv: list[str], ranks: int, log_dir: Path, env: dict[str, str] | 
     shared = {**os.environ, "OMP_NUM_THREADS": _threads(ranks), **(env or {}), **_world(ranks, store.port)}
     processes: list[subprocess.Popen[bytes]] = []
     pumps: list[threading.Thread] = []
+    patience = GRACE_SECONDS
     with _termination_as_exception():
         try:
             for rank in range(ranks):
@@ -67,10 +70,11 @@ def run_ranks(argv: list[str], ranks: int, log_dir: Path, env: dict[str, str] | 
                     pumps = _pump_rank_0(process, log_dir)
             failed = _wait(processes)
         except _Terminated:
-            print("terminated: ending all ranks", file=sys.stderr)
+            print("terminated: all ranks finish their step and end", file=sys.stderr)
+            patience = FAREWELL_SECONDS
             return 128 + signal.SIGTERM
         finally:
-            _end(processes)
+            _end(processes, patience)
             for pump in pumps:
                 pump.join(GRACE_SECONDS)
     if failed:
@@ -179,12 +183,12 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
     return failed
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Ends every rank and whatever it started: asked first, then killed."""
+def _end(processes: list[subprocess.Popen[bytes]], patience: float) -> None:
+    """Ends every rank and whatever it started: asked first, killed after `patience` seconds."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
         _signal(process, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + patience
     while any(process.poll() is None for process in running) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     for process in processes:
