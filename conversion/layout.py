@@ -21,8 +21,12 @@ TensorTable = Mapping[str, tuple[str, tuple[int, ...]]]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+PLAIN_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 """The dtypes that we convert, in the words of safetensors headers, and their size in bytes."""
+
+FP8 = "F8_E4M3"
+ITEM_BYTES = PLAIN_BYTES | {FP8: 1}
+"""The same with that of our quantized checkpoints."""
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of a layout that we make ourselves (Hugging Face's own limit for uploads)."""
@@ -37,6 +41,11 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def rows(self) -> int:
+        """Length of axis 0; a scalar is one row."""
+        return self.shape[0] if self.shape else 1
 
     @property
     def row_bytes(self) -> int:
@@ -55,9 +64,9 @@ class Layout:
             self._add(file, header)
 
     @classmethod
-    def read(cls, folder: Path) -> Layout:
-        """Reads the headers of a Hugging Face folder. Raises `UserError` for a truncated or missing file, or an index
-        that does not fit the files."""
+    def read(cls, folder: Path, quantized: bool = False) -> Layout:
+        """Reads the headers of a Hugging Face folder. Raises `UserError` for a truncated or missing file, an index
+        that does not fit the files, or FP8 tensors unless they are `quantized`."""
         files = {path.name for path in folder.glob("*.safetensors")}
         index = (folder / INDEX).read_bytes() if (folder / INDEX).is_file() else None
         wanted = _indexed_files(folder, index) if index is not None else {SINGLE}
@@ -72,6 +81,8 @@ class Layout:
                 + ": remove the stray file or download the model again"
             )
         layout = cls({file: _read_header(folder / file) for file in sorted(wanted)}, index)
+        if not quantized:
+            layout._refuse_codes()
         for file, size in layout.sizes.items():
             actual = (folder / file).stat().st_size
             if actual != size:
@@ -148,6 +159,14 @@ class Layout:
                 raise UserError(f"tensor {name} in {file}: {stop - start} bytes do not make {item['dtype']} {shape}")
             self.entries[name] = Entry(file, item["dtype"], shape, start, stop)
             self.sizes[file] = max(self.sizes[file], stop)
+
+    def _refuse_codes(self) -> None:
+        for name, entry in self.entries.items():
+            if entry.dtype not in PLAIN_BYTES:
+                raise UserError(
+                    f"tensor {name} in {entry.file} is {entry.dtype}; known are {', '.join(PLAIN_BYTES)}: "
+                    "give the unquantized checkpoint"
+                )
 
     def _check_index(self, folder: Path, weight_map: dict[str, str]) -> None:
         for name, file in weight_map.items():

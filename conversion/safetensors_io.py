@@ -11,9 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from conversion.layout import INDEX, Layout, check_tensors
+from conversion.layout import FP8, INDEX, Layout, check_tensors
 from nano3.arch import Arch
 from nano3.cli import MARKER, UserError
+from nano3.hf_config import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """torch's dtype for a safetensors word."""
     import torch
 
-    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[name]
+    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, FP8: torch.float8_e4m3fn}[name]
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -39,17 +40,23 @@ def side_files(folder: Path) -> list[Path]:
 class HFFolder:
     """A Hugging Face model folder that holds exactly the tensors of its config.json. Use as a context manager.
 
+    `quantized` ones may have FP8 tensors and, beyond the model's own, tensors named `..._scale`.
+
     Raises `UserError`, before anything is read, for a missing folder or shard, a truncated file, an index that does
     not fit, a config that we do not support, and missing, unknown or misshapen tensors, by name.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, quantized: bool = False) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{path} is not a folder; give a Hugging Face model folder")
-        self.arch = Arch.load(self.path)
-        self.layout = Layout.read(self.path)
+        self.config = read_config(self.path)
+        self.quantization = self.config.pop("quantization_config", None) if quantized else None
+        self.arch = Arch.from_config(self.config, str(self.path))
+        self.layout = Layout.read(self.path, quantized)
         shapes = {name: entry.shape for name, entry in self.layout.entries.items()}
+        if quantized:
+            shapes = {name: shape for name, shape in shapes.items() if not name.endswith("_scale")}
         check_tensors(str(self.path), shapes, {name: spec.shape for name, spec in self.arch.tensors().items()})
         self._files: dict[str, int] = {}
 
@@ -108,7 +115,7 @@ class SafetensorsWriter:
         entry = self.layout.entries[name]
         assert rows.dtype == torch_dtype(entry.dtype), (name, rows.dtype, entry.dtype)
         assert tuple(rows.shape[1:]) == entry.shape[1:], (name, rows.shape, entry.shape)
-        assert start + rows.shape[0] <= entry.shape[0], (name, start, rows.shape, entry.shape)
+        assert start + rows.shape[0] <= entry.rows, (name, start, rows.shape, entry.shape)
         array: Any = rows.contiguous().view(-1).view(torch.uint8).numpy()
         view = memoryview(array)
         self._missing[name] -= len(view)

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.store import MANIFEST, TokenStore, file_sha256, mapped
 from nano3.cli import UserError, fresh_output
+from nano3.token_store import MANIFEST, TokenStore, file_sha256, mapped
 
 KIND = "pack-index"
 VERSION = 1

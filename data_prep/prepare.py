@@ -21,9 +21,10 @@ from tqdm import tqdm
 from data_prep.chat import Segment, render, without_reasoning
 from data_prep.packing import build_packs, check_settings
 from data_prep.sources import Conversation, check_file, read_chat
-from data_prep.store import KIND, StoreWriter, TokenStore, file_sha256
-from data_prep.tokens import ChatTokenizer, tokenizer_file
+from data_prep.store import StoreWriter
+from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError, check_output, fresh_output, run
+from nano3.token_store import KIND, TokenStore, file_sha256, tokenizer_file
 
 BATCH = 1024
 """Conversations encoded together: enough for the tokenizer's threads, a few megabytes of memory."""

@@ -9,8 +9,8 @@ import argparse
 
 from data_prep.packing import build_packs
 from data_prep.prepare import add_packing_options, packing_arguments, print_packs
-from data_prep.store import TokenStore
 from nano3.cli import run
+from nano3.token_store import TokenStore
 
 
 def main() -> int:

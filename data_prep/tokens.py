@@ -8,7 +8,6 @@ every document whose boundary has no control token beside it when it encodes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +17,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.chat import SPECIAL_IDS, Segment, render, text_of
-from nano3.arch import PRESETS
 from nano3.cli import UserError
+from nano3.token_store import tokenizer_file, tokenizer_sha256
 
 _HEAD = 32
 """Characters after a boundary that settle how text splits there: pre-tokenizers look at one word or blank run."""
@@ -33,22 +32,6 @@ class Encoded(NamedTuple):
 
     tokens: np.ndarray
     mask: np.ndarray
-
-
-def tokenizer_file(folder: Path | str) -> Path:
-    """`tokenizer.json` of a preset (`pico`) or of a model or tokenizer folder; `UserError` when there is none."""
-    path = PRESETS.get(str(folder), Path(folder)) / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(
-            f"no tokenizer.json in {folder}; give the folder of a downloaded model or tokenizer, or pico "
-            "(the preset nano is a config.json only, and names on a hub are not downloaded)"
-        )
-    return path
-
-
-def tokenizer_sha256(folder: Path | str) -> str:
-    """Identity of a tokenizer: the hash of the bytes of its `tokenizer.json`."""
-    return hashlib.sha256(tokenizer_file(folder).read_bytes()).hexdigest()
 
 
 class ChatTokenizer:

@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nano3.cli import UserError
-from nano3.hf_config import read_config
+from nano3.hf_config import DT_RANGE, read_config
+from nano3.imports import hidden
 
 if TYPE_CHECKING:
     import torch
-
-DT_RANGE = (0.0, math.inf)
-"""Bounds of the Mamba time step dt: none, as in training (megatron-core does not clamp it).
-
-transformers 5.15 and later clamp dt from below at the config's time_step_min, which only concerns initial values
-(transformers pull request 48989), and only over whole prompts: its one-token step does not clamp.
-"""
 
 KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
 _MODEL_CODE = "transformers.models.nemotron_h.modeling_nemotron_h"
@@ -80,7 +71,7 @@ def _import_without_stand_ins() -> None:
     The code takes `mamba_ssm` and `causal_conv1d` from wherever they are at its first import. In a process on the CPU
     backend those are this project's stand-ins (`nano3.cpu`), and the reference would run on the code that it checks.
     """
-    with _hidden([name for name in KERNEL_PACKAGES if _is_stand_in(sys.modules.get(name))]):
+    with hidden(*(name for name in KERNEL_PACKAGES if _is_stand_in(sys.modules.get(name)))):
         code = importlib.import_module(_MODEL_CODE)
     for name in ("causal_conv1d_fn", "mamba2_chunk_scan"):
         chosen = inspect.getclosurevars(getattr(code, name)).nonlocals.get("implementation")
@@ -91,14 +82,3 @@ def _import_without_stand_ins() -> None:
 def _is_stand_in(module: Any) -> bool:
     """Stand-ins are made in memory: no loader read them from a file."""
     return module is not None and getattr(module.__spec__, "loader", None) is None
-
-
-@contextmanager
-def _hidden(names: list[str]) -> Iterator[None]:
-    """Within, importing any of these modules fails as if they were not installed."""
-    hidden = {name: sys.modules[name] for name in names}
-    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]  # None is Python's mark for "cannot be imported"
-    try:
-        yield
-    finally:
-        sys.modules.update(hidden)

@@ -26,6 +26,14 @@ BLOCK_TYPES = {
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """torch's dtype names -> those of safetensors headers."""
 
+DT_RANGE = (0.0, float("inf"))
+"""Bounds of the Mamba time step dt: none, as in training (megatron-core does not clamp it).
+
+transformers 5.15 and later clamp dt from below at the config's time_step_min, which only concerns initial values
+(transformers pull request 48989), and only over whole prompts: its one-token step does not clamp. Whoever runs its code
+sets `time_step_limit` of every module that has one to this.
+"""
+
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("nemotron_h",),
     "attention_bias": (False,),
@@ -45,7 +53,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "residual_in_fp32": (False,),
     "sliding_window": (None,),
     "tie_word_embeddings": (False,),
-    "time_step_limit": ([0.0, float("inf")],),
+    "time_step_limit": (list(DT_RANGE),),
     "topk_group": (1,),
     "use_bias": (False,),
     "use_conv_bias": (True,),

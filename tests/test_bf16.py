@@ -11,8 +11,8 @@ from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
 from conversion.torch_dist import TorchDistReader
 from data_prep.packing import build_packs
-from data_prep.store import TokenStore
 from launch.layout import Layout
+from nano3.token_store import TokenStore
 from recipes.settings import LogSettings, LoraSettings, Settings, TrainSettings
 from tests.tiny import tiny_hf_folder
 from tests.tiny_run import metrics, run, write_run

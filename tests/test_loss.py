@@ -8,9 +8,10 @@ import pytest
 
 from conversion.hf_to_nemo import convert
 from data_prep.packing import build_packs
-from data_prep.store import KIND, StoreWriter, TokenStore
+from data_prep.store import StoreWriter
 from launch.layout import Layout
 from nano3.cli import fresh_output
+from nano3.token_store import KIND, TokenStore
 from recipes.settings import LogSettings, LoraSettings, Settings, TrainSettings
 from tests.tiny import tiny_hf_folder
 from tests.tiny_run import metrics, run, write_run

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from data_prep.packing import PADDING, PackedDataset, best_fit, build_packs
-from data_prep.store import FILES, KIND, StoreWriter, TokenStore
+from data_prep.store import StoreWriter
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError, fresh_output
+from nano3.token_store import FILES, KIND, TokenStore
 from tests.data_fixtures import write_tokenizer
 
 

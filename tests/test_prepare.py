@@ -12,8 +12,8 @@ from data_prep.overlap import HeldOut, Overlap, find_overlap, overlap_of_files
 from data_prep.packing import PackedDataset
 from data_prep.prepare import prepare
 from data_prep.sources import Conversation, read_chat, reasoning_gym_rows, write_rows
-from data_prep.store import TokenStore
 from nano3.cli import UserError
+from nano3.token_store import TokenStore
 from tests.data_fixtures import row, write_jsonl, write_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -62,8 +62,8 @@ def test_a_run_survives_its_json():
         (["lora.targets=linear_kqv"], ["linear_kqv", "linear_qkv"]),
         (["lora.preset=some"], ["lora.preset", "some", "attention"]),
         (["layout.tp=3"], ["layout.tp", "3"]),
-        (["layout.pp=3"], ["52", "layout.pp"]),
-        (["layout.cp=2", "train.seq_length=4096"], ["layout.cp"]),
+        (["layout.pp=64"], ["52", "layout.pp"]),
+        (["layout.cp=3", "train.seq_length=4096"], ["layout.cp", "nearest valid on 8 ranks"]),
         (["layout.etp=2", "layout.ep=4"], ["layout.etp", "routed experts"]),
         (["lora.rank=3", "layout.tp=2"], ["lora.rank=3", "layout.tp=2"]),
         (["train.warmup=300"], ["train.warmup=300", "train.steps=300"]),
@@ -129,9 +129,8 @@ def test_a_validation_store_too_small_for_a_batch_is_refused_before_anything_run
 def pico_store(path: Path, documents: int) -> Path:
     """A store of pico's tokenizer with packs of 64."""
     from data_prep.packing import build_packs
-    from data_prep.store import TokenStore
-    from data_prep.tokens import tokenizer_sha256
     from nano3.arch import resolve_model
+    from nano3.token_store import TokenStore, tokenizer_sha256
 
     tiny_store(path, documents, longest=30, vocab_size=300, tokenizer=tokenizer_sha256(resolve_model("pico")))
     build_packs(TokenStore(path), 64)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from data_prep.chat import SPECIAL_IDS, render
-from data_prep.store import FILES, KIND, StoreWriter, TokenStore
+from data_prep.store import StoreWriter
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError, fresh_output
+from nano3.token_store import FILES, KIND, TokenStore
 from tests.data_fixtures import ids, row, write_tokenizer
 
 START, END, THINK, THOUGHT = (SPECIAL_IDS[mark] for mark in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"))

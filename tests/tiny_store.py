@@ -5,19 +5,23 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from data_prep.store import KIND, StoreWriter
+from data_prep.store import StoreWriter
 from nano3.cli import fresh_output
+from nano3.token_store import KIND
 
 
 def tiny_store(
-    path: Path, documents: int, longest: int, vocab_size: int, seed: int = 0, tokenizer: str = "none"
+    path: Path, documents: int, longest: int, vocab_size: int, seed: int = 0, tokenizer: str = "none", multiple: int = 1
 ) -> Path:
-    """Writes `documents` of 2 to `longest` random tokens; about half are supervised, the last of each always."""
+    """Writes `documents` of 2 to `longest` random tokens; about half are supervised, the last of each always.
+
+    Each fills a `multiple` of positions, of which it has one less than tokens.
+    """
     rng = np.random.default_rng(seed)
     with fresh_output(path, KIND) as folder:
         writer = StoreWriter(folder)
         for _ in range(documents):
-            length = int(rng.integers(2, longest + 1))
+            length = (int(rng.integers(2, longest + 1)) + multiple - 2) // multiple * multiple + 1
             mask = (rng.random(length) < 0.5).astype(np.uint8)
             mask[0], mask[-1] = 0, 1
             writer.add(rng.integers(3, vocab_size, length), mask, "random")

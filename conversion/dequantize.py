@@ -1,0 +1,81 @@
+"""FP8 -> BF16: a plain Hugging Face folder with the values that an FP8 checkpoint stands for, streaming.
+
+    python conversion/dequantize.py FP8 OUT
+
+transformers does not read ModelOpt's FP8: it takes the codes for numbers. OUT holds code * scale, rounded to BF16,
+which any tool reads: so the cost of FP8 in the weights is measured before a GPU sees the checkpoint. What FP8 does to
+the activations and to the cache is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_space
+from conversion.layout import FP8, Layout
+from conversion.plan import row_steps
+from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
+from nano3.cli import UserError, check_output, fresh_output, run
+
+if TYPE_CHECKING:
+    import torch
+
+QUANT_CONFIG = "hf_quant_config.json"
+
+
+def values(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """code * scale in FP32, rounded to BF16; `codes` FP8 of any shape, `scale` one FP32 value."""
+    import torch
+
+    return (codes.float() * scale).to(torch.bfloat16)
+
+
+def dequantize(source: Path, out: Path) -> int:
+    """Writes the plain folder `out`; returns how many matrices were FP8. Raises `UserError`."""
+    refuse_overlap(out, source)
+    check_output(out, HF_KIND)
+    with HFFolder(source, quantized=True) as hf:
+        coded = [name for name, entry in hf.layout.entries.items() if entry.dtype == FP8]
+        if not coded:
+            raise UserError(f"{source} has no FP8 tensor; it can be used as it is")
+        unscaled = [name for name in coded if f"{name}_scale" not in hf.layout.entries]
+        if unscaled:
+            raise UserError(f"{source} lacks the scale of {unscaled[0]} ({unscaled[0]}_scale): export it again")
+        dtypes = {name: "BF16" if name in coded else dtype for name, dtype in hf.dtypes.items()}
+        layout = Layout.make({name: (dtypes[name], spec.shape) for name, spec in hf.arch.tensors().items()})
+        require_space(out, layout.total_bytes)
+        with fresh_output(out, HF_KIND) as folder:
+            side = [path for path in side_files(source) if path.name not in ("config.json", QUANT_CONFIG)]
+            copy_files(source, side, folder)
+            (folder / "config.json").write_text(json.dumps(hf.config, indent=2) + "\n")
+            with SafetensorsWriter(folder, layout) as writer, progress(layout.total_bytes, "dequantize") as bar:
+                for name, entry in layout.entries.items():
+                    _copy(hf, name, writer)
+                    bar.update(entry.stop - entry.start)
+    return len(coded)
+
+
+def _copy(hf: HFFolder, name: str, writer: SafetensorsWriter) -> None:
+    entry = hf.layout.entries[name]
+    for start, count in row_steps(entry.rows, 4 * entry.row_bytes):
+        rows = hf.rows(name, start, count)
+        writer.write(name, start, values(rows, hf.rows(f"{name}_scale", 0, 1)) if entry.dtype == FP8 else rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("source", metavar="FP8", type=Path, help="folder that conversion/quantize_fp8.py wrote")
+    parser.add_argument("out", metavar="OUT", type=Path, help="Hugging Face model folder to write")
+    args = parser.parse_args()
+    count = dequantize(args.source, args.out)
+    print(f"{args.out}: {count} FP8 matrices as BF16; their activations and the cache are not quantized")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,154 @@
+"""Reads an FP8 checkpoint as vLLM, TensorRT-LLM and transformers would, and says who would misread it.
+
+    python conversion/lint_export.py DIR
+
+Checks that every tensor of the model is there and whole, that scales and codes are numbers, that the two configurations
+say the same, and that each reader's rules make exactly those modules FP8 that are FP8 on disk. Exit code 0 when
+nothing is wrong, 1 with one line per finding and the reader concerned, 2 when DIR cannot be examined.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from conversion.fp8 import KV_SCALES, SCALES, matrices
+from conversion.layout import FP8
+from conversion.plan import row_steps
+from conversion.readers import READERS, loaded_modules, vllm_cache_scale
+from conversion.safetensors_io import HFFolder
+from nano3.cli import UserError, run
+
+EVERYONE = "every reader"
+VLLM = "vLLM"
+PRECISE = (".A_log", ".e_score_correction_bias")
+"""Tensors that the published checkpoint has in FP32."""
+
+Finding = tuple[str, str]
+"""Who would misread the folder, and what is wrong."""
+
+
+def lint(folder: Path) -> list[Finding]:
+    """Everything that is wrong with an FP8 checkpoint. Raises `UserError` when it is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give an FP8 checkpoint")
+    try:
+        hf = HFFolder(folder, quantized=True)
+    except UserError as error:
+        return [(EVERYONE, str(error))]
+    with hf:
+        coded = {name.removesuffix(".weight") for name, entry in hf.layout.entries.items() if entry.dtype == FP8}
+        if not coded and hf.quantization is None:
+            raise UserError(f"{folder} is not quantized: no FP8 tensors and no quantization_config")
+        config, problems = _configs(folder, hf)
+        return [*problems, *_dtypes(hf, coded), *_scales(hf, coded, config), *_excludes(hf, coded, config), *_codes(hf)]
+
+
+def _configs(folder: Path, hf: HFFolder) -> tuple[dict[str, Any], list[Finding]]:
+    """What hf_quant_config.json says, and where it and config.json differ."""
+    problems: list[Finding] = []
+    try:
+        told = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
+    except (OSError, ValueError, KeyError, TypeError):
+        problems.append(("TensorRT-LLM", "hf_quant_config.json is missing or has no `quantization`"))
+        told = {}
+    ours: Any = hf.quantization or {}
+    if ours.get("quant_method") != "modelopt":
+        problems.append((VLLM, f"config.json: quantization_config.quant_method is {ours.get('quant_method')!r}"))
+    for what, first, second in (
+        ("quant_algo", told.get("quant_algo"), ours.get("quant_algo")),
+        ("KV cache", told.get("kv_cache_quant_algo"), "FP8" if ours.get("kv_cache_scheme") else None),
+        ("excluded modules", sorted(told.get("exclude_modules") or []), sorted(ours.get("ignore") or [])),
+    ):
+        if first != second:
+            problems.append((EVERYONE, f"hf_quant_config.json and config.json differ in {what}"))
+    if "hybrid_override_pattern" not in hf.config:
+        problems.append((VLLM, "config.json has no hybrid_override_pattern, from which vLLM builds the layers"))
+    return told, problems
+
+
+def _dtypes(hf: HFFolder, coded: set[str]) -> Iterator[Finding]:
+    known = matrices(hf.arch)
+    for module in sorted(coded - set(known)):
+        yield EVERYONE, f"{module} is FP8, but no reader runs it in FP8"
+    for name in hf.arch.tensors():
+        if name.endswith(PRECISE) and hf.dtypes[name] != "F32":
+            yield EVERYONE, f"{name} is {hf.dtypes[name]}; the published model has it in F32"
+
+
+def _scales(hf: HFFolder, coded: set[str], config: dict[str, Any]) -> Iterator[Finding]:
+    """Every FP8 matrix has its two scales, the cache its own where it is FP8; all are finite and positive."""
+    cached = hf.arch.attention_layers if config.get("kv_cache_quant_algo") == "FP8" else ()
+    cache = {f"backbone.layers.{number}.mixer.{name}" for number in cached for name in KV_SCALES}
+    wanted = {f"{module}.{scale}" for module in coded for scale in SCALES} | cache
+    found = {name for name in hf.layout.entries if name.endswith("_scale")}
+    for name in sorted(wanted - found):
+        yield (VLLM, f"{name} is missing: 1.0 would be used") if name in cache else (EVERYONE, f"{name} is missing")
+    for name in sorted(found - wanted):
+        lost = name.endswith((".k_scale", ".v_scale")) and vllm_cache_scale(name) is None
+        why = "vLLM finds no place for it and uses 1.0" if lost else "nothing on disk is scaled by it"
+        yield (VLLM if lost else EVERYONE), f"{name} is not expected: {why}"
+    for name in sorted(found & wanted):
+        entry = hf.layout.entries[name]
+        if entry.dtype != "F32" or entry.rows != 1 or len(entry.shape) > 1:
+            yield EVERYONE, f"{name} is {entry.dtype} {entry.shape}, not one F32 value"
+        elif not 0 < float(hf.rows(name, 0, 1)) < float("inf"):
+            yield EVERYONE, f"{name} is {float(hf.rows(name, 0, 1))}, not a positive number"
+
+
+def _excludes(hf: HFFolder, coded: set[str], config: dict[str, Any]) -> Iterator[Finding]:
+    excluded = config.get("exclude_modules") or []
+    for reader in READERS:
+        for module, parts in loaded_modules(hf.arch).items():
+            on_disk = {part in coded for part in parts}
+            if len(on_disk) > 1:
+                yield reader.name, f"{module} is partly FP8 and partly not; it is one module there"
+            elif reader.excludes(module, excluded) == on_disk.pop():
+                yield (
+                    reader.name,
+                    (
+                        f"{module} is FP8 on disk and would be read as BF16: the excluded modules match it"
+                        if parts[0] in coded
+                        else f"{module} is not FP8 on disk and would be read as FP8: no excluded module matches it"
+                    ),
+                )
+    modules = {name.rpartition(".")[0] for name in hf.arch.tensors()}
+    for name in excluded:
+        if "*" not in name and not name.startswith("re:") and name not in modules:
+            yield EVERYONE, f"excluded module {name!r} names nothing in this model"
+
+
+def _codes(hf: HFFolder) -> Iterator[Finding]:
+    """No NaN in any tensor. E4M3 has two NaN codes, 0x7F and 0xFF, and no infinity."""
+    import torch
+
+    for name, entry in hf.layout.entries.items():
+        for start, count in row_steps(entry.rows, entry.row_bytes):
+            rows = hf.rows(name, start, count)
+            bad = (rows.view(torch.uint8) & 0x7F == 0x7F) if entry.dtype == FP8 else ~torch.isfinite(rows)
+            if bad.any():
+                yield EVERYONE, f"{name} holds {int(bad.sum())} values that are no numbers"
+                break
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="FP8 checkpoint, a Hugging Face folder")
+    findings = lint(parser.parse_args().folder)
+    for reader, problem in findings:
+        print(f"{reader}: {problem}")
+    if not findings:
+        print(
+            "nothing wrong: vLLM and TensorRT-LLM read it as it is. Plain transformers cannot read FP8 of this kind "
+            "(it takes codes for numbers): give it what conversion/dequantize.py makes of the folder"
+        )
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,174 @@
+"""The token store: a folder of flat arrays that are memory-mapped, and a manifest that says what they are.
+
+    tokens.bin      int32, little-endian, all documents one after the other
+    loss_mask.bin   uint8, 0 where the loss does not count the token, else the number of its weight, from 1
+    documents.idx   int64, documents + 1 offsets into the two
+    sources.bin     int32, the number of each document's source in the manifest's `sources`
+    manifest.json   format version, tokenizer, counts, sources, weights, and size and SHA-256 of the files above
+    packs-*/        pack indexes (data_prep/packing.py), rebuilt without touching any of these
+
+Nothing in it is a pickle, nothing is executed on load, and reading takes no memory but the pages that are touched.
+int32, because a vocabulary of 131,072 does not fit 16 bits. `weights` of the manifest is `[1.0]` unless the data has
+weights: a store without them has masks of 0 and 1. Version 1 is the same without sources.bin and `weights`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nano3.arch import PRESETS
+from nano3.cli import UserError
+
+KIND = "token-store"
+VERSION = 2
+MANIFEST = "manifest.json"
+FILES = {"tokens.bin": "<i4", "loss_mask.bin": "u1", "documents.idx": "<i8", "sources.bin": "<i4"}
+"""File -> NumPy dtype."""
+_FILES_OF = {1: set(FILES) - {"sources.bin"}, 2: set(FILES)}
+"""Version -> its files; these versions are read."""
+UNKNOWN_SOURCE = "unknown"
+"""The one source of a version 1 store that was made of several: it does not say which document came from which."""
+
+_REBUILD = "prepare the data again with data_prep/prepare.py"
+
+
+class TokenStore:
+    """A token store opened for reading; arrays are mapped on first use and dropped when it is sent to a worker.
+
+    Opening checks the manifest and the size of every file and raises `UserError` naming what is wrong; `verify` also
+    reads every byte.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.manifest = self._read_manifest()
+        for name, facts in self.manifest["files"].items():
+            path = self.folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                raise UserError(f"{path} is missing from the token store; {_REBUILD}")
+            if size != facts["bytes"]:
+                raise UserError(f"{path} has {size} bytes and should have {facts['bytes']}; {_REBUILD}")
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            raise UserError(f"{self.folder} is not a token store (it has no {MANIFEST}); make one with prepare.py")
+        try:
+            manifest = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); {_REBUILD}") from error
+        if not isinstance(manifest, dict) or manifest.get("format") != KIND:
+            raise UserError(f"{path} does not describe a {KIND}; give a folder that data_prep/prepare.py made")
+        version = manifest.get("version")
+        if version not in _FILES_OF:
+            readable = " and ".join(map(str, _FILES_OF))
+            raise UserError(f"{path} has version {version}, this code reads {readable}; {_REBUILD}")
+        if set(manifest.get("files", ())) != _FILES_OF[version]:
+            raise UserError(f"{path} does not list the files {', '.join(sorted(_FILES_OF[version]))}; {_REBUILD}")
+        return manifest
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return self.manifest["documents"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "manifest": self.manifest}
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """All tokens, (tokens,) int32, mapped."""
+        return self._map("tokens.bin")
+
+    @cached_property
+    def loss_mask(self) -> np.ndarray:
+        """The numbers of all weights, (tokens,) uint8, mapped: indices into `weights`."""
+        return self._map("loss_mask.bin")
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a supervised token has another weight than 1."""
+        return self.manifest.get("weights", [1.0]) != [1.0]
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """The weight of each number in `loss_mask`, (weights + 1,) float32; the first is 0."""
+        return np.array([0.0, *self.manifest.get("weights", [1.0])], dtype=np.float32)
+
+    @property
+    def source_names(self) -> list[str]:
+        """The sources by number."""
+        names = list(self.manifest["sources"])
+        return names if "sources.bin" in self.manifest["files"] or len(names) == 1 else [UNKNOWN_SOURCE]
+
+    @cached_property
+    def _sources(self) -> np.ndarray:
+        return self._map("sources.bin")
+
+    def source(self, number: int) -> int:
+        """The number of a document's source."""
+        return int(self._sources[number]) if "sources.bin" in self.manifest["files"] else 0
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Document d is `[offsets[d]:offsets[d + 1]]`; (documents + 1,) int64, mapped."""
+        return self._map("documents.idx")
+
+    def lengths(self) -> np.ndarray:
+        """Stored length of every document, (documents,) int64."""
+        return np.diff(self.offsets)
+
+    def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (n,) int32 of a document, a view of the mapped array, and their weights in the loss, (n,) float32."""
+        start, end = int(self.offsets[number]), int(self.offsets[number + 1])
+        return self.tokens[start:end], self.weights[self.loss_mask[start:end]]
+
+    def check_tokenizer(self, folder: Path | str) -> None:
+        """Refuses a tokenizer (of the model that is to be trained, say) other than the one that made the store."""
+        if tokenizer_sha256(folder) != self.manifest["tokenizer"]["sha256"]:
+            raise UserError(
+                f"the token store {self.folder} was made with another tokenizer than the one in {folder}; "
+                f"run data_prep/prepare.py with --tokenizer {folder}"
+            )
+
+    def verify(self) -> None:
+        """Reads everything and raises `UserError` for the first file whose SHA-256 differs from the manifest's."""
+        for name, facts in self.manifest["files"].items():
+            if file_sha256(self.folder / name) != facts["sha256"]:
+                raise UserError(f"{self.folder / name} is damaged: its SHA-256 is not the manifest's; {_REBUILD}")
+
+    def _map(self, name: str) -> np.ndarray:
+        return mapped(self.folder / name, FILES[name])
+
+
+def mapped(path: Path, dtype: str) -> np.ndarray:
+    """A file as a read-only array that takes no memory; a plain `ndarray`, since slicing a `memmap` is slow."""
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+
+
+def file_sha256(path: Path | str) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_file(folder: Path | str) -> Path:
+    """`tokenizer.json` of a preset (`pico`) or of a model or tokenizer folder; `UserError` when there is none."""
+    path = PRESETS.get(str(folder), Path(folder)) / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"no tokenizer.json in {folder}; give the folder of a downloaded model or tokenizer, or pico "
+            "(the preset nano is a config.json only, and names on a hub are not downloaded)"
+        )
+    return path
+
+
+def tokenizer_sha256(folder: Path | str) -> str:
+    """Identity of a tokenizer: the hash of the bytes of its `tokenizer.json`."""
+    return hashlib.sha256(tokenizer_file(folder).read_bytes()).hexdigest()
