@@ -20,6 +20,9 @@ LAYOUT = "safetensors.json"
 """Parts of a NeMo folder: Megatron's weights, NeMo's context, the Hugging Face folder's side files, and how its
 safetensors files were laid out."""
 
+CERTIFICATE = "certificate.json"
+"""What the writer of a folder certifies about its tensors (conversion/certificate.py)."""
+
 
 def refuse_overlap(out: Path, *sources: Path) -> None:
     """Refuses an output that is one of the sources, holds one, or lies in one: replacing it would eat the source."""

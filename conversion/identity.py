@@ -92,10 +92,10 @@ def holds(checkpoint: Path, source: Path) -> bool:
         return recorded["source"] == str(source.resolve()) and recorded["files"] == source_files(hf)
 
 
-def refuse_other_base(hf: HFFolder, recorded: str | None, adapter: Path) -> None:
-    """Raises `UserError` when `hf` does not have the content hash that the adapter records of its base, if it does."""
-    found = recorded and content_sha256(hf)
-    if found != recorded:
+def refuse_other_base(hf: HFFolder, digests: Mapping[str, str], recorded: str | None, adapter: Path) -> None:
+    """Raises `UserError` when `hf` (its tensors' `digests`) is not the base whose content hash the adapter records."""
+    found = combine(hf, digests)
+    if recorded is not None and found != recorded:
         raise UserError(
             f"adapter {adapter} was trained on another base than {hf.path}: that one's content hash begins with "
             f"{recorded[:16]}, this one's with {found[:16]}; give the base that was tuned"

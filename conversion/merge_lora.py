@@ -5,6 +5,7 @@
 BASE_HF is the Hugging Face folder (or preset) that was tuned, ADAPTER the folder that training wrote. OUT becomes a
 Hugging Face folder that plain transformers loads, none of this project's code needed. Deltas are added in FP32 and each
 tensor keeps its dtype; what the adapter does not target is copied bit for bit, config.json and tokenizer too.
+OUT/certificate.json says so tensor by tensor; conversion/certify.py recomputes it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conversion.certificate import Work, folder_sha256, norm_ratio, write_certificate
 from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_adapter, require_space
-from conversion.identity import refuse_other_base
+from conversion.identity import refuse_other_base, tensor_digests
 from conversion.plan import row_steps
 from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
 from nano3.arch import resolve_model
@@ -60,50 +62,66 @@ def merge(base: Path, adapter_folder: Path, out: Path) -> Summary:
 
         adapter = Adapter(adapter_folder, hf.arch)
         same_routers = adapter.check_base(hf.rows)
-        refuse_other_base(hf, adapter.info.base_sha256, adapter_folder)
+        digests = tensor_digests(hf)
+        refuse_other_base(hf, digests, adapter.info.base_sha256, adapter_folder)
         side = side_files(base)
         require_space(out, hf.layout.total_bytes + sum((base / path).stat().st_size for path in side))
         with fresh_output(out, HF_KIND) as folder:
             copy_files(base, side, folder)
             with SafetensorsWriter(folder, hf.layout) as writer, progress(hf.layout.total_bytes, "merge") as bar:
-                return _write(hf, adapter, same_routers, writer, bar)
+                changes = _write(hf, adapter, writer, bar)
+            certificate = write_certificate(hf, digests, folder, _work(adapter, changes))
+    changed = certificate["totals"]["changed"]
+    biases = sum(name.endswith("_bias") for name in changes)
+    return Summary(len(certificate["tensors"]), len(changes) - biases, same_routers, biases, changed)
 
 
-def _write(hf: HFFolder, adapter: Adapter, same_routers: bool, writer: SafetensorsWriter, bar: Any) -> Summary:
+def _work(adapter: Adapter, changes: dict[str, dict[str, Any]]) -> Work:
+    info = adapter.info
+    facts = {"sha256": folder_sha256(adapter.folder), "rank": info.rank, "targets": info.targets}
+    return Work("merge", changes, {"adapter": facts, "router": info.router})
+
+
+def _write(hf: HFFolder, adapter: Adapter, writer: SafetensorsWriter, bar: Any) -> dict[str, dict[str, Any]]:
+    """Writes every tensor; returns what the certificate says of those that the adapter targets."""
     parts, biases = adapter.contributions(), adapter.router_biases()
-    summary = Summary(len(hf.layout.entries), len(parts), same_routers, len(biases))
+    changes: dict[str, dict[str, Any]] = {}
     for name, entry in hf.layout.entries.items():
         if name in parts:
-            summary.changed += _adapt(hf, name, parts[name], adapter, writer)
+            size = _adapt(hf, name, parts[name], adapter, writer)
+            modules = sorted({part.path for part in parts[name]})
+            changes[name] = {"by": modules, "relative_change": size}
         elif name in biases:
             old = hf.rows(name, 0, entry.shape[0])
             new = biases[name].to(old.dtype)
             writer.write(name, 0, new)
-            summary.changed += not _equal(new, old)
+            changes[name] = {
+                "by": ["router=balance"],
+                "relative_change": norm_ratio(_squares(new - old), _squares(old)),
+            }
         else:
             for start, count in row_steps(entry.shape[0], entry.row_bytes):
                 writer.write(name, start, hf.rows(name, start, count))
         bar.update(entry.stop - entry.start)
-    return summary
+    return changes
 
 
-def _adapt(hf: HFFolder, name: str, parts: list[Contribution], adapter: Adapter, writer: SafetensorsWriter) -> bool:
-    """Writes one targeted tensor with its new values; says whether any value changed."""
-    changed = False
+def _adapt(hf: HFFolder, name: str, parts: list[Contribution], adapter: Adapter, writer: SafetensorsWriter) -> float:
+    """Writes one targeted tensor with its new values; returns the norm of the change over that of the tensor."""
+    change = whole = 0.0
     row_bytes = 4 * hf.layout.entries[name].shape[1]  # in FP32
     for part in parts:
         for begin, count in row_steps(part.count, row_bytes):
             old = hf.rows(name, part.start + begin, count)
             new = adapter.merged(replace(part, first=part.first + begin), old).to(old.dtype)
             writer.write(name, part.start + begin, new)
-            changed |= not _equal(new, old)
-    return changed
+            change += _squares(new.float() - old.float())
+            whole += _squares(old)
+    return norm_ratio(change, whole)
 
 
-def _equal(new: torch.Tensor, old: torch.Tensor) -> bool:
-    import torch
-
-    return torch.equal(new, old)
+def _squares(value: torch.Tensor) -> float:
+    return float(value.float().square().sum())
 
 
 def main() -> int:

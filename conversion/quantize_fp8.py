@@ -16,8 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conversion.certificate import Work, norm_ratio, write_certificate
 from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_space
 from conversion.fp8 import E4M3_MAX, KV_SCALES, Selection
+from conversion.identity import tensor_digests
 from conversion.layout import Layout
 from conversion.plan import row_steps
 from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
@@ -74,7 +76,7 @@ def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) 
         layout = Layout.make(selection.table(hf.dtypes))
         side = side_files(source)
         require_space(out, layout.total_bytes)
-        scales = weight_scales(hf, selection)
+        digests, scales = tensor_digests(hf), weight_scales(hf, selection)
         with _layers(len(hf.arch.layers)) as bar:
             found = calibrate(hf, selection, samples, bar.update)
         with fresh_output(out, HF_KIND) as folder:
@@ -82,7 +84,8 @@ def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) 
             _write_configs(source, folder, selection)
             with SafetensorsWriter(folder, layout) as writer, progress(hf.layout.total_bytes, "quantize") as bar:
                 _write_scalars(selection, scales, found, writer)
-                _write_tensors(hf, scales, writer, bar)
+                changes = _write_tensors(hf, scales, writer, bar)
+            write_certificate(hf, digests, folder, Work("quantization", changes))
     return found
 
 
@@ -92,12 +95,25 @@ def _layers(count: int) -> Any:
     return tqdm(total=count, desc="calibrate", unit="layer", mininterval=0.5, disable=None)
 
 
-def _write_tensors(hf: HFFolder, scales: dict[str, torch.Tensor], writer: SafetensorsWriter, bar: Any) -> None:
+def _write_tensors(
+    hf: HFFolder, scales: dict[str, torch.Tensor], writer: SafetensorsWriter, bar: Any
+) -> dict[str, Any]:
+    """Writes every tensor; returns the scale of the quantized ones and the norm of their error over their own."""
+    changes: dict[str, Any] = {}
     for name, entry in hf.layout.entries.items():
+        error = whole = 0.0
         for start, count in row_steps(entry.rows, entry.row_bytes):
             rows = hf.rows(name, start, count)
-            writer.write(name, start, to_codes(rows, scales[name]) if name in scales else rows)
+            if name in scales:
+                codes = to_codes(rows, scales[name])
+                error += float((codes.float() * scales[name] - rows.float()).square().sum())
+                whole += float(rows.float().square().sum())
+                rows = codes
+            writer.write(name, start, rows)
+        if name in scales:
+            changes[name] = {"scale": float(scales[name]), "relative_error": norm_ratio(error, whole)}
         bar.update(entry.stop - entry.start)
+    return changes
 
 
 def _write_scalars(

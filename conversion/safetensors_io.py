@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from conversion.folders import CERTIFICATE
 from conversion.layout import FP8, INDEX, Layout, check_tensors
 from nano3.arch import Arch
 from nano3.cli import MARKER, UserError
@@ -135,6 +136,6 @@ class SafetensorsWriter:
 
 
 def _is_weights(relative: Path) -> bool:
-    """Weights in any form, their index, and our own marker; a stale copy of those must not travel."""
+    """Weights in any form, their index, our marker and certificate; a stale copy of those must not travel."""
     name = relative.name
-    return name.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth")) or name in (INDEX, MARKER)
+    return name.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth")) or name in (CERTIFICATE, INDEX, MARKER)
