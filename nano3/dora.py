@@ -30,15 +30,19 @@ Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 MAGNITUDE = "magnitude"
 
 
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def squared_lengths(weight: torch.Tensor) -> torch.Tensor:
-    """(out, in) -> (out,) squared row lengths, FP32."""
-    return weight.float().square().sum(-1)
+    """(out, in) -> (out,) squared row lengths, FP32 (FP64 of FP64)."""
+    return _wide(weight).square().sum(-1)
 
 
 def squared_change(weight: torch.Tensor, low: torch.Tensor, high: torch.Tensor, scale: float) -> torch.Tensor:
-    """|W + s B A|^2 - |W|^2 by row, FP32; exactly zero while B is zero. Additive over slices of the input."""
-    low, high = low.float(), high.float()
-    cross = (high * (weight.float() @ low.T)).sum(-1)
+    """|W + s B A|^2 - |W|^2 by row, likewise; exactly zero while B is zero. Additive over slices of the input."""
+    low, high = _wide(low), _wide(high)
+    cross = (high * (_wide(weight) @ low.T)).sum(-1)
     own = (high @ (low @ low.T) * high).sum(-1)
     return 2 * scale * cross + scale**2 * own
 

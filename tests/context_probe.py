@@ -28,7 +28,7 @@ from nano3.context_parallel import cut_batch, partitioned_indices
 from nano3.parity.case import PACK, Case, Sizes
 from nano3.parity.shards import assemble
 
-FP64 = Case(adapters=False, pattern="M*EM")
+FP64 = Case(adapters="none", pattern="M*EM")
 FP32 = replace(FP64, dtype=torch.float32)
 LEAKS = {
     "cp2": ((4, 20, 40), (24, 4, 36), (64,)),
@@ -47,6 +47,7 @@ def positions(case: Case, sizes: Sizes, number: int) -> torch.Tensor:
 
 def token_losses(case: Case, sizes: Sizes) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(positions, losses of their tokens) of every pack, forward only."""
+    worker.keep_fp64_loss()
     model, found = worker.build(case, sizes), []
     for number in range(len(case.packs)):
         batch = cut_batch(case.batch(0, number), sizes.cp, parallel_state.get_context_parallel_rank())
@@ -143,7 +144,6 @@ def main() -> None:
     wide, result = training(FP32, "one"), {"errors": {}, "faults": {}}
     for name in ("cp2", "tp2.cp2.ep2"):
         result["errors"][f"fp32 {name}"] = compare(FP32, name, wide)
-    worker.keep_fp64_loss()
     exact = training(FP64, "one")
     for name in ("cp2", "cp4", "cp2.ep2", "tp2.cp2.ep2"):
         result["errors"][f"fp64 {name}"] = compare(FP64, name, exact)

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
+from typing import Literal
 
 import torch
 
@@ -18,14 +19,16 @@ PACKS: tuple[tuple[int, ...], ...] = ((8, 16, 40), (64,), (24, 8, 32), (8, 8, 8,
 """Lengths of the documents in the packs of a global batch: the shortest that context parallel 4 can cut, and a pack of
 one document, among others. All are multiples of 8 = 2 * cp, so that all layouts see the same batch."""
 STEPS = 3
+PATTERN = "MEM*EM*EME"
+"""Ten layers: three stages do not divide them."""
 ARCH = Arch(
-    pattern="MEM*EM*EME", vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+    pattern=PATTERN, vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=16, n_groups=4, conv_kernel=4, chunk_size=16,
     n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, moe_shared_expert_intermediate_size=40,
     intermediate_size=48, max_position_embeddings=PACK, routed_scaling_factor=2.5, layer_norm_epsilon=1e-5,
     initializer_range=0.05,
 )  # fmt: skip
-"""Ten layers: three stages do not divide them. Two KV heads: tensor parallel 4 has more ranks than that."""
+"""Two KV heads: tensor parallel 4 has more ranks than that."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,19 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: `adapters` or, without, all parameters are trained."""
+    """One comparison.
+
+    Args:
+        dtype: of weights and activations, FP64 or FP32.
+        adapters: "shared", "each" (one per routed expert) or "dora"; "none": all parameters are trained instead.
+        pattern: of the layers.
+        seed: of weights and batches.
+        packs: document lengths of the packs of a global batch.
+    """
 
     dtype: torch.dtype = torch.float64
-    adapters: bool = True
-    pattern: str = ARCH.pattern
+    adapters: Literal["shared", "each", "dora", "none"] = "shared"
+    pattern: str = PATTERN
     seed: int = 0
     packs: tuple[tuple[int, ...], ...] = PACKS
 

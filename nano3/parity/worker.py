@@ -5,6 +5,7 @@ Megatron-Core's own schedule, data-parallel wrapper, gradient reduction and opti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,17 +21,18 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from nano3.context_parallel import cut_batch  # noqa: E402
-from nano3.core import build_mcore_model, transformer_kwargs  # noqa: E402
+from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
 from nano3.parity.case import PACK, STEPS, Case, Sizes  # noqa: E402
 from nano3.parity.shards import fill, shards  # noqa: E402
 from nano3.pipeline import pipeline_kwargs  # noqa: E402
+from nano3.targets import PRESETS, adaptable_modules, select  # noqa: E402
 
 RANK, ALPHA = 4, 8.0
 """Of the adapters."""
@@ -76,21 +78,22 @@ def build(case: Case, sizes: Sizes) -> torch.nn.Module:
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
-    if case.adapters:
-        from nano3.lora import Nano3LoRA
-        from nano3.targets import PRESETS, select
-
-        lora = Nano3LoRA(modules=select(case.arch, PRESETS["all"], "shared"), dim=RANK, alpha=ALPHA)
-        lora.freeze_model = lambda m: m.requires_grad_(False)  # NeMo's walks a Lightning module; here is a bare one
-        model = lora(model)
+    if case.adapters != "none":
+        model = adapted(model, case)
     fill(model, case)
     return model
 
 
-def packed_seq_params(batch: dict[str, torch.Tensor]) -> PackedSeqParams:
-    """Document boundaries of the whole pack, as attention and the Mamba mixer want them."""
-    bounds, longest = batch["cu_seqlens"], int(batch["max_seqlen"])
-    return PackedSeqParams("thd", bounds, bounds, bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+def adapted(model: torch.nn.Module, case: Case) -> torch.nn.Module:
+    """Adapters on every linear layer that the pattern has."""
+    from nano3.lora import Nano3LoRA  # imports NeMo, which comparisons of whole models do without
+
+    experts = "each" if case.adapters == "each" else "shared"
+    named = {path.rpartition(".")[2] for path in adaptable_modules(case.arch)}
+    modules = select(case.arch, [target for target in PRESETS["all"] if target in named], experts)
+    lora = Nano3LoRA(modules, dim=RANK, alpha=ALPHA, experts=experts, dora=case.adapters == "dora")
+    lora.freeze_model = lambda m: m.requires_grad_(False)  # NeMo's walks a Lightning module; here is a bare one
+    return lora(model)
 
 
 def forward_step(losses: list[torch.Tensor], data: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple:
@@ -101,7 +104,7 @@ def forward_step(losses: list[torch.Tensor], data: Iterator[dict[str, torch.Tens
         position_ids=batch["position_ids"],
         attention_mask=None,
         labels=batch["labels"],
-        packed_seq_params=packed_seq_params(batch),
+        packed_seq_params=packed_seq_params(batch, parallel_state.get_context_parallel_world_size()),
     )
 
     def loss(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -118,6 +121,22 @@ def my_batches(case: Case, sizes: Sizes, step: int) -> Iterator[dict[str, torch.
     share = parallel_state.get_data_parallel_rank()
     for number in range(share, len(case.packs), sizes.copies):
         yield cut_batch(case.batch(step, number), sizes.cp, parallel_state.get_context_parallel_rank())
+
+
+def watch_ties(model: torch.nn.Module) -> list[float]:
+    """Grows by every routing: the smallest gap between a token's last chosen expert and the first that was not."""
+    ties: list[float] = []
+
+    def look(router: Any, inputs: tuple) -> None:
+        with torch.no_grad():
+            scores = router.gating(inputs[0]).sigmoid() + router.expert_bias
+            best = scores.flatten(0, -2).topk(router.topk + 1).values
+            ties.append(float((best[:, -2] - best[:, -1]).min()))
+
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.register_forward_pre_hook(look)
+    return ties
 
 
 def over_ranks(losses: list[torch.Tensor]) -> float:
@@ -147,15 +166,18 @@ def gradients(model: torch.nn.Module, case: Case) -> list:
     with torch.no_grad():
         for parameter in trained:
             parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
-        found = shards(model, case.adapters)
+        found = shards(model, case.adapters != "none")
         for parameter, value in zip(trained, values, strict=True):
             parameter.copy_(value)
     return found
 
 
 def train(case: Case, sizes: Sizes) -> dict[str, Any]:
-    """Three steps; the losses of each, the first gradients and their norm, the trained parameters at the end."""
+    """Three steps: the losses of each, the first gradients and their norm, the trained parameters, the nearest tie."""
+    if case.dtype == torch.float64:
+        keep_fp64_loss()
     model = build(case, sizes)
+    ties = watch_ties(model)
     config = model.config
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=False)
     wrapped = DistributedDataParallel(config, settings, model)
@@ -177,7 +199,8 @@ def train(case: Case, sizes: Sizes) -> dict[str, Any]:
         if step == 0:
             result["gradients"] = gradients(model, case)
         result["norms"].append(optimizer.step()[1])
-    result["trained"] = shards(model, case.adapters)
+    result["trained"] = shards(model, case.adapters != "none")
+    result["tie"] = min(ties, default=math.inf)
     return result
 
 

@@ -1,0 +1,71 @@
+"""Compares parallel layouts with one process, on CPU ranks.
+
+    python -m nano3.parity                                # all layouts, FP64 and FP32
+    python -m nano3.parity tp2.ep2 cp4 --precision fp64   # some of them, in one precision
+
+A layout is sizes of tp, pp, cp, ep, etp and dp; ranks that they leave are data parallel. `tp2.ep2@M-*E` has a layer
+pattern of its own, `tp2.ep2+each` an adapter for each expert (or `+dora`). Prints a table, writes parity.json, and
+exits with 1 if anything is beyond its bound
+(nano3/parity/comparison.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from nano3.cli import fresh_file
+from nano3.cli import run as run_script
+
+LAYOUTS = (
+    "tp2", "tp4", "ep2", "ep4", "pp2", "pp3", "cp2", "cp4", "dp2",
+    "tp2.ep2", "tp2.cp2", "ep2.pp2", "cp2.ep2", "tp2.pp2.ep2", "tp2.pp2.cp2.ep2",
+    "tp2.ep2@M-*EM-", "pp3@M-*EM-", "cp2.ep2@MEM-E",
+    "tp2.ep2+each", "cp2.ep2+each", "ep2.pp2+each", "tp2.ep2+dora", "cp2+dora",
+)  # fmt: skip
+"""Among them a pattern with dense layers, one without attention, and other kinds of adapters."""
+
+
+def arguments() -> argparse.Namespace:
+    parse = argparse.ArgumentParser(prog="python -m nano3.parity", description=(__doc__ or "").split("\n")[0])
+    parse.add_argument(
+        "layouts", nargs="*", default=LAYOUTS, metavar="LAYOUT", help="for example tp2.ep2; default: all"
+    )
+    parse.add_argument("--precision", choices=["fp64", "fp32"], nargs="+", default=["fp64", "fp32"])
+    parse.add_argument("--out", type=Path, default=Path("parity.json"), help="where the table goes as JSON")
+    return parse.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    started = time.perf_counter()
+    print("importing NeMo and Megatron-Core, once for all ranks ...", file=sys.stderr, flush=True)
+    from nano3.quiet import quiet, quiet_imports
+
+    with quiet_imports():
+        from nano3.parity import comparison
+        from nano3.parity.suite import parse_layouts, run_suite
+    quiet()
+    wanted = parse_layouts(args.layouts)
+    print(f"imported in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    print(comparison.HEADER, flush=True)
+    rows = []
+    for row in run_suite(wanted, args.precision):
+        print(comparison.line(row), flush=True)
+        rows.append(row)
+    beyond = [row for row in rows if not row.holds]
+    seconds = time.perf_counter() - started
+    with fresh_file(args.out) as path:
+        result = {"rows": [comparison.as_json(row) for row in rows], "seconds": seconds, "holds": not beyond}
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{len(rows) - len(beyond)} of {len(rows)} hold, {seconds:.0f} s; {args.out}")
+    return 1 if beyond else 0
+
+
+if __name__ == "__main__":
+    run_script(main)
