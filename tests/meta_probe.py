@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -25,28 +27,34 @@ from nano3.arch import Arch, resolve_model
 from nano3.cpu.cuda import redirected_to
 
 
-def count(arch: Arch, rank: int, world: int, sizes: dict[str, int]) -> tuple[int, int]:
-    """(parameters that this rank holds, values of which it owns the first replica)."""
+@contextmanager
+def rank_of(rank: int, world: int, sizes: dict[str, int]) -> Iterator[None]:
+    """Within, this process is one rank of a layout, and everything that is built is on the meta device."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    tp, pp, ep = (sizes.get(name, 1) for name in ("tp", "pp", "ep"))
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep,
+        tensor_model_parallel_size=sizes.get("tp", 1),
+        pipeline_model_parallel_size=sizes.get("pp", 1),
+        expert_model_parallel_size=sizes.get("ep", 1),
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(0)
     with redirected_to("meta"), torch.device("meta"):
-        model = build(arch, 8192, tp=tp, pp=pp, ep=ep)
+        yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def count(arch: Arch, rank: int, world: int, sizes: dict[str, int]) -> tuple[int, int]:
+    """(parameters that this rank holds, values of which it owns the first replica)."""
+    with rank_of(rank, world, sizes):
+        model = build(arch, 8192, **sizes)
         parts = list(sharded_parts(model))
     owned = sum(
         math.prod(part.local_shape)
         for part in parts
         if isinstance(part, ShardedTensor) and set(_flat(part.replica_id)) == {0}
     )
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
     return sum(parameter.numel() for parameter in model.parameters()), owned
 
 
