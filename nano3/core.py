@@ -25,8 +25,12 @@ from nano3.cli import UserError
 MAMBA_CONV_KERNEL = 4
 """Width of the causal convolution, `d_conv` of Megatron-Core's MambaMixer."""
 
-FP32_TENSORS: dict[type[torch.nn.Module], tuple[str, ...]] = {MambaMixer: ("A_log", "D"), TopKRouter: ("expert_bias",)}
-"""Parameters and buffers that the published checkpoint holds in FP32, by the module that owns them."""
+FP32_TENSORS: dict[type[torch.nn.Module], tuple[str, ...]] = {
+    MambaMixer: ("A_log", "D"),
+    TopKRouter: ("expert_bias", "local_tokens_per_expert"),
+}
+"""Parameters and buffers that stay FP32, by the module that owns them: those that the published checkpoint holds in
+FP32, and the counts of tokens that move the correction bias, which BF16 would round from 257 on."""
 
 
 def transformer_kwargs(arch: Arch) -> dict[str, Any]:

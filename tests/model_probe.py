@@ -119,15 +119,16 @@ def _guard_fires(model: torch.nn.Module) -> bool:
 
 
 def _bias_survives_a_cast(model: torch.nn.Module) -> bool:
-    """A cast to BF16 leaves router bias, A_log and D as they were, bit for bit, and casts everything else."""
+    """A cast to BF16 leaves router bias and counts, A_log and D as they were, bit for bit; it casts everything else."""
     router = next(module for module in model.modules() if hasattr(module, "expert_bias"))
     mixer = next(module for module in model.modules() if hasattr(module, "A_log"))
-    exact = [router.expert_bias, mixer.A_log, mixer.D]
+    exact = [router.expert_bias, router.local_tokens_per_expert, mixer.A_log, mixer.D]
     with torch.no_grad():
         before = [tensor.fill_(0.123456789).clone() for tensor in exact]
     model.bfloat16()
-    after = [router.expert_bias, mixer.A_log, mixer.D, mixer.cp.A_log_cp1, mixer.cp.D_cp1]
-    kept = all(torch.equal(now, then) for now, then in zip(after, [*before, *before[1:]], strict=True))
+    counts = router.local_tokens_per_expert
+    after = [router.expert_bias, counts, mixer.A_log, mixer.D, mixer.cp.A_log_cp1, mixer.cp.D_cp1]
+    kept = all(torch.equal(now, then) for now, then in zip(after, [*before, *before[2:]], strict=True))
     cast = {mixer.dt_bias.dtype, mixer.conv1d.weight.dtype, router.weight.dtype, model.output_layer.weight.dtype}
     return kept and cast == {torch.bfloat16}
 

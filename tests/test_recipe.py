@@ -71,13 +71,17 @@ def test_a_run_survives_its_json():
         (["lora.alpha=0"], ["lora.alpha", "change nothing"]),
         (["train.beta2=1"], ["train.beta2=1.0"]),
         (["train.validate_every=5"], ["train.validate_every=5", "--validation"]),
+        (["train.patience=2"], ["train.patience=2", "train.validate_every"]),
+        (["train.micro_batch=4"], ["train.micro_batch=4", "cu_seqlens", "train.global_batch"]),
+        (["--eval-only"], ["--eval-only", "--validation"]),
+        (["--adapter", "x"], ["--adapter", "--eval-only"]),
         (["--ranks", "2"], ["--ranks", "--local"]),
         (["--local", "--gpus-per-node", "2"], ["--local", "--gpus-per-node"]),
         (["train.lr=0"], ["train.lr"]),
         (["lora.dropout=1"], ["lora.dropout"]),
         (["--local", "--ranks", "3", "layout.ep=2"], ["3"]),
         (["--local", "--nodes", "2"], ["--local", "--ranks"]),
-        (["router=free"], ["router", "frozen"]),
+        (["router=free"], ["router", "frozen", "balance"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -118,12 +122,9 @@ def test_a_source_inside_the_output_is_refused(tmp_path):
     assert (tmp_path / "out" / "store" / "tokens.bin").exists()
 
 
-def test_a_validation_store_too_small_for_a_batch_is_refused_before_anything_runs(tmp_path):
-    for name, documents in (("store", 50), ("validation", 2)):
-        store = pico_store(tmp_path / name, documents)
-    flags = ["--data", str(tmp_path / "store"), "--validation", str(store)]
-    assert "fewer than one global batch of 2" in refused(*local(tmp_path, *flags))
-    assert not (tmp_path / "out").exists()
+def test_a_balanced_router_is_announced():
+    assert "correction biases MOVE" in run("router=balance", "--dry-run").stdout
+    assert "MOVE" not in run("--dry-run").stdout
 
 
 def pico_store(path: Path, documents: int) -> Path:
