@@ -1,0 +1,162 @@
+"""What a run reports: every step once, in metrics.jsonl, TensorBoard and W&B; FLOPs; and the same on every layout."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nano3.arch import PRESETS, Arch
+from nano3.flops import adapter_flops, forward_flops, linears, step_flops
+from nano3.journal import cut, read_rows
+from nano3.targets import select
+from tests.tiny import TINY_CONFIG
+from tests.wandb_file import history
+
+
+def tracked_run(folder: Path, after: int, last: int, end: str) -> int:
+    # No account and no network: W&B would fail to ask either.
+    environment = {**os.environ, "WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(folder)}
+    environment.pop("WANDB_API_KEY", None)
+    command = [sys.executable, "-m", "tests.tracked_run", str(folder), str(after), str(last), end]
+    return subprocess.run(command, env=environment, timeout=240).returncode
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """A run of 8 steps: killed after step 5, killed again after 7 from a checkpoint of step 4, finished from step 4."""
+    folder = tmp_path_factory.mktemp("killed")
+    assert tracked_run(folder, 0, 5, "kill") == -9
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a row that the kill cut short
+    assert tracked_run(folder, 4, 7, "kill") == -9
+    assert tracked_run(folder, 4, 8, "finish") == 0
+    return folder
+
+
+LOSS = [(step, 1.0 / step) for step in range(1, 9)]
+VALIDATION = [(step, 2.0 / step) for step in (2, 4, 6, 8)]
+
+
+def test_the_record_has_every_step_once(killed):
+    rows = read_rows(killed / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == LOSS
+    assert [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row] == VALIDATION
+
+
+def test_wandb_shows_one_run_and_no_step_twice(killed):
+    (file,) = killed.glob("wandb/offline-run-*/*.wandb")
+    ids, rows = history(file)
+    assert ids == {(killed / "wandb" / "run-id").read_text()}
+    assert [(row["_step"], row["loss"]) for row in rows] == LOSS
+    assert [(row["_step"], row["validation_loss"]) for row in rows if "validation_loss" in row] == VALIDATION
+    assert rows[2]["expert_load/1/values"] == [3, 0, 3]
+    assert [row["_timestamp"] for row in rows[:3:2]] == [1001.0, 1003.0]
+
+
+def test_tensorboard_has_the_same_names_and_numbers(killed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(killed / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "validation_loss"}
+    for name, expected in (("loss", LOSS), ("validation_loss", VALIDATION)):
+        shown = events.Scalars(name)
+        assert [event.step for event in shown] == [step for step, _ in expected]
+        assert [event.value for event in shown] == pytest.approx([value for _, value in expected])  # stored in FP32
+    third = events.Histograms("expert_load/1")[2]
+    assert (third.wall_time, third.histogram_value.bucket) == (1003.0, [3.0, 0.0, 3.0])
+
+
+def test_a_cut_leaves_whole_rows_up_to_the_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1}\n{"step": 3}\n{"st')
+    assert [row["step"] for row in cut(path, 2)] == [1, 2, 2]
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1}\n'
+    assert cut(path, 0) == []
+    assert cut(tmp_path / "new" / "metrics.jsonl", 5) == []
+
+
+TINY = Arch.from_config({**TINY_CONFIG, "hybrid_override_pattern": "M*E"})
+
+
+def test_flops_of_a_tiny_model_by_hand():
+    # Hidden 32. Mamba: 8 heads of 8, 4 groups of 16 states: in_proj 4 * 64 + 8 = 264 rows, convolution 192 channels.
+    mamba = 2 * (32 * 264 + 64 * 32) + 2 * 192 * 4 + 2 * 64
+    # Attention: 4 query and 2 key heads of 16. Router of 8; two experts of 24 and a shared one of 40; vocabulary 128.
+    attention = 2 * (32 * (64 + 32 + 32) + 64 * 32)
+    experts = 2 * (32 * 8 + 2 * (32 * 24 + 24 * 32) + 32 * 40 + 40 * 32)
+    weights = mamba + attention + experts + 2 * 32 * 128
+    # Documents of 10 and 6 tokens: 5 per channel and state a token; 2 * l^2 * 64 for causal scores and values.
+    between = 16 * 5 * 64 * 16 + 2 * (10**2 + 6**2) * 64
+    assert forward_flops(TINY, [10, 6]) == (16 * weights, between)
+    ranks = {"decoder.layers.0.mixer.in_proj": 4, "decoder.layers.2.mlp.experts.linear_fc1": 3}
+    adapters = 16 * (2 * 4 * (32 + 264) + 2 * (2 * 3 * (32 + 24)))
+    assert adapter_flops(TINY, ranks, 16) == adapters
+    assert step_flops(TINY, ranks, [10, 6]) == 2 * 16 * weights + 3 * between + 3 * adapters
+
+
+def test_flops_of_the_real_model_are_two_for_every_active_parameter():
+    nano = Arch.load(PRESETS["nano"])
+    weights, between = forward_flops(nano, [1])
+    active = nano.active_parameters - nano.vocab_size * nano.hidden_size  # looking up the embedding costs nothing
+    assert weights == pytest.approx(2 * active, rel=1e-4)  # norms and a few vectors are no products
+    assert between == pytest.approx(23 * 5 * 4096 * 128 + 6 * 2 * 4096)
+    assert set(select(nano, ["*"], "each")) <= set(linears(nano))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("experts", ["shared", "each"])
+def test_norms_and_loads_are_those_of_one_rank_on_every_layout(tmp_path, experts):
+    from conversion.hf_to_nemo import convert
+    from conversion.torch_dist import TorchDistReader
+    from data_prep.packing import build_packs
+    from launch.layout import Layout
+    from nano3.token_store import TokenStore
+    from recipes.settings import LogSettings, LoraSettings, Settings, TrainSettings
+    from tests.tiny import tiny_hf_folder
+    from tests.tiny_run import metrics, run, write_run
+    from tests.tiny_store import tiny_store
+
+    convert(
+        tiny_hf_folder(tmp_path / "hf", dtypes={"": "F32"}, hybrid_override_pattern="ME*E"),
+        tmp_path / "nemo",
+        context=False,
+    )
+    tiny_store(tmp_path / "store", documents=60, longest=30, vocab_size=128)
+    build_packs(TokenStore(tmp_path / "store"), 64)
+    found = {}
+    for name, (ranks, layout) in {
+        "one": (1, Layout()),
+        "tp2": (2, Layout(tp=2)),
+        "ep2pp2": (4, Layout(ep=2, pp=2)),
+    }.items():
+        settings = Settings(
+            layout=layout,
+            lora=LoraSettings(rank=4, alpha=8.0, experts=experts),
+            train=TrainSettings(steps=2, warmup=0, global_batch=4, seq_length=64, lr=1e-3),
+            log=LogSettings(wandb="off", tensorboard=False),
+        )
+        found[name] = metrics(run(write_run(tmp_path, f"{name}-{experts}", ranks, settings)))[-1]
+    names = {key for key in found["one"] if key.startswith(("adapter_norm", "expert_", "experts_"))}
+    assert len(names) == 1 + 12 + 2 * 3 + 1
+    for row in found.values():
+        assert {key: row[key] for key in names} == {
+            key: value if isinstance(value, list) else pytest.approx(value, rel=1e-4)
+            for key, value in found["one"].items()
+            if key in names
+        }
+    documented = re.findall(r"`([a-z_/<>]+)`", Path("docs/tracking.md").read_text().partition("## One run")[0])
+    patterns = [re.sub("<[a-z]+>", ".+", name) for name in documented]
+    for name in set(found["one"]) - {"step", "time"}:
+        assert any(re.fullmatch(pattern, name) for pattern in patterns), name
+    for number in (1, 3):
+        assert sum(found["one"][f"expert_load/{number}"]) == 4 * 64 * TINY_CONFIG["num_experts_per_tok"]
+    # Against the saved adapter: 2 B A, the norm over all sections or experts.
+    adapter = TorchDistReader(tmp_path / f"one-{experts}" / "adapter" / "weights")
+    for module in ("decoder.layers.3.mlp.experts.linear_fc2", "decoder.layers.2.self_attention.linear_qkv"):
+        key = f"module.{module}".replace("mlp.experts.", "mlp.experts.experts.") + ".adapter.linear_"
+        low, high = (adapter.whole(f"{key}{side}.weight").double() for side in ("in", "out"))
+        assert found["one"][f"adapter_norm/{module}"] == pytest.approx(float((2.0 * high @ low).norm()), rel=1e-6)
