@@ -10,8 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from conversion.hf_to_nemo import convert
+from data_prep.packing import build_packs
+from launch.layout import Layout
 from nano3.context_parallel import cut_batch, partitioned_indices
 from nano3.cpu.te.context import Share
+from nano3.token_store import TokenStore
+from recipes.settings import LoraSettings, Settings, TrainSettings
+from tests.tiny import tiny_hf_folder
+from tests.tiny_run import metrics, run, write_run
+from tests.tiny_store import tiny_store
 
 
 def cu(*bounds: int) -> torch.Tensor:
@@ -147,3 +155,26 @@ def test_a_documents_loss_depends_on_that_document_only(probe, layout, documents
 
 def test_a_leak_is_noticed(probe):
     assert seen(probe["planted_leak"]) == set(range(24))  # the state of the document before reaches the one at 4 to 24
+
+
+@pytest.mark.full
+def test_the_recipe_on_two_shares_equals_one_rank(tmp_path):
+    """Documents fill multiples of 4 = 2 * cp positions, so that both layouts see the same packs."""
+    source = tiny_hf_folder(tmp_path / "hf", dtypes={"": "F32"}, hybrid_override_pattern="MEM*E")
+    convert(source, tmp_path / "nemo", context=False)
+    store = tiny_store(tmp_path / "store", documents=40, longest=30, vocab_size=128, multiple=4)
+    for multiple in (1, 4):
+        build_packs(TokenStore(store), 64, pad_multiple=multiple)
+    rows = {}
+    for name, ranks, layout in (("one", 1, Layout()), ("cp2", 2, Layout(cp=2))):
+        settings = Settings(
+            layout=layout,
+            lora=LoraSettings(rank=4, alpha=8.0),
+            train=TrainSettings(steps=3, warmup=0, lr=1e-3, global_batch=4, seq_length=64),
+        )
+        rows[name] = metrics(run(write_run(tmp_path, name, ranks, settings, validate=True)))
+    assert len(rows["cp2"]) == len(rows["one"]) > 3
+    for ours, single in zip(rows["cp2"], rows["one"], strict=True):
+        for key in {"loss", "grad_norm", "validation_loss", "validation_accuracy"} & set(single):
+            assert ours[key] == pytest.approx(single[key], rel=1e-5), key
+        assert ours.get("tokens") == single.get("tokens")
