@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nano3.cpu import mamba_standin
+from nano3.cpu import mamba_standin, ssd_split
 from nano3.cpu.conv import causal_conv1d_fn, causal_conv1d_varlen_states
 from nano3.cpu.norm import RMSNorm, rmsnorm_fn
-from nano3.cpu.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+from nano3.cpu.ssd_combined import mamba_chunk_scan_combined
+from nano3.cpu.ssd_split import mamba_split_conv1d_scan_combined
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5}
@@ -152,8 +153,13 @@ def split_reference(inputs: list[Tensor], seq: Tensor, h: int = 4, p: int = 3, g
     return recurrence(x, F.softplus(dt + dt_bias), A, B, C, D, z, None, seq)[0].flatten(2)
 
 
+@pytest.mark.parametrize("span", [ssd_split.SPAN, 8, 5, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_split_conv_scan_is_convolution_then_recurrence(dtype: torch.dtype, device: str) -> None:
+def test_split_conv_scan_is_convolution_then_recurrence(
+    dtype: torch.dtype, span: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, and in spans that cut documents, that begin with one, and that are shorter than the convolution."""
+    monkeypatch.setattr(ssd_split, "SPAN", span)
     lengths = [3, 1, 1, 9, 23]
     inputs = [leaf(v, dtype, device) for v in split_inputs(sum(lengths))]
     wide = [leaf(v, torch.float64, device) for v in inputs]
@@ -183,9 +189,24 @@ def test_autocast_does_not_reach_the_arithmetic(device: str) -> None:
         assert torch.equal(mamba_split_conv1d_scan_combined(*inputs, 8, headdim=3, ngroups=2), plain)
 
 
+def test_frozen_parameters_get_no_gradient_and_change_none(device: str) -> None:
+    """LoRA freezes them all; a gradient that nobody wants is not computed."""
+    zxbcdt, *rest = (v.to(device) for v in split_inputs(20))
+    grads = []
+    for trained in (True, False):
+        leaves = [zxbcdt.clone().requires_grad_(), *(v.clone().requires_grad_(trained) for v in rest)]
+        mamba_split_conv1d_scan_combined(*leaves, 8, headdim=3, ngroups=2).square().sum().backward()
+        grads.append([v.grad for v in leaves])
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert all(g is not None for g in grads[0])
+    assert grads[1][1:] == [None] * 5
+
+
+@pytest.mark.parametrize("span", [ssd_split.SPAN, 4])
 @pytest.mark.parametrize("chunk", [4, 16, 128])
-def test_documents_do_not_leak(chunk: int, device: str) -> None:
+def test_documents_do_not_leak(chunk: int, span: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: B's output and gradients stay when A and C change wildly; A's and C's gradients are exactly zero."""
+    monkeypatch.setattr(ssd_split, "SPAN", span)
     lengths = [6, 9, 5]
     seq, b = seq_idx_of(lengths, device), slice(6, 15)
     zxbcdt, *rest = (v.to(device) for v in split_inputs(20))

@@ -19,7 +19,8 @@ import torch
 
 from nano3.cpu import mamba_standin
 from nano3.cpu.norm import rmsnorm_fn
-from nano3.cpu.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+from nano3.cpu.ssd_combined import mamba_chunk_scan_combined
+from nano3.cpu.ssd_split import mamba_split_conv1d_scan_combined
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "build" / "reference"

@@ -43,39 +43,53 @@ class Edges(NamedTuple):
         return self.batch[:, 0], self.taps[:, 0]
 
 
-def find_edges(seq_idx: Tensor, batch: int, width: int) -> Edges:
-    """From seq_idx (b or 1, l). What stands before the first token (initial states or zeros) is of its document."""
-    padded = torch.cat([seq_idx[:, :1].expand(-1, width - 1), seq_idx], 1).expand(batch, -1)
-    foreign = padded.unfold(1, width, 1) != seq_idx.unsqueeze(-1)
-    rows = foreign.any(-1).nonzero()
-    offsets = torch.arange(width, device=seq_idx.device)
+def find_edges(ids: Tensor, batch: int, width: int) -> Edges | None:
+    """From the document numbers of the padded input, (b or 1, l + w - 1); None where no tap is foreign."""
+    foreign = ids.unfold(1, width, 1) != ids[:, width - 1 :].unsqueeze(-1)
+    rows = foreign.any(-1).expand(batch, -1).nonzero()
+    if not len(rows):
+        return None
+    offsets = torch.arange(width, device=ids.device)
+    foreign = foreign.expand(batch, -1, -1)
     return Edges(rows[:, :1], rows[:, 1:] + offsets, foreign[rows[:, 0], rows[:, 1]].unsqueeze(-1))
 
 
-class Convolution:
-    """One convolution of x (b, l, d) and what its backward needs.
+def with_context(x: Tensor, context: int, initial: Tensor | None = None) -> Tensor:
+    """(b, l, d) -> (b, context + l, d): the tokens before the first, zeros without `initial` (b, d, context)."""
+    before = x.new_zeros(x.shape[0], context, x.shape[2]) if initial is None else initial.to(x.dtype).transpose(1, 2)
+    return torch.cat([before, x], 1)
 
-    `weight` (d, w), `bias` (d,), `seq_idx` (b, l), `initial` (b, d, w-1). All tokens but the few at document edges are
-    computed without looking at documents, as shifts of the whole input; those at edges one by one, with their taps.
+
+def ids_with_context(seq_idx: Tensor | None, context: int) -> Tensor | None:
+    """(b, l) -> (b, context + l): what stands before the first token is of its document."""
+    return None if seq_idx is None else torch.cat([seq_idx[:, :1].expand(-1, context), seq_idx], 1)
+
+
+class Convolution:
+    """One convolution and what its backward needs.
+
+    `padded` (b, w-1 + l, d) has the w-1 tokens before the first one too, and `ids` (b, w-1 + l) their documents, or is
+    None for one document. `weight` (d, w), `bias` (d,). All tokens but the few at document edges are computed without
+    looking at documents, as shifts of the whole input; those at edges one by one, with their taps.
     """
 
-    def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial: Tensor | None, silu: bool
-    ) -> None:
-        dtype = arithmetic(x, weight)
-        self.dtype, self.length, self.silu = x.dtype, x.shape[1], silu
-        self.has_bias, self.has_initial = bias is not None, initial is not None
-        self.weight = weight.to(dtype).t()  # (w, d)
-        batch, width = x.shape[0], weight.shape[1]
-        before = x.new_zeros(batch, width - 1, x.shape[2]) if initial is None else initial.to(x.dtype).transpose(1, 2)
-        self.padded = torch.cat([before, x], 1).to(dtype)
-        self.edges = None if seq_idx is None else find_edges(seq_idx, batch, width)
-        y = self.shifted(0) * self.weight[0]
+    def __init__(self, padded: Tensor, ids: Tensor | None, weight: Tensor, bias: Tensor | None, silu: bool) -> None:
+        dtype = arithmetic(padded, weight)
+        width = weight.shape[1]
+        self.dtype, self.length, self.silu = padded.dtype, padded.shape[1] - width + 1, silu
+        self.weight = weight.to(dtype).t().contiguous()  # (w, d): rows, not columns, or PyTorch does not vectorize
+        self.padded = padded.to(dtype)
+        self.edges = None if ids is None else find_edges(ids, padded.shape[0], width)
+        if bias is None:
+            y = self.shifted(0) * self.weight[0]
+        else:
+            y = torch.addcmul(bias.to(dtype), self.shifted(0), self.weight[0])
         for k in range(1, width):
             y.addcmul_(self.shifted(k), self.weight[k])
         if self.edges is not None:
-            y[self.edges.token] = (self.edge_taps(self.edges) * self.weight).sum(1)
-        self.preactivation = y if bias is None else y.add_(bias.to(dtype))
+            at_edges = (self.edge_taps(self.edges) * self.weight).sum(1)
+            y[self.edges.token] = at_edges if bias is None else at_edges + bias.to(dtype)
+        self.preactivation = y
 
     def shifted(self, k: int) -> Tensor:
         """Tap k of every token, (b, l, d), the oldest first."""
@@ -86,29 +100,33 @@ class Convolution:
         return self.padded[edges.batch, edges.taps].masked_fill_(edges.foreign, 0.0)
 
     def output(self) -> Tensor:
-        """(b, l, d) in x's dtype."""
+        """(b, l, d) in the input's dtype."""
         return (F.silu(self.preactivation) if self.silu else self.preactivation).to(self.dtype)
 
-    def backward(self, dout: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Gradients of x (b, l, d), weight, bias and initial states, in the arithmetic's dtype; None where absent."""
-        width = self.weight.shape[0]
+    def backward(self, dout: Tensor, parameters: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients of the padded input (b, w-1 + l, d) and, where `parameters` are trained, of weight (d, w) and bias.
+
+        In the arithmetic's dtype.
+        """
         dy = dout.to(self.weight.dtype)
         dy = silu_backward(dy, self.preactivation) if self.silu else dy.clone()
-        dbias = dy.sum((0, 1)) if self.has_bias else None
-        dpadded = torch.zeros_like(self.padded)
-        dweight = torch.zeros_like(self.weight)
+        dbias = dy.sum((0, 1)) if parameters else None
+        dpadded = torch.zeros(self.padded.shape, dtype=dy.dtype, device=dy.device)
+        dweight = torch.zeros_like(self.weight) if parameters else None
         if self.edges is not None:
             dedge = dy[self.edges.token].unsqueeze(1)  # (r, 1, d)
             dy[self.edges.token] = 0.0
-            dweight += (dedge * self.edge_taps(self.edges)).sum(0)
+            if dweight is not None:
+                dweight += (dedge * self.edge_taps(self.edges)).sum(0)
             dtaps = (dedge * self.weight).masked_fill_(self.edges.foreign, 0.0)
             dpadded.index_put_((self.edges.batch.expand_as(self.edges.taps), self.edges.taps), dtaps, accumulate=True)
-        product = torch.empty_like(dy)  # one buffer: fresh memory costs more than the arithmetic
-        for k in range(width):
+        for k in range(self.weight.shape[0]):
             dpadded[:, k : k + self.length].addcmul_(dy, self.weight[k])
-            dweight[k] += torch.mul(dy, self.shifted(k), out=product).sum((0, 1))
-        dinitial = dpadded[:, : width - 1].transpose(1, 2) if self.has_initial else None
-        return dpadded[:, width - 1 :], dweight.t(), dbias, dinitial
+        if dweight is not None:
+            product = torch.empty_like(dy)  # one buffer: fresh memory costs more than the arithmetic
+            for k in range(self.weight.shape[0]):
+                dweight[k] += torch.mul(dy, self.shifted(k), out=product).sum((0, 1))
+        return dpadded, None if dweight is None else dweight.t(), dbias
 
 
 class CausalConv1dFn(torch.autograd.Function):
@@ -126,19 +144,29 @@ class CausalConv1dFn(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, seq_idx, initial_states)
         ctx.silu = silu
-        return Convolution(x.transpose(1, 2), weight, bias, seq_idx, initial_states, silu).output().transpose(1, 2)
+        return CausalConv1dFn.convolution(x, weight, bias, seq_idx, initial_states, silu).output().transpose(1, 2)
+
+    @staticmethod
+    def convolution(
+        x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial: Tensor | None, silu: bool
+    ) -> Convolution:
+        context = weight.shape[1] - 1
+        padded = with_context(x.transpose(1, 2), context, initial)
+        return Convolution(padded, ids_with_context(seq_idx, context), weight, bias, silu)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias, seq_idx, initial = ctx.saved_tensors
-        convolution = Convolution(x.transpose(1, 2), weight, bias, seq_idx, initial, ctx.silu)
-        dx, dweight, dbias, dinitial = convolution.backward(grads[0].transpose(1, 2))
+        convolution = CausalConv1dFn.convolution(x, weight, bias, seq_idx, initial, ctx.silu)
+        trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        dpadded, dweight, dbias = convolution.backward(grads[0].transpose(1, 2), trained)
+        dbefore, dx = dpadded.transpose(1, 2).split([weight.shape[1] - 1, x.shape[2]], -1)
         return (
-            dx.transpose(1, 2).to(x.dtype),
-            dweight.to(weight.dtype),
-            None if dbias is None else dbias.to(bias.dtype),
+            dx.to(x.dtype),
+            None if dweight is None else dweight.to(weight.dtype),
+            None if dbias is None or bias is None else dbias.to(bias.dtype),
             None,
-            None if dinitial is None else dinitial.to(initial.dtype),
+            None if initial is None else dbefore.to(initial.dtype),
             None,
         )
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from nano3.cpu.conv import causal_conv1d_fn, causal_conv1d_varlen_states
 from nano3.cpu.norm import RMSNorm, rmsnorm_fn
-from nano3.cpu.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+from nano3.cpu.ssd_combined import mamba_chunk_scan_combined
+from nano3.cpu.ssd_split import mamba_split_conv1d_scan_combined
 from nano3.cpu.standin import put_module
 
 MAMBA_VERSION = "2.3.2.post1"

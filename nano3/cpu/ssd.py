@@ -17,6 +17,7 @@ Arithmetic is FP32 for BF16, FP16 and FP32 inputs and FP64 for FP64 (the origina
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
@@ -25,8 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INFINITE = (0.0, float("inf"))
+Limit = tuple[float, float]
+INFINITE: Limit = (0.0, float("inf"))
 """The `dt_limit` that clamps nothing."""
+LOG2_E = math.log2(math.e)
+"""exp(x) = exp2(x * LOG2_E), which is also what GPUs compute. PyTorch's exp on CPUs is Intel MKL's, which takes up to a
+hundred times as long where the result is zero or denormal, as it is for half of all pairs of tokens."""
 LARGEST_CHUNK = 64
 """Callers ask for the GPU kernel's tile (128 for Nemotron-H); on a CPU chunks of 64 are faster at pico's sizes, and the
 result does not depend on it beyond rounding."""
@@ -46,7 +51,6 @@ class Plan(NamedTuple):
 class Decays(NamedTuple):
     """Products of exp(dt*A) over the tokens that a path crosses; zero where a document ends in between."""
 
-    within: Tensor  # (b, c, h, k, k) from token s (column) to token l (row)
     enter: Tensor  # (b, c, h, k) from the carried state to token l
     leave: Tensor  # (b, c, h, k) from token s to the chunk's end
     carry: Tensor  # (b, c, h) through the whole chunk
@@ -64,10 +68,16 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     return inside
 
 
-def make_plan(seq_idx: Tensor | None, length: int, chunk: int, like: Tensor) -> Plan:
+def cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """A gradient in its input's dtype, or None where one of them is None."""
+    return None if grad is None or like is None else grad.to(like.dtype)
+
+
+def make_plan(seq_idx: Tensor | None, length: int, chunk: int, like: Tensor, entering: Tensor | None = None) -> Plan:
     """The masks of a scan over `length` tokens. `seq_idx` (b, l): equal within a document, whose tokens are contiguous.
 
-    `initial_states` belong to document 0, as in the originals. The tail of the last chunk counts to the last document.
+    The initial state belongs to the document `entering` (b, 1), or to document 0 without it, as the originals'
+    `initial_states` do. The tail of the last chunk counts to the last document.
     """
     chunk = min(chunk, length, LARGEST_CHUNK)
     pad = -length % chunk
@@ -77,7 +87,8 @@ def make_plan(seq_idx: Tensor | None, length: int, chunk: int, like: Tensor) -> 
         seq_idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1)
     document = seq_idx.reshape(seq_idx.shape[0], -1, 1, chunk)
     last = document[..., -1]
-    before = F.pad(last[:, :-1], (0, 0, 1, 0))
+    first = torch.zeros_like(last[:, :1]) if entering is None else entering.unsqueeze(-1)
+    before = torch.cat([first, last[:, :-1]], 1)
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=like.device).tril()
     same = (document.transpose(-1, -2) == document) & causal
     return Plan(
@@ -130,41 +141,30 @@ def step_sizes_backward(
 
 
 def decays_of(cum: Tensor, plan: Plan) -> Decays:
-    """The decays from `cum` (b, c, h, k), sums of dt*A since the document's or chunk's start, whichever is later.
+    """The decays from `cum` (b, c, h, k), sums of dt*A since the document's or chunk's start, whichever is later."""
+    cum = cum * LOG2_E
+    end = cum[..., -1:]
+    # Tokens of other documents may have any sum, so their exponent is set to 0 before, not their decay after, exp2.
+    return Decays(
+        enter=cum.exp2() * plan.enters,
+        leave=((end - cum) * plan.leaves).exp2_() * plan.leaves,
+        carry=end.squeeze(-1).exp2() * plan.carries,
+    )
+
+
+def decays_within(cum: Tensor, plan: Plan) -> Tensor:
+    """The decays inside the chunks from token s (column) to token l (row), (b, c, h, k, k).
 
     Differences of `cum` are at most 0 wherever `same` holds, so no exponential overflows; elsewhere -inf gives 0.
     """
+    cum = cum * LOG2_E
     within = cum.unsqueeze(-1) - cum.unsqueeze(-2)
-    within = within.add_(plan.unseen).exp_()
-    end = cum[..., -1:]
-    # Tokens of other documents may have any sum, so their exponent is set to 0 before, not their decay after, exp.
-    return Decays(
-        within=within,
-        enter=cum.exp() * plan.enters,
-        leave=((end - cum) * plan.leaves).exp() * plan.leaves,
-        carry=end.squeeze(-1).exp() * plan.carries,
-    )
+    return within.add_(plan.unseen).exp2_()
 
 
 def shared(tensor: Tensor, groups: int) -> Tensor:
     """(b, c, h, ...) -> (b, c, g, r, ...): heads by the group whose B and C they use."""
     return tensor.reshape(*tensor.shape[:2], groups, -1, *tensor.shape[3:])
-
-
-def chunk_states(xd: Tensor, B: Tensor, decay: Decays, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-    """States before every chunk (b, c, h, p, n) and after the last one (b, h, p, n).
-
-    `xd` = dt*x (b, c, h, k, p), `B` (b, c, g, k, n), `initial` (b, h, p, n) or None for zeros.
-    """
-    groups = B.shape[2]
-    weighted = shared((xd * decay.leave.unsqueeze(-1)).transpose(-1, -2), groups)
-    added = torch.matmul(weighted, B.unsqueeze(3)).flatten(2, 3)
-    state = torch.zeros_like(added[:, 0]) if initial is None else initial.to(added.dtype)
-    before = []
-    for c in range(added.shape[1]):
-        before.append(state)
-        state = torch.addcmul(added[:, c], state, decay.carry[:, c, :, None, None])
-    return torch.stack(before, 1), state
 
 
 class Scan(NamedTuple):
@@ -173,6 +173,7 @@ class Scan(NamedTuple):
     plan: Plan
     dt: Tensor  # (b, c, h, k)
     x: Tensor  # (b, c, h, k, p)
+    xd: Tensor  # dt * x, (b, c, h, k, p)
     B: Tensor  # (b, c, g, k, n)
     C: Tensor  # (b, c, g, k, n)
     cum: Tensor  # (b, c, h, k)
@@ -182,6 +183,20 @@ class Scan(NamedTuple):
     def groups(self) -> int:
         return self.B.shape[2]
 
+    def states(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """States before every chunk (b, c, h, p, n) and after the last one (b, h, p, n).
+
+        `initial` (b, h, p, n) or None for zeros.
+        """
+        weighted = shared((self.xd * self.decay.leave.unsqueeze(-1)).transpose(-1, -2), self.groups)
+        added = torch.matmul(weighted, self.B.unsqueeze(3)).flatten(2, 3)
+        state = torch.zeros_like(added[:, 0]) if initial is None else initial.to(added.dtype)
+        before = []
+        for c in range(added.shape[1]):
+            before.append(state)
+            state = torch.addcmul(added[:, c], state, self.decay.carry[:, c, :, None, None])
+        return torch.stack(before, 1), state
+
 
 def prepare(
     x: Tensor,
@@ -189,33 +204,30 @@ def prepare(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    seq_idx: Tensor | None,
-    chunk: int,
+    plan: Plan,
     cum: Tensor | None = None,
 ) -> Scan:
     """Brings the inputs of a scan into chunks. `dt` from `step_sizes` fixes the dtype; `cum` if it was kept."""
     dtype = dt.dtype
-    plan = make_plan(seq_idx, x.shape[1], chunk, dt)
     dt = chunks(dt, plan).transpose(2, 3)
     # A masked matmul, not cumsum and a difference: sums start at the document, so its values do not depend on others.
     if cum is None:
         cum = torch.matmul(dt * A.to(dtype)[:, None], plan.same.transpose(-1, -2))
     x, B, C = (by_head(t.to(dtype), plan) for t in (x, B, C))
-    return Scan(plan, dt, x, B, C, cum, decays_of(cum, plan))
+    return Scan(plan, dt, x, x * dt.unsqueeze(-1), B, C, cum, decays_of(cum, plan))
 
 
-def scan_forward(scan: Scan, D: Tensor | None, initial: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-    """The scan's output (b, l, h, p) and final states (b, h, p, n), both in the arithmetic's dtype."""
-    decay, groups = scan.decay, scan.groups
-    xd = scan.x * scan.dt.unsqueeze(-1)
-    states, final = chunk_states(xd, scan.B, decay, initial)
-    scores = torch.matmul(scan.C, scan.B.transpose(-1, -2)).unsqueeze(3) * shared(decay.within, groups)
-    out = torch.matmul(scores.flatten(2, 3), xd)
+def scan_forward(scan: Scan, states: Tensor, D: Tensor | None, length: int) -> Tensor:
+    """The scan's output (b, l, h, p) in the arithmetic's dtype, from `Scan.states` before every chunk."""
+    groups = scan.groups
+    within = shared(decays_within(scan.cum, scan.plan), groups)
+    scores = within.mul_(torch.matmul(scan.C, scan.B.transpose(-1, -2)).unsqueeze(3))
+    out = torch.matmul(scores.flatten(2, 3), scan.xd)
     carried = torch.matmul(scan.C.unsqueeze(3), shared(states, groups).transpose(-1, -2)).flatten(2, 3)
-    out = out.addcmul_(carried, decay.enter.unsqueeze(-1))
+    out = out.addcmul_(carried, scan.decay.enter.unsqueeze(-1))
     if D is not None:
         out = out.addcmul_(scan.x, heads_by_width(D, out))
-    return tokens(out.transpose(2, 3), length), final
+    return tokens(out.transpose(2, 3), length)
 
 
 def heads_by_width(D: Tensor, like: Tensor) -> Tensor:
@@ -249,35 +261,36 @@ def state_gradients(entering: Tensor, decay: Decays, dfinal: Tensor) -> tuple[Te
 
 
 def scan_backward(
-    scan: Scan, A: Tensor, D: Tensor | None, initial: Tensor | None, dout: Tensor, dfinal: Tensor
+    scan: Scan, states: Tensor, A: Tensor, D: Tensor | None, dout: Tensor, dfinal: Tensor, trained: bool
 ) -> ScanGrads:
-    """Gradients of `scan_forward`, recomputing states and scores. `dout` (b, l, h, p), `dfinal` (b, h, p, n)."""
+    """Gradients of `scan_forward` and the final states, recomputing the scores.
+
+    `states` before every chunk, from `Scan.states`; `dout` (b, l, h, p), `dfinal` (b, h, p, n); `trained`: D wants one.
+    """
     decay, groups, length, dtype = scan.decay, scan.groups, dout.shape[1], scan.dt.dtype
     dy = by_head(dout.to(dtype), scan.plan)
-    xd = scan.x * scan.dt.unsqueeze(-1)
-    states, _ = chunk_states(xd, scan.B, decay, initial)
     dy_entering = dy * decay.enter.unsqueeze(-1)
     entering = torch.matmul(shared(dy_entering.transpose(-1, -2), groups), scan.C.unsqueeze(3)).flatten(2, 3)
     dstates, dinitial = state_gradients(entering, decay, dfinal)
 
     products = torch.matmul(scan.C, scan.B.transpose(-1, -2)).unsqueeze(3)
-    within = shared(decay.within, groups)
-    dscores = shared(torch.matmul(dy, xd.transpose(-1, -2)), groups).mul_(within)
+    within = shared(decays_within(scan.cum, scan.plan), groups)
+    dscores = shared(torch.matmul(dy, scan.xd.transpose(-1, -2)), groups).mul_(within)
     dproducts = dscores.sum(3)
     dlog_within = dscores.mul_(products).flatten(2, 3)
-    scores = (products * within).flatten(2, 3)
+    scores = within.mul_(products).flatten(2, 3)
 
     pushed = torch.matmul(scan.B.unsqueeze(3), shared(dstates, groups).transpose(-1, -2)).flatten(2, 3)
     pushed = pushed.mul_(decay.leave.unsqueeze(-1))
     dxd = torch.matmul(scores.transpose(-1, -2), dy).add_(pushed)
     dC = torch.matmul(dproducts, scan.B) + torch.matmul(shared(dy_entering, groups), shared(states, groups)).sum(3)
-    leaving = shared(xd * decay.leave.unsqueeze(-1), groups)
+    leaving = shared(scan.xd * decay.leave.unsqueeze(-1), groups)
     dB = torch.matmul(dproducts.transpose(-1, -2), scan.C) + torch.matmul(leaving, shared(dstates, groups)).sum(3)
 
     # The exponents: cum_l - cum_s in `within`, cum_l in `enter`, cum_end - cum_s in `leave`, cum_end in `carry`.
     carried = torch.matmul(scan.C.unsqueeze(3), shared(states, groups).transpose(-1, -2)).flatten(2, 3)
-    dleave = (xd * pushed).sum(-1)
-    dcum = dlog_within.sum(-1) - dlog_within.sum(-2) + (dy_entering * carried).sum(-1) - dleave
+    dleave = pushed.mul_(scan.xd).sum(-1)
+    dcum = dlog_within.sum(-1) - dlog_within.sum(-2) + carried.mul_(dy_entering).sum(-1) - dleave
     dcum[..., -1] += dleave.sum(-1) + (dstates * states).sum((-1, -2)) * decay.carry
     da = torch.matmul(dcum, scan.plan.same)
 
@@ -286,7 +299,8 @@ def scan_backward(
     dD = None
     if D is not None:
         dx = dx.addcmul_(dy, heads_by_width(D, dy))
-        dD = (dy * scan.x).sum((0, 1, 3) if D.dim() == 2 else (0, 1, 3, 4))
+        if trained:
+            dD = (dy * scan.x).sum((0, 1, 3) if D.dim() == 2 else (0, 1, 3, 4))
     return ScanGrads(
         x=tokens(dx.transpose(2, 3), length),
         dt=tokens(ddt.transpose(2, 3), length),
