@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +16,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.mamba import MambaModel
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nano3.base_identity import recorded_sha256
-from nano3.checkpoint_folder import record_files, sync
-from nano3.cli import UserError, fresh_output
+from nano3.checkpoint_folder import disk_full, record_files, sync
+from nano3.cli import fresh_output
 from nano3.router import RouterGuard, balances
 
 KIND = "lora-adapter"
@@ -68,14 +68,17 @@ def write_sharded(state: dict[str, Any], folder: Path) -> None:
 
 
 @contextmanager
-def shared_output(out: Path) -> Iterator[Path]:
-    """`fresh_output` for all ranks: each gets the temporary folder that rank 0 made; leaving it is a barrier."""
+def shared_output(out: Path, needed: int | None = None) -> Iterator[Path]:
+    """`fresh_output` for all ranks: each gets the temporary folder that rank 0 made; leaving it is a barrier.
+
+    `needed` bytes, if known, are named when the disk turns out to be full.
+    """
     if dist.get_rank() > 0:
         name = [""]
         dist.broadcast_object_list(name, src=0)
         yield Path(name[0])
     else:
-        with _full_disk_named(out), fresh_output(out, KIND) as temporary:
+        with _full_disk_named(out, needed), fresh_output(out, KIND) as temporary:
             dist.broadcast_object_list([str(temporary)], src=0)
             yield temporary
         sync(out)
@@ -91,30 +94,17 @@ def finish(folder: Path) -> None:
 
 
 @contextmanager
-def _full_disk_named(out: Path) -> Iterator[None]:
+def _full_disk_named(out: Path, needed: int | None) -> Iterator[None]:
     """Turns a write that failed for want of space, here or on another rank, into a `UserError`."""
     try:
         yield
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # PyTorch's is a BaseException
         words = f"{error!r} {error!s}"
         if any(text in words for text in ("No space left", "Disk quota exceeded", "File too large")) or (
             isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         ):
-            raise disk_full(out, None) from error
+            raise disk_full(out, needed) from error
         raise
-
-
-def disk_full(out: Path, needed: int | None) -> UserError:
-    """The error for `out` when the disk cannot take it; `needed` bytes, if known."""
-    parent = out.resolve()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    wants = f"{needed:,} bytes are needed and " if needed is not None else ""
-    return UserError(
-        f"the disk is full: {out} could not be written; {wants}{free:,} bytes are free in {parent}. What was saved "
-        "before is whole. Make room, or lower checkpoint.keep, and start the same command again"
-    )
 
 
 class SaveAdapter(pl.Callback):

@@ -136,3 +136,16 @@ def sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def disk_full(out: Path, needed: int | None) -> UserError:
+    """The error for `out` when the disk cannot take it; `needed` bytes, if known."""
+    parent = out.resolve()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    wants = f"{needed:,} bytes are needed and " if needed is not None else ""
+    return UserError(
+        f"the disk is full: {out} could not be written; {wants}{free:,} bytes are free in {parent}. What was saved "
+        "before is whole. Make room, or lower checkpoint.keep, and start the same command again"
+    )

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from nano3.cli import UserError
 
@@ -23,6 +21,9 @@ Place = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 def digests(state: dict[str, Any]) -> dict[Place, str]:
     """SHA-256 of every part that this rank holds of a sharded state, which stays as it is."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
     flat = dict(state)
     apply_factories(flat)
     return {

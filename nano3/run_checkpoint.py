@@ -28,12 +28,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from nano3 import checkpoint_folder as folders
 from nano3.adapter_checkpoint import (
     adapter_facts,
     adapter_state,
-    disk_full,
     finish,
     load_adapter,
     shared_output,
@@ -88,6 +88,7 @@ class RunCheckpoints(pl.Callback):
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             found = [folders.newest(self.out)]
+            folders.prune(self.out, self.keep)  # what an attempt that was killed while pruning left
         dist.broadcast_object_list(found, src=0)
         self.source = found[0]
         if self.source is None:
@@ -166,9 +167,9 @@ class RunCheckpoints(pl.Callback):
         adapters = adapter_state(pl_module)
         optimizer = optimizer_tensors(trainer, adapters)
         require_equal_replicas({**adapters, **optimizer}, f"checkpoint after step {step}")
-        _require_space(target, {**adapters, **optimizer})
+        needed = _require_space(target, {**adapters, **optimizer})
         states = self._states_of_all_ranks(trainer)
-        with shared_output(target) as folder:
+        with shared_output(target, needed) as folder:
             write_adapter(adapters, folder, adapter_facts(trainer))
             write_sharded(optimizer, folder / folders.TRAINING / "optimizer")
             if dist.get_rank() == 0:
@@ -219,24 +220,24 @@ def _samples(trainer: pl.Trainer) -> int:
     return trainer.global_step * trainer.datamodule.data_sampler.global_batch_size  # type: ignore[attr-defined]
 
 
-def _require_space(target: Path, state: dict[str, Any]) -> None:
-    """Refuses on all ranks, before anything is written, a checkpoint that the disk cannot take."""
+def _require_space(target: Path, state: dict[str, Any]) -> int:
+    """Refuses on all ranks, before anything is written, a checkpoint that the disk cannot take; returns its bytes."""
     needed = torch.tensor(sum(_bytes(entry) for entry in nested_values(state))).cuda()
     dist.all_reduce(needed)
+    total = int(needed.item()) + SPARE_BYTES
     error: list[Any] = [None]
     if dist.get_rank() == 0:
         parent = target.parent
         while not parent.exists():
             parent = parent.parent
-        total = int(needed.item()) + SPARE_BYTES
         if shutil.disk_usage(parent).free < total:
-            error = [disk_full(target, total)]
+            error = [folders.disk_full(target, total)]
     dist.broadcast_object_list(error, src=0)
     if error[0] is not None:
         raise error[0]
+    return total
 
 
 def _bytes(entry: Any) -> int:
     """Bytes that this rank writes of a sharded tensor: none, when another rank writes the replica."""
-    first = entry.replica_id in (0, (0,) * len(entry.replica_id) if isinstance(entry.replica_id, tuple) else 0)
-    return entry.data.numel() * entry.data.element_size() if first else 0
+    return entry.data.numel() * entry.data.element_size() if is_main_replica(entry.replica_id) else 0

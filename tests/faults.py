@@ -1,0 +1,122 @@
+"""What tests do to a run from inside, by the environment variable FAULT=KIND:STEP. Only ranks under test import it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nano3 import checkpoint_folder, run_checkpoint
+from nano3.run_checkpoint import RunCheckpoints
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def install() -> None:
+    """Installs the fault that FAULT names, if any."""
+    kind, _, step = os.environ.get("FAULT", "").partition(":")
+    if kind:
+        FAULTS[kind](int(step))
+
+
+def _after_step(step: int, action: Callable[[Any], None]) -> None:
+    def on_train_batch_end(_self: Any, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == step:
+            action(pl_module)
+
+    RunCheckpoints.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
+
+
+def kill_after(step: int) -> None:
+    """SIGKILL when the step has been taken, before it can be saved."""
+    _after_step(step, lambda _: die())
+
+
+def kill_in_validation(step: int) -> None:
+    """SIGKILL in the first validation after this step or later."""
+
+    def on_validation_batch_end(_self: Any, trainer: Any, *_: Any) -> None:
+        if trainer.global_step >= step:
+            die()
+
+    RunCheckpoints.on_validation_batch_end = on_validation_batch_end  # type: ignore[method-assign]
+
+
+def kill_in_save(step: int) -> None:
+    """SIGKILL in the first save at this step or later: the adapter is written, the optimizer half."""
+    write = run_checkpoint.write_sharded
+
+    def write_and_die(state: dict[str, Any], folder: Any) -> None:
+        if int(str(folder.parents[1].name).split("-")[1].split(".")[0]) >= step:
+            write(dict(list(state.items())[: len(state) // 2]), folder)
+            die()
+        write(state, folder)
+
+    run_checkpoint.write_sharded = write_and_die
+
+
+def kill_in_pruning(step: int) -> None:
+    """SIGKILL when the new checkpoint has its name and an old one is about to go."""
+    prune = checkpoint_folder.prune
+
+    def die_or_prune(out: Any, keep: int) -> None:
+        if checkpoint_folder.step_of(checkpoint_folder.checkpoints(out)[-1]) >= step:
+            die()
+        prune(out, keep)
+
+    checkpoint_folder.prune = die_or_prune
+
+
+def perturb_replica(step: int) -> None:
+    """One bit of one shared expert adapter changes on rank 1."""
+
+    def action(model: Any) -> None:
+        if dist.get_rank() == 1:
+            named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+            value = next(value for name, value in named if ".mlp.experts." in name).data.view(-1)
+            value[0] = torch.nextafter(value[0], torch.tensor(9.0))
+
+    _after_step(step, action)
+
+
+def nudge_router(step: int) -> None:
+    """One router's correction bias moves by 1e-3 on all ranks, as Megatron-Core would move it."""
+
+    def action(model: Any) -> None:
+        next(bias for name, bias in model.named_buffers() if name.endswith("router.expert_bias"))[0] += 1e-3
+
+    _after_step(step, action)
+
+
+def nudge_router_weight(step: int) -> None:
+    """One router's weight moves by 1e-3 on all ranks, as if it were not frozen."""
+
+    def action(model: Any) -> None:
+        named = model.named_parameters()
+        next(weight for name, weight in named if name.endswith("router.weight")).data[0, 0] += 1e-3
+
+    _after_step(step, action)
+
+
+def fill_disk(step: int) -> None:
+    """From this step on the kernel refuses to let a file grow beyond 30 kB, as on a full disk: adapters are larger."""
+    _after_step(step, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)))
+
+
+FAULTS: dict[str, Callable[[int], None]] = {
+    "kill": kill_after,
+    "validation": kill_in_validation,
+    "save": kill_in_save,
+    "pruning": kill_in_pruning,
+    "replica": perturb_replica,
+    "router": nudge_router,
+    "router-weight": nudge_router_weight,
+    "disk": fill_disk,
+}
