@@ -19,6 +19,8 @@ PACKS: tuple[tuple[int, ...], ...] = ((8, 16, 40), (64,), (24, 8, 32), (8, 8, 8,
 """Lengths of the documents in the packs of a global batch: the shortest that context parallel 4 can cut, and a pack of
 one document, among others. All are multiples of 8 = 2 * cp, so that all layouts see the same batch."""
 STEPS = 3
+RANK, ALPHA = 4, 8.0
+"""Of the adapters."""
 PATTERN = "MEM*EM*EME"
 """Ten layers: three stages do not divide them."""
 ARCH = Arch(

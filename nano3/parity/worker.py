@@ -29,13 +29,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from nano3.context_parallel import cut_batch  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
-from nano3.parity.case import PACK, STEPS, Case, Sizes  # noqa: E402
+from nano3.parity.case import ALPHA, PACK, RANK, STEPS, Case, Sizes  # noqa: E402
 from nano3.parity.shards import fill, shards  # noqa: E402
 from nano3.pipeline import pipeline_kwargs  # noqa: E402
 from nano3.targets import PRESETS, adaptable_modules, select  # noqa: E402
-
-RANK, ALPHA = 4, 8.0
-"""Of the adapters."""
 
 
 def config_of(case: Case, sizes: Sizes) -> TransformerConfig:
