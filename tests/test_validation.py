@@ -18,6 +18,7 @@ from nano3.cli import UserError
 from nano3.token_store import TokenStore
 from recipes.eval_only import evaluate, evaluation_task
 from recipes.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
+from tests.rank_server import RankServer
 from tests.tiny import tiny_hf_folder
 from tests.tiny_run import metrics, run, write_run
 from tests.token_reference import figures, weighted_store
@@ -80,16 +81,19 @@ def test_validation_is_what_transformers_says_of_the_documents(folder, tmp_path)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_evaluation_gives_the_same_figures_on_every_layout(folder, layout):
+def test_an_evaluation_gives_the_same_figures_on_every_layout(folder):
     task = Run.from_json((folder / "run.json").read_text())
-    settings = replace(task.settings, layout=LAYOUTS[layout])
-    task = replace(task, out=str(folder / layout), ranks_per_node=2, settings=settings)
-    assert evaluate(evaluation_task(task, str(folder / "run" / "adapter"))) == 0
-    results = json.loads((folder / layout / "evaluation" / "results.json").read_text())
-    last = validations(folder)[-1]
-    same(results, {name: value for name, value in last.items() if name.startswith("validation_")})
-    assert (results["packs"], results["adapter"]) == (11, str((folder / "run" / "adapter").resolve()))
+    expected = {name: value for name, value in validations(folder)[-1].items() if name.startswith("validation_")}
+    with RankServer(2) as ranks:
+        for name, layout in LAYOUTS.items():
+            settings = replace(task.settings, layout=layout)
+            there = replace(task, out=str(folder / name), ranks_per_node=2, settings=settings)
+            path = folder / f"{name}.json"
+            path.write_text(evaluation_task(there, str(folder / "run" / "adapter")).to_json())
+            assert ranks.run(path) == [0, 0], name
+            results = json.loads((folder / name / "results.json").read_text())
+            same(results, expected)
+            assert (results["packs"], results["adapter"]) == (11, str((folder / "run" / "adapter").resolve()))
 
 
 @pytest.mark.full
