@@ -5,8 +5,7 @@
 
 A layout is sizes of tp, pp, cp, ep, etp and dp; ranks that they leave are data parallel. `tp2.ep2@M-*E` has a layer
 pattern of its own, `tp2.ep2+each` an adapter for each expert (or `+dora`). Prints a table, writes parity.json, and
-exits with 1 if anything is beyond its bound
-(nano3/parity/comparison.py).
+exits with 1 if anything is beyond its bound (nano3/parity/comparison.py).
 """
 
 from __future__ import annotations
@@ -20,14 +19,7 @@ from pathlib import Path
 
 from nano3.cli import fresh_file
 from nano3.cli import run as run_script
-
-LAYOUTS = (
-    "tp2", "tp4", "ep2", "ep4", "pp2", "pp3", "cp2", "cp4", "dp2",
-    "tp2.ep2", "tp2.cp2", "ep2.pp2", "cp2.ep2", "tp2.pp2.ep2", "tp2.pp2.cp2.ep2",
-    "tp2.ep2@M-*EM-", "pp3@M-*EM-", "cp2.ep2@MEM-E",
-    "tp2.ep2+each", "cp2.ep2+each", "ep2.pp2+each", "tp2.ep2+dora", "cp2+dora",
-)  # fmt: skip
-"""Among them a pattern with dense layers, one without attention, and other kinds of adapters."""
+from nano3.parity.layouts import LAYOUTS, parse_layouts
 
 
 def arguments() -> argparse.Namespace:
@@ -44,14 +36,14 @@ def main() -> int:
     args = arguments()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.perf_counter()
+    wanted = parse_layouts(args.layouts)
     print("importing NeMo and Megatron-Core, once for all ranks ...", file=sys.stderr, flush=True)
     from nano3.quiet import quiet, quiet_imports
 
     with quiet_imports():
         from nano3.parity import comparison
-        from nano3.parity.suite import parse_layouts, run_suite
+        from nano3.parity.suite import run_suite
     quiet()
-    wanted = parse_layouts(args.layouts)
     print(f"imported in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     print(comparison.HEADER, flush=True)
     rows = []

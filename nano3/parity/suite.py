@@ -8,35 +8,14 @@ from dataclasses import replace
 import torch
 
 from nano3 import lora  # noqa: F401  # imported here once, not by every rank
-from nano3.cli import UserError
-from nano3.parity.case import PATTERN, Case, Sizes
+from nano3.parity.case import Case, Sizes
 from nano3.parity.comparison import NEAREST_TIE, Outcome, Row, compare, run
+from nano3.parity.layouts import Wanted
 
-KINDS = ("shared", "each", "dora")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 
 
-def parse_layouts(texts: Iterable[str]) -> list[tuple[str, Sizes, Case]]:
-    """(text, sizes, case) of every LAYOUT, LAYOUT@PATTERN, LAYOUT+ADAPTERS or both, pattern first.
-
-    Raises:
-        UserError: a text that is none of them.
-    """
-    found = []
-    for text in texts:
-        rest, _, adapters = text.partition("+")
-        sizes, _, pattern = rest.partition("@")
-        if adapters not in ("", *KINDS):
-            raise UserError(f"layout {text!r}: adapters are {', '.join(KINDS)}, not {adapters!r}")
-        try:
-            case = Case(pattern=pattern or PATTERN, adapters=adapters or "shared")  # type: ignore[arg-type]
-            found.append((text, Sizes.parse(sizes), case))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    return found
-
-
-def run_suite(layouts: Sequence[tuple[str, Sizes, Case]], precisions: Iterable[str]) -> Iterator[Row]:
+def run_suite(layouts: Sequence[Wanted], precisions: Iterable[str]) -> Iterator[Row]:
     """A row for every layout and precision, as soon as it is known.
 
     Raises:

@@ -1,0 +1,46 @@
+"""Which layouts are compared, and how one is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from nano3.cli import UserError
+from nano3.parity.case import PATTERN, Case, Sizes
+
+LAYOUTS = (
+    "tp2", "tp4", "ep2", "ep4", "pp2", "pp3", "cp2", "cp4", "dp2",
+    "tp2.ep2", "tp2.cp2", "ep2.pp2", "cp2.ep2", "tp2.pp2.ep2", "tp2.pp2.cp2.ep2",
+    "tp2.ep2@M-*EM-", "pp3@M-*EM-", "cp2.ep2@MEM-E",
+    "tp2.ep2+each", "cp2.ep2+each", "ep2.pp2+each", "tp2.ep2+dora", "cp2+dora",
+)  # fmt: skip
+"""Among them a pattern with dense layers, one without attention, and other kinds of adapters."""
+KINDS = ("shared", "each", "dora")
+
+
+class Wanted(NamedTuple):
+    """A comparison to make; `case` is the FP64 one."""
+
+    text: str
+    sizes: Sizes
+    case: Case
+
+
+def parse_layouts(texts: Iterable[str]) -> list[Wanted]:
+    """What LAYOUT, LAYOUT@PATTERN, LAYOUT+ADAPTERS or both, pattern first, ask for.
+
+    Raises:
+        UserError: a text that is none of them.
+    """
+    found = []
+    for text in texts:
+        rest, _, adapters = text.partition("+")
+        sizes, _, pattern = rest.partition("@")
+        if adapters not in ("", *KINDS):
+            raise UserError(f"layout {text!r}: adapters are {', '.join(KINDS)}, not {adapters!r}")
+        try:
+            case = Case(pattern=pattern or PATTERN, adapters=adapters or "shared")  # type: ignore[arg-type]
+            found.append(Wanted(text, Sizes.parse(sizes), case))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return found

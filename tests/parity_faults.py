@@ -1,0 +1,81 @@
+"""Run as a script by tests/test_parity_suite.py: the suite with a deliberate fault in one layout at a time.
+
+python -m tests.parity_faults OUT.json   -> {fault: row}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from nano3.parity import worker  # first: it switches the CPU backend on
+
+# isort: split
+
+import torch
+from megatron.core.ssm.mamba_mixer import MambaMixer
+
+from nano3 import adapters
+from nano3.context_parallel import cut_batch
+from nano3.parity.case import Case, Sizes
+from nano3.parity.comparison import as_json, compare, run
+
+
+def a_missing_reduction() -> Any:
+    """Shared adapters whose gradients stay on their expert-parallel rank."""
+    make = adapters.SharedExpertsAdapter.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        for parameter in self.parameters():
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+    return patch.object(adapters.SharedExpertsAdapter, "__init__", init)
+
+
+def a_wrong_section_split() -> Any:
+    """in_proj's B cut as one matrix over tensor-parallel ranks: each section's part lands in another section."""
+    make = adapters.DenseAdapter.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.sections = tuple(sorted(self.sections, key=lambda section: section[0] != "dt"))
+
+    return patch.object(adapters.DenseAdapter, "__init__", init)
+
+
+def a_swapped_slice() -> Any:
+    """Context-parallel ranks that hold each other's pieces."""
+    return patch.object(worker, "cut_batch", lambda batch, size, rank: cut_batch(batch, size, (rank + 1) % size))
+
+
+def a_leaked_document() -> Any:
+    """Mamba's state and convolution go on over the documents' edges."""
+    return patch.object(MambaMixer, "_create_packed_seq_idx", lambda _m, _p, tokens: torch.zeros(1, tokens).int())
+
+
+FAULTS: dict[Callable[[], Any], str] = {
+    a_missing_reduction: "ep2",
+    a_wrong_section_split: "tp2",
+    a_swapped_slice: "cp2",
+    a_leaked_document: "cp2",
+}
+
+
+def main() -> None:
+    case, rows = Case(pattern="ME*M"), {}
+    single = run(case, Sizes())
+    for name in ("ep2", "tp2", "cp2"):
+        rows[name] = as_json(compare(name, case, Sizes.parse(name), run(case, Sizes.parse(name)), single))
+    for fault, name in FAULTS.items():
+        with fault():
+            rows[fault.__name__] = as_json(compare(name, case, Sizes.parse(name), run(case, Sizes.parse(name)), single))
+    Path(sys.argv[1]).write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
