@@ -2,17 +2,27 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from conversion.hf_to_nemo import convert
+from conversion.torch_dist import TorchDistReader
+from data_prep.packing import build_packs
+from launch.layout import Layout
 from nano3.arch import PRESETS, Arch
 from nano3.flops import adapter_flops, forward_flops, linears, step_flops
 from nano3.journal import cut, read_rows
 from nano3.targets import select
-from tests.tiny import TINY_CONFIG
+from nano3.token_store import TokenStore
+from recipes.settings import CheckpointSettings, LogSettings, LoraSettings, Settings, TrainSettings
+from tests.rank_server import RankServer
+from tests.tiny import TINY_CONFIG, tiny_hf_folder
+from tests.tiny_run import write_run
+from tests.tiny_store import tiny_store
 from tests.wandb_file import history
 
 
@@ -107,56 +117,78 @@ def test_flops_of_the_real_model_are_two_for_every_active_parameter():
     assert set(select(nano, ["*"], "each")) <= set(linears(nano))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("experts", ["shared", "each"])
-def test_norms_and_loads_are_those_of_one_rank_on_every_layout(tmp_path, experts):
-    from conversion.hf_to_nemo import convert
-    from conversion.torch_dist import TorchDistReader
-    from data_prep.packing import build_packs
-    from launch.layout import Layout
-    from nano3.token_store import TokenStore
-    from recipes.settings import LogSettings, LoraSettings, Settings, TrainSettings
-    from tests.tiny import tiny_hf_folder
-    from tests.tiny_run import metrics, run, write_run
-    from tests.tiny_store import tiny_store
+STEPS = 4
+RUNS = {"one": (1, Layout()), "tp2": (2, Layout(tp=2)), "pp2": (2, Layout(pp=2)), "ep2": (2, Layout(ep=2))}
 
-    convert(
-        tiny_hf_folder(tmp_path / "hf", dtypes={"": "F32"}, hybrid_override_pattern="ME*E"),
-        tmp_path / "nemo",
-        context=False,
-    )
-    tiny_store(tmp_path / "store", documents=60, longest=30, vocab_size=128)
-    build_packs(TokenStore(tmp_path / "store"), 64)
-    found = {}
-    for name, (ranks, layout) in {
-        "one": (1, Layout()),
-        "tp2": (2, Layout(tp=2)),
-        "ep2pp2": (4, Layout(ep=2, pp=2)),
-    }.items():
-        settings = Settings(
-            layout=layout,
-            lora=LoraSettings(rank=4, alpha=8.0, experts=experts),
-            train=TrainSettings(steps=2, warmup=0, global_batch=4, seq_length=64, lr=1e-3),
-            log=LogSettings(wandb="off", tensorboard=False),
-        )
-        found[name] = metrics(run(write_run(tmp_path, f"{name}-{experts}", ranks, settings)))[-1]
-    names = {key for key in found["one"] if key.startswith(("adapter_norm", "expert_", "experts_"))}
-    assert len(names) == 1 + 12 + 2 * 3 + 1
-    for row in found.values():
-        assert {key: row[key] for key in names} == {
-            key: value if isinstance(value, list) else pytest.approx(value, rel=1e-4)
-            for key, value in found["one"].items()
-            if key in names
-        }
-    documented = re.findall(r"`([a-z_/<>]+)`", Path("docs/tracking.md").read_text().partition("## One run")[0])
-    patterns = [re.sub("<[a-z]+>", ".+", name) for name in documented]
-    for name in set(found["one"]) - {"step", "time"}:
-        assert any(re.fullmatch(pattern, name) for pattern in patterns), name
+
+def report(folder: Path, name: str) -> dict[str, float]:
+    """The last step's row of a run."""
+    return [row for row in read_rows(folder / name / "metrics.jsonl") if "loss" in row][-1]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory) -> Path:
+    """Four steps of an adapter for each expert on every layout of `RUNS`; the last is killed in step 4 and resumed."""
+    folder = tmp_path_factory.mktemp("layouts")
+    source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"}, hybrid_override_pattern="ME*E")
+    convert(source, folder / "nemo", context=False)
+    tiny_store(folder / "store", documents=60, longest=30, vocab_size=128)
+    build_packs(TokenStore(folder / "store"), 64)
+    with RankServer(1) as one, RankServer(2) as two:
+        for name, (ranks, layout) in RUNS.items():
+            killed = name == "ep2"
+            settings = Settings(
+                layout=layout,
+                lora=LoraSettings(rank=4, alpha=8.0, experts="each"),
+                train=TrainSettings(steps=STEPS, warmup=0, global_batch=4, seq_length=64, lr=1e-3),
+                checkpoint=CheckpointSettings(every=2, minutes=0),
+                log=LogSettings(tensorboard=killed, wandb="offline" if killed else "off"),
+            )
+            path, server = write_run(folder, name, ranks, settings, validate=True), one if ranks == 1 else two
+            log = folder / name / "logs" / "rank0.log"
+            if killed:
+                assert -signal.SIGKILL in server.run(path, FAULT="kill:4"), log.read_text()[-3000:]
+            assert server.run(path) == [0] * ranks, log.read_text()[-3000:]
+    return folder
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", list(RUNS)[1:])
+def test_norms_and_loads_are_those_of_one_rank(layouts, name):
+    one, other = report(layouts, "one"), report(layouts, name)
+    names = {key for key in one if key.startswith(("adapter_norm", "expert_", "experts_"))}
+    assert len(names) == (1 + 12) + (2 * 3 + 1)  # twelve adapted layers, two of them with routed experts
+    for key in names:
+        assert other[key] == (one[key] if isinstance(one[key], list) else pytest.approx(one[key], rel=1e-4)), key
     for number in (1, 3):
-        assert sum(found["one"][f"expert_load/{number}"]) == 4 * 64 * TINY_CONFIG["num_experts_per_tok"]
-    # Against the saved adapter: 2 B A, the norm over all sections or experts.
-    adapter = TorchDistReader(tmp_path / f"one-{experts}" / "adapter" / "weights")
+        assert sum(one[f"expert_load/{number}"]) == 4 * 64 * TINY_CONFIG["num_experts_per_tok"]
+
+
+@pytest.mark.full
+def test_a_norm_is_that_of_the_saved_adapter(layouts):
+    adapter, row = TorchDistReader(layouts / "one" / "adapter" / "weights"), report(layouts, "one")
     for module in ("decoder.layers.3.mlp.experts.linear_fc2", "decoder.layers.2.self_attention.linear_qkv"):
         key = f"module.{module}".replace("mlp.experts.", "mlp.experts.experts.") + ".adapter.linear_"
         low, high = (adapter.whole(f"{key}{side}.weight").double() for side in ("in", "out"))
-        assert found["one"][f"adapter_norm/{module}"] == pytest.approx(float((2.0 * high @ low).norm()), rel=1e-6)
+        assert row[f"adapter_norm/{module}"] == pytest.approx(float((2.0 * high @ low).norm()), rel=1e-6)
+
+
+@pytest.mark.full
+def test_a_killed_training_run_is_one_run_with_every_step_once(layouts):
+    rows = read_rows(layouts / "ep2" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 4]  # the last one is the validation's
+    (file,) = (layouts / "ep2").glob("wandb/offline-run-*/*.wandb")
+    ids, shown = history(file)
+    assert len(ids) == 1
+    assert [row["_step"] for row in shown] == [1, 2, 3, 4]
+    assert [row["loss"] for row in shown] == [row["loss"] for row in rows[:4]]
+    assert shown[-1]["validation_loss"] == rows[-1]["validation_loss"]
+
+
+@pytest.mark.full
+def test_every_metric_is_documented(layouts):
+    table = Path("docs/tracking.md").read_text().partition("## One run")[0]
+    patterns = [re.sub("<[a-z]+>", ".+", name) for name in re.findall(r"`([a-z_/<>]+)`", table)]
+    for row in read_rows(layouts / "ep2" / "metrics.jsonl"):
+        for name in set(row) - {"step", "time"}:
+            assert any(re.fullmatch(pattern, name) for pattern in patterns), name
