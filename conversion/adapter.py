@@ -122,9 +122,13 @@ class Adapter:
             for number in self.arch.moe_layers
         }
 
+    def factors(self, part: Contribution) -> Factors:
+        """A, B and magnitude of the whole module (of the one expert) that `part` belongs to."""
+        return self._factors(part.path, part.expert)
+
     def merged(self, part: Contribution, old: torch.Tensor) -> torch.Tensor:
         """The new values of the rows `old`, (count, in), that `part` names, FP32."""
-        low, high, magnitude = self._factors(part.path, part.expert)
+        low, high, magnitude = self.factors(part)
         rows = slice(part.first, part.first + len(old))
         old = old.float()
         new = old + self.sizes[part.path].scale * (high[rows] @ low)

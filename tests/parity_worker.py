@@ -25,8 +25,9 @@ from recipes.settings import Run  # noqa: E402
 class Probe(pl.Callback):
     """Starts from a given adapter with B not zero, and saves gradients in place of the trained adapter."""
 
-    def __init__(self, initial: str, gradients: str) -> None:
-        self.initial, self.gradients = Path(initial), Path(gradients)
+    def __init__(self, initial: str, gradients: str, lr: float, plus_ratio: float) -> None:
+        self.initial, self.gradients, self.lr, self.plus_ratio = Path(initial), Path(gradients), lr, plus_ratio
+        self.before: dict[str, torch.Tensor] = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         # Not earlier: NeMo adds the adapters and makes the optimizer when the first epoch starts.
@@ -44,12 +45,14 @@ class Probe(pl.Callback):
         missing = core.load_state_dict({k.removeprefix("module."): v for k, v in state.items()}, strict=False)
         assert not missing.unexpected_keys, missing.unexpected_keys
         trainer.optimizers[0].mcore_optimizer.reload_model_params()
+        self.before = {name: parameter.detach().clone() for name, parameter in self._adapters(pl_module)}
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         from nano3.adapter_checkpoint import save_adapter
 
         if "FAULT" not in os.environ:
             check_replicas(pl_module)
+            self._check_rates(pl_module)
 
         del trainer
 
@@ -57,6 +60,13 @@ class Probe(pl.Callback):
             for _, parameter in self._adapters(pl_module):
                 parameter.copy_(parameter.main_grad)
         save_adapter(pl_module, self.gradients, {})
+
+    def _check_rates(self, pl_module: Any) -> None:
+        """Adam's first update is the learning rate (here without decay): LoRA+ multiplies that of every B."""
+        for name, parameter in self._adapters(pl_module):
+            moved = float((parameter.detach() - self.before[name]).abs().max())
+            expected = self.lr * (self.plus_ratio if ".linear_out." in name else 1)
+            assert abs(moved / expected - 1) < 1e-2, (name, moved, expected)
 
     @staticmethod
     def _adapters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
@@ -145,7 +155,9 @@ def main() -> None:
         for other in Path(sys.argv[1]).parent.glob("*.json"):
             text = ZlibJSONSerializer().serialize(lora_recipe(Run.from_json(other.read_text())))
             other.with_suffix(".recipe").write_text(text)
-    recipe.trainer.callbacks.insert(0, nemo_run.Config(Probe, initial=sys.argv[2], gradients=sys.argv[3]))
+    rates = {"lr": task.settings.train.lr, "plus_ratio": task.settings.lora.plus_ratio}
+    probe = nemo_run.Config(Probe, initial=sys.argv[2], gradients=sys.argv[3], **rates)
+    recipe.trainer.callbacks.insert(0, probe)
     fiddle.build(recipe)()
 
 

@@ -12,6 +12,7 @@ from conversion.merge_lora import merge
 from conversion.torch_dist import TorchDistReader
 from data_prep.packing import build_packs
 from launch.layout import Layout
+from nano3.targets import PRESETS
 from nano3.token_store import TokenStore
 from recipes.settings import LogSettings, LoraSettings, Settings, TrainSettings
 from tests.tiny import tiny_hf_folder
@@ -40,6 +41,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def everything(runs: Path) -> Path:
+    """A BF16 run with every kind of adapter parameter: of single experts, of the vocabulary, lengths."""
+    targets = [*PRESETS["all"], "word_embeddings", "output_layer"]
+    settings = Settings(
+        layout=Layout(ep=2),
+        lora=LoraSettings(rank=4, alpha=8.0, targets=targets, experts="each", dora=True, plus_ratio=2.0),
+        train=TrainSettings(steps=STEPS, warmup=1, lr=1e-2, global_batch=4, seq_length=64, precision="bf16"),
+        log=LogSettings(tensorboard=False),
+    )
+    return run(write_run(runs, "everything", 2, settings))
+
+
 @pytest.mark.full
 def test_bf16_trains_as_fp32_does_and_keeps_the_router(runs):
     losses = {name: [row["loss"] for row in metrics(runs / name)] for name in ("fp32", "bf16")}
@@ -62,3 +76,16 @@ def test_a_bf16_adapter_merges_into_its_base(runs, tmp_path):
     assert {name: value.dtype for name, value in after.items()} == {name: value.dtype for name, value in before.items()}
     untouched = [name for name in before if any(part in name for part in ("A_log", "gate", "norm", "embeddings"))]
     assert all(torch.equal(before[name], after[name]) for name in untouched)
+
+
+@pytest.mark.full
+def test_lengths_stay_fp32_beside_bf16_factors(runs, everything, tmp_path):
+    losses = [row["loss"] for row in metrics(everything) if "loss" in row]
+    plain = [row["loss"] for row in metrics(runs / "fp32") if "loss" in row]
+    assert losses[0] == pytest.approx(plain[0], abs=0.03)  # a fresh adapter of any kind is the base model
+    assert losses[-1] < losses[0]
+    reader = TorchDistReader(everything / "adapter" / "weights")
+    dtypes = {key: reader.dtype(key) for key in reader.shapes}
+    assert {dtypes[key] for key in dtypes if ".magnitude" in key} == {"F32"}
+    assert {dtypes[key] for key in dtypes if ".adapter.linear_" in key} == {"BF16"}
+    assert merge(runs / "hf", everything / "adapter", tmp_path / "merged").same_routers

@@ -33,8 +33,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (ranks, layout) in (LAYOUTS | MORE).items():
         settings = Settings(
             layout=layout,
-            lora=LoraSettings(rank=4, alpha=8.0),
-            train=TrainSettings(steps=1, warmup=0, global_batch=4, seq_length=SEQ_LENGTH, clip=1e9),
+            lora=LoraSettings(rank=4, alpha=8.0, plus_ratio=8.0),
+            train=TrainSettings(
+                steps=1, warmup=0, global_batch=4, seq_length=SEQ_LENGTH, clip=1e9, lr=1e-3, weight_decay=0.0
+            ),
             log=LogSettings(tensorboard=False),
         )
         write_run(folder, name, ranks, settings, validate=True)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conversion.adapter import Adapter
 from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
 from conversion.torch_dist import TorchDistReader
 from evaluation.hf_model import load_reference
 from launch.local import run_ranks
+from nano3.arch import Arch
 from tests.tiny import tiny_hf_folder
 from tests.variants import EVERYTHING, FAULTS, LAYOUTS, ONE_BY_ONE, VARIANTS
 
@@ -122,3 +124,27 @@ def test_what_is_broken_shows(everything, broken):
     }
     shown = {"mixed experts": "gradients", "length of a slice": "gradients", "norm of one rank": "norm"}
     assert errors[shown.get(broken, "magnitude")] > 1e-3, (layout, errors)
+
+
+@pytest.mark.full
+def test_peft_loads_what_its_preset_targets(one_by_one):
+    """The adapter in Hugging Face PEFT's names gives the same logits there; Mamba's out_proj it would refuse."""
+    peft = pytest.importorskip("peft")
+    adapter = Adapter(one_by_one / "peft" / "initial", Arch.load(one_by_one / "hf"))
+    tensors, modules = {}, set()
+    for name, parts in adapter.contributions().items():
+        (low, high), path = adapter.factors(parts[0])[:2], parts[0].path
+        assert {part.path for part in parts} == {path}
+        module = "model." + name.removeprefix("backbone.").removesuffix(".weight")
+        rows = torch.cat([high[part.first : part.first + part.count] for part in parts])
+        tensors |= {f"base_model.model.{module}.lora_A.weight": low, f"base_model.model.{module}.lora_B.weight": rows}
+        modules.add(module)
+    config = peft.LoraConfig(r=adapter.info.rank, lora_alpha=adapter.info.alpha, target_modules=sorted(modules))
+    model = peft.get_peft_model(load_reference(one_by_one / "hf", torch.float32), config).eval()
+    assert not peft.set_peft_model_state_dict(model, tensors).unexpected_keys
+    logits = load_file(one_by_one / "logits.safetensors")
+    with torch.no_grad():
+        found = torch.cat([model(document[None]).logits[0] for document in logits["tokens"].split(LENGTHS)])
+    assert (logits["peft"][:, :VOCABULARY] - found).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="out_proj"):
+        peft.get_peft_model(model.get_base_model(), peft.LoraConfig(target_modules=["out_proj"]))
