@@ -64,8 +64,8 @@ class RMSNormFn(torch.autograd.Function):
             dz = silu_backward(dy * y, zf)
             dy = dy * F.silu(zf)
         tokens = tuple(range(x.dim() - 1))
-        dweight = (dy * xhat).sum(tokens).to(weight.dtype)
-        dbias = None if bias is None else dy.sum(tokens).to(bias.dtype)
+        dweight = (dy * xhat).sum(tokens).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dbias = dy.sum(tokens).to(bias.dtype) if ctx.needs_input_grad[2] else None
         dxhat, xg = grouped(dy * w, size), grouped(xhat, size)
         du = (rstd * (dxhat - xg * (dxhat * xg).mean(-1, keepdim=True))).reshape(x.shape)
         if gate_first:

@@ -25,6 +25,12 @@ def _mappings() -> Any:
     return mappings
 
 
+def _project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x Wᵀ over the last dimension, as one matrix product. Left to itself PyTorch computes the first layer, where the
+    embedding's transposed output meets a frozen weight, token by token."""
+    return F.linear(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+
 def _mark_parallel(weight: Any, parallel_mode: str | None) -> None:
     """Marks a weight as Transformer Engine marks every one, split or not: Megatron-Core's gradient norm counts what is
     marked on all tensor-parallel ranks, and experts are told to be split by nobody while each rank has its own."""
@@ -116,7 +122,7 @@ class Linear(_ParallelLinear):
 
     def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
         del is_first_microbatch  # chooses when FP8 weights are cast again
-        return self._finish(self._leave(F.linear(self._enter(inp), self.weight)))
+        return self._finish(self._leave(_project(self._enter(inp), self.weight)))
 
 
 class LayerNormLinear(_ParallelLinear):
@@ -174,12 +180,39 @@ class LayerNormLinear(_ParallelLinear):
         del is_first_microbatch
         normalized = rms_norm(inp, self.layer_norm_weight, self.eps)
         entered = self._enter(normalized)
-        out = self._finish(self._leave(F.linear(entered, self.weight)))
+        out = self._finish(self._leave(_project(entered, self.weight)))
         if not self.return_layernorm_output:
             return out
         gathered = self.return_layernorm_output_gathered and self.sequence_parallel
         returned = entered if gathered else normalized
         return (*out, returned) if isinstance(out, tuple) else (out, returned)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """The experts' products, each written straight to its rows of the output, and in backward of the gradient.
+
+    Saves the weights, and the input where a weight is trained.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inp: torch.Tensor, rows: list[int], *weights: torch.Tensor) -> torch.Tensor:
+        out = inp.new_empty(inp.shape[0], weights[0].shape[0])
+        for x, y, weight in zip(inp.split(rows), out.split(rows), weights, strict=True):
+            torch.mm(x, weight.t(), out=y)
+        ctx.rows = rows
+        ctx.save_for_backward(inp if any(ctx.needs_input_grad[2:]) else None, *weights)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        inp, *weights = ctx.saved_tensors
+        dout = grads[0].split(ctx.rows)
+        dinp = grads[0].new_empty(grads[0].shape[0], weights[0].shape[1])
+        for dy, dx, weight in zip(dout, dinp.split(ctx.rows), weights, strict=True):
+            torch.mm(dy, weight, out=dx)
+        if inp is None:
+            return dinp, None, *(None,) * len(weights)
+        return dinp, None, *(dy.t() @ x for dy, x in zip(dout, inp.split(ctx.rows), strict=True))
 
 
 class GroupedLinear(TransformerEngineBaseModule):
@@ -229,5 +262,5 @@ class GroupedLinear(TransformerEngineBaseModule):
 
     def forward(self, inp: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> torch.Tensor:
         del is_first_microbatch
-        parts = torch.split(inp, [int(rows) for rows in m_splits])
-        return torch.cat([F.linear(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)])
+        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        return _GroupedProduct.apply(inp, [int(rows) for rows in m_splits], *weights)
