@@ -5,8 +5,6 @@ Call `nano3.cpu.enable()` before importing this module where there may be no GPU
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nano3 import cpu
 from nano3.arch import Arch, padded_vocab_size
+from nano3.casts import keep_dtype
 from nano3.cli import UserError
 
 MAMBA_CONV_KERNEL = 4
@@ -132,33 +131,6 @@ def keep_fp32_exact(model: MambaModel) -> None:
         for kind, names in FP32_TENSORS.items():
             if isinstance(module, kind):
                 keep_dtype(module, names)
-
-
-def keep_dtype(module: torch.nn.Module, names: tuple[str, ...]) -> None:
-    """Makes casts of `module`, or of a model around it, pass over its tensors `names`."""
-    module._apply = partial(_apply_but_to, names, module)  # type: ignore[method-assign]
-
-
-def _apply_but_to(names: tuple[str, ...], module: torch.nn.Module, function: Callable, recurse: bool = True) -> Any:
-    """`Module._apply`; the tensors `names` follow to the device, and keep their dtype and values."""
-    kept = {name: getattr(module, name).data for name in names}
-    torch.nn.Module._apply(module, function, recurse)
-    for name, value in kept.items():
-        tensor = getattr(module, name)
-        if value.device.type != "meta":
-            tensor.data = value.to(device=tensor.device)
-    return module
-
-
-def packed_seq_params(batch: dict[str, torch.Tensor], context_parallel: int) -> PackedSeqParams:
-    """Document boundaries of the whole pack, as Transformer Engine and the Mamba mixer take them.
-
-    Under context parallelism Transformer Engine insists on the boundaries with padding too. Ours are the same, as
-    padding belongs to its document; without it they are left out, since it would compare the two in every layer.
-    """
-    boundaries, longest = batch["cu_seqlens"], int(batch["max_seqlen"])
-    padded = boundaries if context_parallel > 1 else None
-    return PackedSeqParams("thd", boundaries, boundaries, padded, padded, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 def build_mcore_model(
