@@ -1,7 +1,8 @@
 """What makes two attempts the same run, so that the second may go on from the first's checkpoints.
 
 Every setting that has a say in the numbers, the number of ranks, and the *contents* of base and stores, by hash. Paths
-are not part of it: a run may move. Neither are the groups `log` and `checkpoint`: they may change between attempts.
+are not part of it: a run may move. Neither are the groups `log` and `checkpoint`, when a run counts as diverged, and
+what is recomputed (the order of sums at most): an attempt that stopped for one of these must be able to go on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from launch.overrides import flatten
 from nano3.base_identity import recorded_sha256
 from recipes.settings import Run
 
-MAY_CHANGE = ("log.", "checkpoint.")
+MAY_CHANGE = ("log.", "checkpoint.", "train.divergence", "train.recompute")
 
 
 def run_identity(run: str) -> dict[str, Any]:

@@ -110,6 +110,22 @@ def fill_disk(step: int) -> None:
     _after_step(step, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)))
 
 
+def lose_a_number(step: int) -> None:
+    """After this step one value of an adapter is NaN, on all ranks."""
+    _after_step(
+        step, lambda model: next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0].fill_(torch.nan)
+    )
+
+
+def run_out_of_memory(step: int) -> None:
+    """After this step an allocation fails on all ranks."""
+
+    def action(_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    _after_step(step, action)
+
+
 FAULTS: dict[str, Callable[[int], None]] = {
     "kill": kill_after,
     "validation": kill_in_validation,
@@ -119,4 +135,6 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "router": nudge_router,
     "router-weight": nudge_router_weight,
     "disk": fill_disk,
+    "nan": lose_a_number,
+    "memory": run_out_of_memory,
 }

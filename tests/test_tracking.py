@@ -5,7 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,29 +128,38 @@ def report(folder: Path, name: str) -> dict[str, float]:
     return [row for row in read_rows(folder / name / "metrics.jsonl") if "loss" in row][-1]
 
 
+def settings(layout: Layout, **log: Any) -> Settings:
+    return Settings(
+        layout=layout,
+        lora=LoraSettings(rank=4, alpha=8.0, experts="each"),
+        train=TrainSettings(steps=STEPS, warmup=0, global_batch=4, seq_length=64, lr=1e-3),
+        checkpoint=CheckpointSettings(every=2, minutes=0),
+        log=LogSettings(**log),
+    )
+
+
 @pytest.fixture(scope="module")
-def layouts(tmp_path_factory) -> Path:
+def servers() -> Iterator[dict[int, RankServer]]:
+    """Ranks by their number."""
+    with RankServer(1) as one, RankServer(2) as two:
+        yield {1: one, 2: two}
+
+
+@pytest.fixture(scope="module")
+def layouts(servers, tmp_path_factory) -> Path:
     """Four steps of an adapter for each expert on every layout of `RUNS`; the last is killed in step 4 and resumed."""
     folder = tmp_path_factory.mktemp("layouts")
     source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"}, hybrid_override_pattern="ME*E")
     convert(source, folder / "nemo", context=False)
     tiny_store(folder / "store", documents=60, longest=30, vocab_size=128)
     build_packs(TokenStore(folder / "store"), 64)
-    with RankServer(1) as one, RankServer(2) as two:
-        for name, (ranks, layout) in RUNS.items():
-            killed = name == "ep2"
-            settings = Settings(
-                layout=layout,
-                lora=LoraSettings(rank=4, alpha=8.0, experts="each"),
-                train=TrainSettings(steps=STEPS, warmup=0, global_batch=4, seq_length=64, lr=1e-3),
-                checkpoint=CheckpointSettings(every=2, minutes=0),
-                log=LogSettings(tensorboard=killed, wandb="offline" if killed else "off"),
-            )
-            path, server = write_run(folder, name, ranks, settings, validate=True), one if ranks == 1 else two
-            log = folder / name / "logs" / "rank0.log"
-            if killed:
-                assert -signal.SIGKILL in server.run(path, FAULT="kill:4"), log.read_text()[-3000:]
-            assert server.run(path) == [0] * ranks, log.read_text()[-3000:]
+    for name, (ranks, layout) in RUNS.items():
+        killed = name == "ep2"
+        run = settings(layout, tensorboard=killed, wandb="offline" if killed else "off")
+        path, log = write_run(folder, name, ranks, run, validate=True), folder / name / "logs" / "rank0.log"
+        if killed:
+            assert -signal.SIGKILL in servers[ranks].run(path, FAULT="kill:4"), log.read_text()[-3000:]
+        assert servers[ranks].run(path) == [0] * ranks, log.read_text()[-3000:]
     return folder
 
 
@@ -192,3 +203,26 @@ def test_every_metric_is_documented(layouts):
     for row in read_rows(layouts / "ep2" / "metrics.jsonl"):
         for name in set(row) - {"step", "time"}:
             assert any(re.fullmatch(pattern, name) for pattern in patterns), name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("nan:2", r"error: step 3: loss nan, gradient norm nan at lr .*: the run diverged; lower train\.lr"),
+        (
+            "memory:3",
+            r"error: out of memory on rank 0 in step 4: lower train\.seq_length \(64\); "
+            r"set train\.recompute=full \(now none.*layout\.ep=2, layout\.tp=1, layout\.pp=1.*Tried to allocate 2\.00",
+        ),
+    ],
+)
+def test_a_run_that_cannot_go_on_says_what_to_change(layouts, servers, fault, message):
+    name = fault.partition(":")[0]
+    path = write_run(layouts, name, 2, settings(Layout(ep=2), tensorboard=False, wandb="off"))
+    assert 0 not in servers[2].run(path, FAULT=fault)
+    log = (layouts / name / "logs" / "rank0.log").read_text()
+    assert re.search(message, log), log[-3000:]
+    assert not (layouts / name / "adapter").exists()
+    saved = [checkpoint.name for checkpoint in (layouts / name / "checkpoints").iterdir()]
+    assert saved == ["step-000002"]
