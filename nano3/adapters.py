@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear
+from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
 from megatron.core.ssm.mamba_mixer import MambaMixer, _split_tensor_factory
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -154,18 +155,32 @@ the expert model parallel group counts its own in the gradient's norm."""
 
 
 class SharedExpertsAdapter(ExpertsAdapter):
-    """One adapter for all routed experts of a layer, whole on every rank (expert tensor parallel 1).
+    """One adapter for all routed experts of a layer, whole on every rank.
 
     Its gradient is the sum over all tokens of all experts, wherever they are: the tokens of other expert-parallel ranks
     arrive through the data-parallel reduction (`allreduce=True`: that group spans the expert ranks), those of other
     tensor-parallel ranks through Megatron-Core's reduction of sequence-parallel parameters.
+
+    Under expert tensor parallelism a rank has a slice of every expert, and uses the slice of A or B that goes with it:
+    rows of B where the experts' output is split, columns of A where their input is. Each token then meets each slice
+    on one rank only, and the same two reductions add the slices' gradients up.
     """
 
     def __init__(self, base: Any, options: AdapterOptions) -> None:
         super().__init__(base, options)
         settings = {"bias": False, "dtype": base.config.params_dtype, "device": torch.cuda.current_device()}
-        self.linear_in = nn.Linear(base.in_features, options.rank, **settings)
-        self.linear_out = nn.Linear(options.rank, base.out_features, **settings)
+        ranks, rank = base._tp_group.size(), base._tp_group.rank()
+        row_parallel = isinstance(base, TERowParallelGroupedLinear)
+        whole_in, whole_out = base.in_features, base.out_features
+        self.columns = self.rows = slice(None)
+        if ranks > 1 and row_parallel:
+            whole_in *= ranks
+            self.columns = slice(rank * base.in_features, (rank + 1) * base.in_features)
+        elif ranks > 1:
+            whole_out *= ranks
+            self.rows = slice(rank * base.out_features, (rank + 1) * base.out_features)
+        self.linear_in = nn.Linear(whole_in, options.rank, **settings)
+        self.linear_out = nn.Linear(options.rank, whole_out, **settings)
         nn.init.zeros_(self.linear_out.weight)
         for parameter in self.parameters():
             parameter.allreduce = True  # type: ignore[attr-defined]
@@ -173,9 +188,10 @@ class SharedExpertsAdapter(ExpertsAdapter):
         self._finish(base, options.dora)
 
     def forward(self, x: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
-        """(tokens, in) -> (tokens, out)."""
+        """(tokens, in) -> (tokens, out), of the local slices."""
         self.count(splits)
-        return self.linear_out(self.linear_in(self.dropout(x))) * self.scale
+        low = F.linear(self.dropout(x), self.linear_in.weight[:, self.columns])
+        return F.linear(low, self.linear_out.weight[self.rows]) * self.scale
 
     def parts(self, base: Any) -> list[Part]:
         """One for every local expert, all with the same factors."""

@@ -28,7 +28,7 @@ from torch import nn
 
 from nano3.adapters import AdaptedLinear, AdapterOptions, DenseAdapter, EachExpertAdapter, SharedExpertsAdapter
 from nano3.cli import UserError
-from nano3.targets import EMBEDDING, OUTPUT, Size, is_routed, sizes
+from nano3.targets import EMBEDDING, OUTPUT, Size, check_sliced_experts, is_routed, sizes
 from nano3.vocabulary_adapters import AdaptedEmbedding, AdaptedOutput, EmbeddingAdapter, OutputAdapter
 
 
@@ -129,7 +129,7 @@ class Nano3LoRA(PEFT):
             self._fill(dense.linear_in.weight, path, 1 if dense.input_is_parallel else 0)
             return dense
         if parallel_state.get_expert_tensor_parallel_world_size() > 1:
-            raise UserError("adapters on routed experts need layout.etp=1")
+            check_sliced_experts(self.experts, self.dora, self.dropout)
         if self.experts == "each":
             each = EachExpertAdapter(module, self._options(size))
             first = parallel_state.get_expert_model_parallel_rank() * module.num_gemms

@@ -5,7 +5,7 @@ from __future__ import annotations
 from launch.layout import validate
 from nano3.arch import Arch
 from nano3.cli import UserError
-from nano3.targets import EMBEDDING, is_routed, select, sizes
+from nano3.targets import EMBEDDING, check_sliced_experts, is_routed, select, sizes
 from recipes.settings import Run, Settings, TrainSettings
 
 ONE_PACK = (
@@ -40,10 +40,7 @@ def _check_adapters(settings: Settings, arch: Arch) -> None:
     layout, lora = settings.layout, settings.lora
     paths = select(arch, lora.chosen_targets(), lora.experts)
     if layout.etp > 1 and any(map(is_routed, paths)):
-        raise UserError(
-            f"layout.etp={layout.etp}: adapters on routed experts are whole on every rank; "
-            "use layout.etp=1, or lora.experts=none"
-        )
+        check_sliced_experts(lora.experts, lora.dora, lora.dropout)
     for path, size in sizes(paths, lora.rank, lora.alpha, lora.rank_pattern, lora.alpha_pattern, lora.rslora).items():
         if size.rank % layout.tp and path != EMBEDDING and not is_routed(path):
             key = "lora.rank" if size.rank == lora.rank else "lora.rank_pattern"

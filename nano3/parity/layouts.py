@@ -9,8 +9,8 @@ from nano3.cli import UserError
 from nano3.parity.case import PATTERN, Case, Sizes
 
 LAYOUTS = (
-    "tp2", "tp4", "ep2", "ep4", "pp2", "pp3", "cp2", "cp4", "dp2",
-    "tp2.ep2", "tp2.cp2", "ep2.pp2", "cp2.ep2", "tp2.pp2.ep2", "tp2.pp2.cp2.ep2",
+    "tp2", "tp4", "ep2", "ep4", "etp2", "pp2", "pp3", "cp2", "cp4", "dp2",
+    "tp2.ep2", "tp2.cp2", "ep2.pp2", "cp2.ep2", "tp2.pp2.ep2", "tp2.ep2.etp2", "tp2.pp2.cp2.ep2",
     "tp2.ep2@M-*EM-", "pp3@M-*EM-", "cp2.ep2@MEM-E",
     "tp2.ep2+each", "cp2.ep2+each", "ep2.pp2+each", "tp2.ep2+dora", "cp2+dora",
 )  # fmt: skip
