@@ -133,6 +133,17 @@ def keep_fp32_exact(model: MambaModel) -> None:
                 keep_dtype(module, names)
 
 
+def packed_seq_params(batch: dict[str, torch.Tensor], context_parallel: int) -> PackedSeqParams:
+    """Document boundaries of the whole pack, as Transformer Engine and the Mamba mixer take them.
+
+    Under context parallelism Transformer Engine insists on the boundaries with padding too. Ours are the same, as
+    padding belongs to its document; without it they are left out, since it would compare the two in every layer.
+    """
+    boundaries, longest = batch["cu_seqlens"], int(batch["max_seqlen"])
+    padded = boundaries if context_parallel > 1 else None
+    return PackedSeqParams("thd", boundaries, boundaries, padded, padded, max_seqlen_q=longest, max_seqlen_kv=longest)
+
+
 def build_mcore_model(
     config: TransformerConfig,
     pattern: str,
