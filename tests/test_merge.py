@@ -14,11 +14,11 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from conversion.merge_lora import merge
-from conversion.names import linears
+from conversion.names import adaptable, adapter_shapes
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.digest import combine, layer_digest
-from nano3.targets import PRESETS, select
+from nano3.targets import PRESETS, select, sizes
 from tests.test_conversion import tree, truncate
 from tests.tiny import TINY_CONFIG, tiny_hf_folder
 
@@ -27,17 +27,17 @@ A = 0.125
 """Value of every element of every A: a row of B of value b then adds ALPHA / RANK * RANK * A * b = b to its row."""
 
 
-def adapter_tensors(arch: Arch, targets: tuple[str, ...], experts: str) -> dict[str, torch.Tensor]:
-    """A complete adapter, A constant and B zero."""
+def adapter_tensors(
+    arch: Arch, targets: tuple[str, ...], experts: str, dora: bool = False, rank_pattern: tuple[str, ...] = ()
+) -> dict[str, torch.Tensor]:
+    """A complete adapter, A constant and B zero; lengths one."""
     tensors = {}
-    for path in select(arch, targets, experts):
-        linear = next(
-            m for m in linears(arch, int(path.split(".")[2])) if path.endswith(f"s.{path.split('.')[2]}.{m.module}")
-        )
+    for path, size in sizes(select(arch, targets, experts), RANK, ALPHA, rank_pattern).items():
+        linear = adaptable(arch)[path]
         prefix = f"module.{path.replace('mlp.experts', 'mlp.experts.experts')}.adapter."
-        tensors[f"{prefix}linear_in.weight"] = torch.full((RANK, linear.width), A)
-        for suffix, rows in [(f".{name}", n) for name, n in linear.sections] or [("", linear.rows)]:
-            tensors[f"{prefix}linear_out.weight{suffix}"] = torch.zeros(rows, RANK)
+        for name, shape in adapter_shapes(linear, size.rank, experts == "each", dora).items():
+            value = {"linear_in": A, "linear_out": 0.0, "magnitude": 1.0}[name.split(".")[0]]
+            tensors[prefix + name] = torch.full(shape, value)
     return tensors
 
 
@@ -50,7 +50,8 @@ def write_adapter(
     **info: Any,
 ) -> Path:
     """An adapter folder after `change(tensors)`, written by PyTorch's own checkpoint code."""
-    tensors = adapter_tensors(Arch.from_config(config), targets, experts)
+    made = {name: info[name] for name in ("dora", "rank_pattern") if name in info and info.get("format") == 2}
+    tensors = adapter_tensors(Arch.from_config(config), targets, experts, **made)
     change(tensors)
     dcp.save(tensors, checkpoint_id=folder / "weights", no_dist=True)
     (folder / "weights" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
@@ -136,6 +137,82 @@ def test_every_routed_expert_gets_the_shared_delta(tmp_path: Path):
     before, after = merged(tmp_path, fill(LAYER.format(1, "mlp.experts.experts.linear_fc1"), (10, 0.0), (14, 1.0)))
     delta = rows((10, 0.0), (14, 1.0))
     check(before, after, {HF.format(1, f"experts.{expert}.up_proj"): delta for expert in range(8)})
+
+
+def test_each_expert_gets_its_own_delta(tmp_path: Path):
+    """Expert k of layer 1 gets 2**k on every row of down_proj, of the other module and layer nothing."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[LAYER.format(1, "mlp.experts.experts.linear_fc2")] += 2.0 ** torch.arange(8)[:, None, None]
+
+    before, after = merged(tmp_path, change, experts="each")
+    check(before, after, {HF.format(1, f"experts.{k}.down_proj"): rows((32, 2.0**k)) for k in range(8)})
+
+
+def test_a_rank_of_its_own_keeps_alpha(tmp_path: Path):
+    """Rank 2 on in_proj: alpha / 2 * 2 * A * b = b again, since A is constant; elsewhere nothing."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        assert tensors[LAYER.format(0, "mixer.in_proj") + ".dt"].shape == (8, 2)
+        fill(LAYER.format(0, "mixer.in_proj") + ".dt", (8, 3.0))(tensors)
+
+    before, after = merged(tmp_path, change, **{**FORMAT_2, "rank_pattern": ["in_proj:2"]})
+    check(before, after, {HF.format(0, "in_proj"): rows((256, 0.0), (8, 3.0))})
+
+
+def test_rank_stabilized_scale(tmp_path: Path):
+    """alpha / sqrt(4) instead of alpha / 4: twice as much."""
+    change = fill(LAYER.format(0, "mixer.out_proj"), (32, 1.0))
+    before, after = merged(tmp_path, change, **{**FORMAT_2, "rslora": True})
+    check(before, after, {HF.format(0, "out_proj"): rows((32, 2.0))})
+
+
+def test_dora_gives_every_row_its_length(tmp_path: Path):
+    """With B zero a row points as it did and is as long as the magnitude: 1, or 3 where that was changed."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["module.decoder.layers.1.mlp.experts.experts.linear_fc1.adapter.magnitude"][5, :10] = 3.0
+
+    before, after = merged(tmp_path, change, **{**FORMAT_2, "dora": True})
+    for name, lengths in {
+        "experts.5.up_proj": rows((10, 3.0), (14, 1.0)),
+        "experts.6.up_proj": rows((24, 1.0)),
+    }.items():
+        old, new = (tensors[HF.format(1, name)] for tensors in (before, after))
+        assert torch.allclose(new.norm(dim=1), lengths)
+        assert torch.allclose(new / lengths[:, None], old / old.norm(dim=1, keepdim=True))
+    assert torch.equal(after["backbone.embeddings.weight"], before["backbone.embeddings.weight"])
+
+
+@pytest.mark.parametrize("padding", [0, 128])
+def test_embedding_and_output_rows(padding: int, tmp_path: Path):
+    """Token 7 gets 1 in the embedding, token 9 gets 2 in lm_head; rows that pad the vocabulary are left out."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for module, token, value in (("embedding.word_embeddings", 7, 1.0), ("output_layer", 9, 2.0)):
+            key = f"module.{module}.adapter.linear_out.weight"
+            tensors[key][token] = value
+            tensors[key] = torch.cat([tensors[key], torch.full((padding, RANK), 5.0)])
+
+    before, after = merged(tmp_path, change, targets=("word_embeddings", "output_layer"))
+    expected = {
+        "backbone.embeddings.weight": rows((7, 0.0), (1, 1.0), (120, 0.0)),
+        "lm_head.weight": rows((9, 0.0), (1, 2.0), (118, 0.0)),
+    }
+    check(before, after, expected)
+
+
+def test_biases_that_moved_replace_those_of_the_base(tmp_path: Path):
+    moved = {layer: torch.arange(8.0) / 100 + layer for layer in (1, 4)}
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for layer, bias in moved.items():
+            tensors[f"module.decoder.layers.{layer}.mlp.router.expert_bias"] = bias
+
+    before, after = merged(tmp_path, change, router="balance")
+    names = {f"backbone.layers.{layer}.mixer.gate.e_score_correction_bias": bias for layer, bias in moved.items()}
+    for name, old in before.items():
+        assert torch.equal(after[name], names.get(name, old)), name
 
 
 @pytest.mark.parametrize(
@@ -232,6 +309,7 @@ def test_the_base_must_have_the_routers_of_the_training_run(rounded: bool, tmp_p
 IN = "module.decoder.layers.0.mixer.out_proj.adapter.linear_in.weight"
 OTHER = TINY_CONFIG | {"hybrid_override_pattern": "MEM*M"}
 FORMAT_2: dict[str, Any] = {"format": 2, "rank_pattern": [], "alpha_pattern": [], "rslora": False, "dora": False}
+# "said": what lora.json says besides, or instead of, what the tensors were made for.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": ({"config": OTHER}, "pattern: MEM[*]M != MEM[*]E"),
     "unreadable base config": ({"base_config": {"model_type": "llama"}}, "model_type"),
@@ -241,7 +319,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"change": lambda t: t.update({"module.decoder.layers.1.mlp.experts.experts.3.w": torch.zeros(1)})},
         r"holds module\.decoder\.layers\.1\.mlp\.experts\.experts\.3",
     ),
-    "experts not announced": ({"experts": "none", "change": lambda t: t.update(_experts())}, "mlp.experts"),
+    "experts not announced": ({"said": {"experts": "none"}}, "mlp.experts"),
     "wrong rank": ({"rank": 8}, r"has shape \(4, 64\)|has shape \(4, 32\)"),
     "rank not a number": ({"rank": "4"}, "rank '4'"),
     "alpha not finite": ({"alpha": float("nan")}, "alpha nan"),
@@ -249,36 +327,32 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "integers": ({"change": lambda t: t.update({IN: torch.zeros(4, 64).int()})}, "known are"),
     "later format": ({"format": 3}, "format 3"),
     "format 2 without its fields": ({"format": 2}, "lacks rank_pattern, alpha_pattern, rslora, dora"),
-    "format 1 with a field of format 2": ({"dora": True}, "format 1 and has dora"),
-    "a flag that is a word": ({**FORMAT_2, "dora": "no"}, "dora 'no' is not true or false"),
-    "a pattern that names nothing": ({**FORMAT_2, "rank_pattern": ["q_proj:8"]}, "'q_proj:8' names no adapted layer"),
-    "a rank that the tensors do not have": ({**FORMAT_2, "rank_pattern": ["in_proj:8"]}, r"has shape \(4, 32\)"),
-    "a magnitude that is not there": ({**FORMAT_2, "dora": True}, "magnitude"),
-    "experts announced one by one": ({"experts": "each"}, r"mlp\.experts\.experts"),
-    "unknown experts": ({"experts": "some"}, "experts 'some'"),
+    "format 1 with a field of format 2": ({"said": {"dora": True}}, "format 1 and has dora"),
+    "a flag that is a word": ({"said": FORMAT_2 | {"dora": "no"}}, "dora 'no' is not true or false"),
+    "a pattern that names nothing": (
+        {"said": FORMAT_2 | {"rank_pattern": ["q_proj:8"]}},
+        "'q_proj:8' names no adapted layer",
+    ),
+    "a rank that the tensors do not have": (
+        {"said": FORMAT_2 | {"rank_pattern": ["in_proj:8"]}},
+        r"has shape \(4, 32\)",
+    ),
+    "a magnitude that is not there": ({"said": FORMAT_2 | {"dora": True}}, "magnitude"),
+    "experts announced one by one": ({"said": {"experts": "each"}}, r"mlp\.experts\.experts"),
+    "unknown experts": ({"said": {"experts": "some"}}, "experts 'some'"),
     "balance without its biases": ({"router": "balance"}, "expert_bias"),
-    "unknown target": ({"targets": ("q_proj",)}, "q_proj"),
+    "unknown target": ({"said": {"targets": ["q_proj"]}}, "q_proj"),
 }
-
-
-EXPERTS_SAID = ("experts announced one by one", "unknown experts")
-"""Cases whose lora.json says another thing than what the tensors were made for."""
-
-
-def _experts() -> dict[str, torch.Tensor]:
-    every = adapter_tensors(Arch.from_config(TINY_CONFIG), PRESETS["all"], "shared")
-    return {key: value for key, value in every.items() if ".mlp.experts.experts." in key}
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_wrong_adapters_are_refused_before_anything_is_written(case: str, tmp_path: Path):
     arguments, message = REFUSED[case]
     base = tiny_hf_folder(tmp_path / "base")
-    said = {"targets", "experts"} & set(arguments) if case in ("unknown target", *EXPERTS_SAID) else set()
-    adapter = write_adapter(tmp_path / "adapter", **{k: v for k, v in arguments.items() if k not in said})
-    if said:
-        info = json.loads((adapter / "lora.json").read_text()) | {name: arguments[name] for name in said}
-        (adapter / "lora.json").write_text(json.dumps(info))
+    said = arguments.get("said", {})
+    adapter = write_adapter(tmp_path / "adapter", **{k: v for k, v in arguments.items() if k != "said"})
+    info = json.loads((adapter / "lora.json").read_text()) | said
+    (adapter / "lora.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=message):
         merge(base, adapter, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
