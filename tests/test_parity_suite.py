@@ -74,7 +74,11 @@ def test_a_deliberate_fault_is_beyond_the_bounds(faults, fault):
 
 @pytest.mark.parametrize(
     ("layout", "words"),
-    [("tp", "layout 'tp': write sizes of tp, pp"), ("xp2", "layout 'xp2'"), ("tp2+lora", "adapters are shared, each")],
+    [
+        ("tp", "layout 'tp': write sizes of tp, pp"),
+        ("xp2", "layout 'xp2'"),
+        ("tp2+lora", "variants are each, dora, allgather, not 'lora'"),
+    ],
 )
 def test_a_layout_that_is_none_is_refused(layout, words):
     with pytest.raises(UserError, match=words):

@@ -71,6 +71,7 @@ class Case:
     Args:
         dtype: of weights and activations, FP64 or FP32.
         adapters: "shared", "each" (one per routed expert) or "dora"; "none": all parameters are trained instead.
+        dispatcher: how tokens get to their experts, Megatron-Core's "alltoall" or "allgather".
         pattern: of the layers.
         seed: of weights and batches.
         packs: document lengths of the packs of a global batch.
@@ -78,6 +79,7 @@ class Case:
 
     dtype: torch.dtype = torch.float64
     adapters: Literal["shared", "each", "dora", "none"] = "shared"
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     pattern: str = PATTERN
     seed: int = 0
     packs: tuple[tuple[int, ...], ...] = PACKS

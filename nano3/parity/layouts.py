@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nano3.cli import UserError
 from nano3.parity.case import PATTERN, Case, Sizes
@@ -13,9 +13,16 @@ LAYOUTS = (
     "tp2.ep2", "tp2.cp2", "ep2.pp2", "cp2.ep2", "tp2.pp2.ep2", "tp2.ep2.etp2", "tp2.pp2.cp2.ep2",
     "tp2.ep2@M-*EM-", "pp3@M-*EM-", "cp2.ep2@MEM-E",
     "tp2.ep2+each", "cp2.ep2+each", "ep2.pp2+each", "tp2.ep2+dora", "cp2+dora",
+    "tp2.ep2+allgather", "tp2.ep2.etp2+allgather",
 )  # fmt: skip
-"""Among them a pattern with dense layers, one without attention, and other kinds of adapters."""
-KINDS = ("shared", "each", "dora")
+"""Among them a pattern with dense layers, one without attention, other kinds of adapters, the other dispatcher."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "each": {"adapters": "each"},
+    "dora": {"adapters": "dora"},
+    "allgather": {"dispatcher": "allgather"},
+}
+"""What may stand behind the plus sign, and what it changes in the case."""
 
 
 class Wanted(NamedTuple):
@@ -27,19 +34,19 @@ class Wanted(NamedTuple):
 
 
 def parse_layouts(texts: Iterable[str]) -> list[Wanted]:
-    """What LAYOUT, LAYOUT@PATTERN, LAYOUT+ADAPTERS or both, pattern first, ask for.
+    """What LAYOUT, LAYOUT@PATTERN, LAYOUT+VARIANT or both, pattern first, ask for.
 
     Raises:
         UserError: a text that is none of them.
     """
     found = []
     for text in texts:
-        rest, _, adapters = text.partition("+")
+        rest, _, variant = text.partition("+")
         sizes, _, pattern = rest.partition("@")
-        if adapters not in ("", *KINDS):
-            raise UserError(f"layout {text!r}: adapters are {', '.join(KINDS)}, not {adapters!r}")
+        if variant not in VARIANTS:
+            raise UserError(f"layout {text!r}: variants are {', '.join(filter(None, VARIANTS))}, not {variant!r}")
         try:
-            case = Case(pattern=pattern or PATTERN, adapters=adapters or "shared")  # type: ignore[arg-type]
+            case = Case(pattern=pattern or PATTERN, **VARIANTS[variant])
             found.append(Wanted(text, Sizes.parse(sizes), case))
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -38,6 +38,7 @@ from nano3.targets import PRESETS, adaptable_modules, select  # noqa: E402
 def config_of(case: Case, sizes: Sizes) -> TransformerConfig:
     """Megatron-Core's configuration of the case on a layout."""
     kwargs = transformer_kwargs(case.arch) | pipeline_kwargs(case.arch, sizes.pp)
+    kwargs["moe_token_dispatcher_type"] = case.dispatcher
     if case.dtype == torch.float64:
         kwargs["moe_router_dtype"] = "fp64"
     return TransformerConfig(
