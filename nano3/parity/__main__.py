@@ -19,14 +19,11 @@ from pathlib import Path
 
 from nano3.cli import fresh_file
 from nano3.cli import run as run_script
-from nano3.parity.layouts import LAYOUTS, parse_layouts
 
 
 def arguments() -> argparse.Namespace:
     parse = argparse.ArgumentParser(prog="python -m nano3.parity", description=(__doc__ or "").split("\n")[0])
-    parse.add_argument(
-        "layouts", nargs="*", default=LAYOUTS, metavar="LAYOUT", help="for example tp2.ep2; default: all"
-    )
+    parse.add_argument("layouts", nargs="*", metavar="LAYOUT", help="for example tp2.ep2; default: all")
     parse.add_argument("--precision", choices=["fp64", "fp32"], nargs="+", default=["fp64", "fp32"])
     parse.add_argument("--out", type=Path, default=Path("parity.json"), help="where the table goes as JSON")
     return parse.parse_args()
@@ -36,7 +33,9 @@ def main() -> int:
     args = arguments()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.perf_counter()
-    wanted = parse_layouts(args.layouts)
+    from nano3.parity.layouts import LAYOUTS, parse_layouts  # imports torch: not before warnings are silenced
+
+    wanted = parse_layouts(args.layouts or LAYOUTS)
     print("importing NeMo and Megatron-Core, once for all ranks ...", file=sys.stderr, flush=True)
     from nano3.quiet import quiet, quiet_imports
 
