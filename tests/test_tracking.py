@@ -146,13 +146,19 @@ def servers() -> Iterator[dict[int, RankServer]]:
 
 
 @pytest.fixture(scope="module")
-def layouts(servers, tmp_path_factory) -> Path:
-    """Four steps of an adapter for each expert on every layout of `RUNS`; the last is killed in step 4 and resumed."""
+def folder(tmp_path_factory) -> Path:
+    """Base model and store."""
     folder = tmp_path_factory.mktemp("layouts")
     source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"}, hybrid_override_pattern="ME*E")
     convert(source, folder / "nemo", context=False)
     tiny_store(folder / "store", documents=60, longest=30, vocab_size=128)
     build_packs(TokenStore(folder / "store"), 64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def layouts(servers, folder) -> Path:
+    """Four steps of an adapter for each expert on every layout of `RUNS`; the last is killed in step 4 and resumed."""
     for name, (ranks, layout) in RUNS.items():
         killed = name == "ep2"
         run = settings(layout, tensorboard=killed, wandb="offline" if killed else "off")
@@ -209,20 +215,20 @@ def test_every_metric_is_documented(layouts):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("nan:2", r"error: step 3: loss nan, gradient norm nan at lr .*: the run diverged; lower train\.lr"),
+        ("nan:2", r"UserError: step 3: loss nan, gradient norm nan at lr .*: the run diverged; lower train\.lr"),
         (
             "memory:3",
-            r"error: out of memory on rank 0 in step 4: lower train\.seq_length \(64\); "
+            r"UserError: out of memory on rank 0 in step 4: lower train\.seq_length \(64\); "
             r"set train\.recompute=full \(now none.*layout\.ep=2, layout\.tp=1, layout\.pp=1.*Tried to allocate 2\.00",
         ),
     ],
 )
-def test_a_run_that_cannot_go_on_says_what_to_change(layouts, servers, fault, message):
+def test_a_run_that_cannot_go_on_says_what_to_change(folder, servers, fault, message):
     name = fault.partition(":")[0]
-    path = write_run(layouts, name, 2, settings(Layout(ep=2), tensorboard=False, wandb="off"))
+    path = write_run(folder, name, 2, settings(Layout(ep=2), tensorboard=False, wandb="off"))
     assert 0 not in servers[2].run(path, FAULT=fault)
-    log = (layouts / name / "logs" / "rank0.log").read_text()
+    log = (folder / name / "logs" / "rank0.log").read_text()
     assert re.search(message, log), log[-3000:]
-    assert not (layouts / name / "adapter").exists()
-    saved = [checkpoint.name for checkpoint in (layouts / name / "checkpoints").iterdir()]
+    assert not (folder / name / "adapter").exists()
+    saved = [checkpoint.name for checkpoint in (folder / name / "checkpoints").iterdir()]
     assert saved == ["step-000002"]
