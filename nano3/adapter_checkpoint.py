@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,15 @@ def write_sharded(state: dict[str, Any], folder: Path) -> None:
     dist.barrier()
     # One thread: with more, PyTorch's writer starts processes, which costs more than adapters are worth.
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+    # Even so Megatron-Core has helper processes. A SIGTERM to the whole process group must not end them in the middle
+    # of a save: they inherit that it is blocked; this process gets it when it is through. (Python's resource tracker
+    # unblocks it when it starts, hence before.)
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

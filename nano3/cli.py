@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import sys
 import uuid
@@ -40,7 +41,7 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output has seen enough, as `head` has
+        if isinstance(error, BrokenPipeError) and _nobody_reads():  # who read has seen enough, as `head` has
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         print(f"error: {error}", file=sys.stderr)
@@ -48,6 +49,13 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of our stdout is gone; another pipe may break too, and that is an error."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
 def owner_of(folder: Path) -> str | None:

@@ -100,3 +100,15 @@ def test_exit_codes(error, code, capsys, monkeypatch):
         run(main)
     assert ended.value.code == code
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("pipe", "code"), [("head -1", 0), ("cat", 2)])
+def test_only_the_reader_of_our_output_may_have_seen_enough(pipe, code):
+    """`| head` is no error; a pipe to a helper process that broke is one, and was once a rank's silent success."""
+    main = "def main():\n for n in range(10**5): print(n)\n raise BrokenPipeError(32, 'Broken pipe')\n"
+    program = f"from nano3.cli import run\n{main}run(main)"
+    shell = f'{sys.executable} -c "$PROGRAM" | {pipe} > /dev/null; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", shell], env={**os.environ, "PROGRAM": program}, capture_output=True, check=False
+    )
+    assert done.returncode == code, done.stderr
