@@ -1,0 +1,105 @@
+"""The settings of a run that memory, speed and checks depend on, with the recipe's names and defaults.
+
+Imports neither torch nor NeMo. The recipe owns these settings (recipes/settings.py, which imports from here downwards
+only); tests/test_preflight.py holds names, types and defaults of the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from launch.hardware import Gpu
+from launch.layout import Layout
+from launch.memory import IMBALANCE, Workload
+from launch.plan_weights import Adapters
+from nano3.arch import Arch
+from nano3.cli import UserError
+from nano3.targets import PRESETS, select, sizes
+
+Recompute = Literal["full", "moe", "moe_act", "shared_experts", "layernorm", "mamba"]
+
+
+@dataclass
+class LoraPlan:
+    """The `lora` settings that take memory or time."""
+
+    preset: Literal["all", "attention", "peft"] = "all"
+    targets: list[str] = field(default_factory=list)
+    rank: int = 32
+    rank_pattern: list[str] = field(default_factory=list)
+    dora: bool = False
+    dropout: float = 0.0
+    experts: Literal["shared", "each", "none"] = "shared"
+
+
+@dataclass
+class TrainPlan:
+    """The `train` settings that take memory or time."""
+
+    steps: int = 300
+    micro_batch: int = 1
+    global_batch: int = 128
+    seq_length: int = 4096
+    recompute: list[Recompute] = field(default_factory=list)
+
+
+@dataclass
+class CheckpointPlan:
+    """The `checkpoint` settings that take disk."""
+
+    keep: int = 2
+
+
+@dataclass
+class Plan:
+    """What is to be checked."""
+
+    layout: Layout = field(default_factory=Layout)
+    lora: LoraPlan = field(default_factory=LoraPlan)
+    train: TrainPlan = field(default_factory=TrainPlan)
+    checkpoint: CheckpointPlan = field(default_factory=CheckpointPlan)
+    method: Literal["lora", "full"] = "lora"
+    """`full`: all weights are trained. This project trains adapters only; the plan knows both, to compare."""
+    imbalance: float = IMBALANCE
+    """Tokens of the busiest rank's experts over an even share."""
+
+    def adapters(self, arch: Arch) -> Adapters | None:
+        """The adapters, or None when all weights are trained; `UserError` for targets that name nothing."""
+        if self.method == "full":
+            return None
+        lora = self.lora
+        paths = select(arch, list(lora.targets or PRESETS[lora.preset]), lora.experts)
+        chosen = sizes(paths, lora.rank, float(lora.rank), lora.rank_pattern)
+        ranks = {path: size.rank for path, size in chosen.items()}
+        return Adapters(ranks, lora.experts == "each", lora.dora, lora.dropout > 0)
+
+    def workload(self, arch: Arch, ranks: int) -> Workload:
+        """The plan on so many ranks."""
+        train = self.train
+        if train.micro_batch < 1 or train.steps < 1 or not 0 <= self.lora.dropout < 1:
+            raise UserError("train.micro_batch and train.steps must be at least 1, lora.dropout from 0 to below 1")
+        return Workload(
+            arch=arch,
+            layout=self.layout,
+            ranks=ranks,
+            seq_length=train.seq_length,
+            global_batch=train.global_batch,
+            adapters=self.adapters(arch),
+            micro_batch=train.micro_batch,
+            imbalance=self.imbalance,
+            recompute=tuple(train.recompute),
+        )
+
+    def with_layout(self, layout: Layout, recompute: Sequence[Recompute] | None = None) -> Plan:
+        """The same with another layout and, where given, recomputation."""
+        train = self.train if recompute is None else replace(self.train, recompute=list(recompute))
+        return replace(self, layout=layout, train=train)
+
+
+def default_layout(arch: Arch, gpu: Gpu, ranks: int) -> Layout:
+    """Experts as wide as the NVLink domain allows, nothing else split: the layout that published evidence favours."""
+    domain = min(ranks, gpu.nvlink_domain, 8)
+    fitting = [size for size in range(1, domain + 1) if ranks % size == 0 and arch.n_routed_experts % size == 0]
+    return Layout(ep=max(fitting)) if arch.moe_layers else Layout()

@@ -1,0 +1,200 @@
+"""What would fail later though the layout is right: store, checkpoint, disk, paths, library versions.
+
+Imports neither torch nor NeMo. Every check returns findings instead of raising, so that one look shows all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.hardware import GIB
+from launch.layout import Layout
+from launch.plan_settings import Plan
+from launch.plan_weights import adapter_weights
+from nano3.arch import Arch, is_nemo_checkpoint
+from nano3.cli import UserError, owner_of
+from nano3.token_store import TokenStore
+
+WANTED = {"nemo-toolkit": "2.7.3", "megatron-core": "0.16.1"}
+"""Distributions that the recipe is written for (requirements.txt, requirements-gpu.txt)."""
+NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "wekafs", "ceph", "cifs", "fuse.glusterfs", "orangefs", "panfs"}
+"""File systems that other machines can see; the kernel's names."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`wrong`: the run would fail or could not be right. Otherwise something to know."""
+
+    wrong: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where things are. `mounts`: (outside, inside) of the container; None where there is no container."""
+
+    model: Path
+    data: Path | None = None
+    out: Path | None = None
+    mounts: tuple[tuple[Path, Path], ...] | None = None
+
+
+def check_store(plan: Plan, arch: Arch, paths: Paths) -> tuple[list[Finding], int | None]:
+    """The token store: whole, of the model's tokenizer, with packs of this length and padding; and how many packs."""
+    if paths.data is None:
+        return [Finding(False, "no --data: the token store was not looked at")], None
+    try:
+        store = TokenStore(paths.data)
+        if (paths.model / "tokenizer.json").is_file():
+            store.check_tokenizer(paths.model)
+    except UserError as error:
+        return [Finding(True, str(error))], None
+    largest = store.manifest["max_token_id"]
+    if largest >= arch.vocab_size:
+        text = f"{paths.data} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}"
+        return [Finding(True, text)], None
+    return _packs(plan, paths.data)
+
+
+def _packs(plan: Plan, data: Path) -> tuple[list[Finding], int | None]:
+    wanted = (plan.train.seq_length, plan.layout.document_multiple)
+    there = {}
+    for path in sorted(data.glob("packs-*/packs.json")):
+        try:
+            facts = json.loads(path.read_text())
+            there[facts["seq_length"], facts["pad_multiple"]] = facts["packs"]
+        except (ValueError, KeyError) as error:
+            return [Finding(True, f"{path} cannot be read ({error}); run data_prep/repack.py again")], None
+    if wanted not in there:
+        has = ", ".join(f"{length} (padded to {multiple})" for length, multiple in there) or "none"
+        padding = f" --pad-multiple {wanted[1]}" if wanted[1] > 1 else ""
+        remedy = f"run: python data_prep/repack.py {data} --seq-length {wanted[0]}{padding}"
+        text = f"{data} has no packs of {wanted[0]} tokens padded to {wanted[1]}; it has {has}; {remedy}"
+        return [Finding(True, text)], None
+    packs = there[wanted]
+    passes = plan.train.steps * plan.train.global_batch / packs
+    return [Finding(False, f"{packs} packs: {plan.train.steps} steps are {passes:.1f} passes over them")], packs
+
+
+def check_model(paths: Paths) -> list[Finding]:
+    """The checkpoint: every file that it names is there and as long as its header says."""
+    if is_nemo_checkpoint(paths.model):
+        metadata = [paths.model / "weights" / name for name in ("metadata.json", ".metadata")]
+        missing = [str(path) for path in metadata if not path.is_file()]
+        return [Finding(True, f"NeMo checkpoint without {', '.join(missing)}; convert it again")] if missing else []
+    index = paths.model / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (ValueError, KeyError) as error:
+        return [Finding(True, f"{index} cannot be read ({error}); download the model again")]
+    files = [paths.model / name for name in sorted(names)] or sorted(paths.model.glob("*.safetensors"))
+    if not files:
+        return [Finding(False, f"{paths.model} has no weights: only its config.json was looked at")]
+    return [Finding(True, problem) for path in files if (problem := _safetensors_problem(path))]
+
+
+def _safetensors_problem(path: Path) -> str | None:
+    """What is wrong with a safetensors file, by its header and length; None if nothing is."""
+    if not path.is_file():
+        return f"{path} is missing; download the model again"
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        try:
+            header = json.loads(file.read(length)) if 0 < length < 1 << 30 else {}
+        except ValueError:
+            header = {}
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if not ends:
+        return f"{path} has no readable header; download it again"
+    expected = 8 + length + max(ends)
+    size = path.stat().st_size
+    return f"{path} has {size} bytes and should have {expected}; download it again" if size != expected else None
+
+
+def disk_bytes(plan: Plan, arch: Arch, imports: bool) -> int:
+    """What a run writes: checkpoints (adapter in BF16, FP32 copy and two moments), one more while one is written, the
+    adapter itself, and the imported base where it is not a NeMo checkpoint yet."""
+    adapters = plan.adapters(arch)
+    values = (
+        0
+        if adapters is None
+        else sum(held.count * held.tensors for held in adapter_weights(arch, Layout(), 0, 2, adapters))
+    )
+    return values * (2 + 12) * (plan.checkpoint.keep + 2) + (2 * arch.parameters if imports else 0)
+
+
+def check_output(plan: Plan, arch: Arch, paths: Paths, nodes: int) -> list[Finding]:
+    """The output folder: ours or new, with room on its disk, and on a file system that other nodes can see."""
+    if paths.out is None:
+        return [Finding(False, "no --out: disk space and visibility of the output were not looked at")]
+    out = paths.out.resolve()
+    if out.is_dir() and any(out.iterdir()) and owner_of(out) is None:
+        return [Finding(True, f"{out} holds files that are no run of this project; choose another --out")]
+    there = next(parent for parent in (out, *out.parents) if parent.exists())
+    found = []
+    if not os.access(there, os.W_OK):
+        found.append(Finding(True, f"{there} cannot be written; choose another --out"))
+    need, free = disk_bytes(plan, arch, not is_nemo_checkpoint(paths.model)), shutil.disk_usage(there).free
+    room = f"{out} needs about {need / GIB:.1f} GiB and its disk has {free / GIB:.1f} GiB free"
+    found.append(Finding(need > free, room + ("; free some or choose another --out" if need > free else "")))
+    kind = file_system(there)
+    if nodes > 1 and kind not in NETWORK:
+        found.append(Finding(False, f"{there} is on {kind or 'an unknown file system'}: see that every node has it"))
+    return found
+
+
+def file_system(path: Path) -> str | None:
+    """The kernel's name of the file system that `path` is on, None where the kernel does not say."""
+    try:
+        lines = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return None
+    best: tuple[int, str | None] = (-1, None)
+    for line in lines:
+        _, where, kind, *_ = line.split()
+        if path == Path(where) or Path(where) in path.parents:
+            best = max(best, (len(where), kind))
+    return best[1]
+
+
+def check_mounts(paths: Paths) -> list[Finding]:
+    """Everything that a run reads or writes is mounted into the container."""
+    if paths.mounts is None:
+        return []
+    outside = [mount.resolve() for mount, _ in paths.mounts]
+    named = (("--model", paths.model), ("--data", paths.data), ("--out", paths.out))
+    return [
+        Finding(True, f"{what} {path.resolve()} is not mounted into the container (mounts: {_listed(outside)}); add it")
+        for what, path in named
+        if path is not None and not any(mount in (path.resolve(), *path.resolve().parents) for mount in outside)
+    ]
+
+
+def _listed(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths)) or "none"
+
+
+def check_versions(container: bool) -> list[Finding]:
+    """Library versions of this environment, which is the run's where there is no container."""
+    if container:
+        return [Finding(False, "library versions are those of the container: not looked at from here")]
+    return list(_versions())
+
+
+def _versions() -> Iterator[Finding]:
+    for name, wanted in WANTED.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(True, f"{name} {wanted} is not installed here; install it, or name a container")
+            continue
+        if found != wanted:
+            yield Finding(True, f"{name} is {found}; this recipe is written for {wanted}")
