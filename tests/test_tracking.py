@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conversion.hf_to_nemo import convert
 from conversion.torch_dist import TorchDistReader
@@ -120,7 +121,13 @@ def test_flops_of_the_real_model_are_two_for_every_active_parameter():
 
 
 STEPS = 4
-RUNS = {"one": (1, Layout()), "tp2": (2, Layout(tp=2)), "pp2": (2, Layout(pp=2)), "ep2": (2, Layout(ep=2))}
+RUNS: dict[str, tuple[int, Layout, list[Any]]] = {
+    "one": (1, Layout(), []),
+    "tp2": (2, Layout(tp=2), ["moe", "mamba"]),
+    "pp2": (2, Layout(pp=2), ["full"]),
+    "ep2": (2, Layout(ep=2), ["moe_act", "shared_experts", "layernorm"]),
+}
+"""Ranks, layout and what is recomputed: nothing of all this may change what is reported."""
 
 
 def report(folder: Path, name: str) -> dict[str, float]:
@@ -128,13 +135,15 @@ def report(folder: Path, name: str) -> dict[str, float]:
     return [row for row in read_rows(folder / name / "metrics.jsonl") if "loss" in row][-1]
 
 
-def settings(layout: Layout, **log: Any) -> Settings:
+def settings(layout: Layout, views: bool = False, **train: Any) -> Settings:
+    train = {"steps": STEPS, "warmup": 0, "global_batch": 4, "seq_length": 64, "lr": 1e-3, **train}
     return Settings(
         layout=layout,
         lora=LoraSettings(rank=4, alpha=8.0, experts="each"),
-        train=TrainSettings(steps=STEPS, warmup=0, global_batch=4, seq_length=64, lr=1e-3),
+        train=TrainSettings(**train),
+        router="balance",
         checkpoint=CheckpointSettings(every=2, minutes=0),
-        log=LogSettings(**log),
+        log=LogSettings(tensorboard=views, wandb="offline" if views else "off"),
     )
 
 
@@ -159,9 +168,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def layouts(servers, folder) -> Path:
     """Four steps of an adapter for each expert on every layout of `RUNS`; the last is killed in step 4 and resumed."""
-    for name, (ranks, layout) in RUNS.items():
+    for name, (ranks, layout, recompute) in RUNS.items():
         killed = name == "ep2"
-        run = settings(layout, tensorboard=killed, wandb="offline" if killed else "off")
+        run = settings(layout, views=killed, recompute=recompute)
         path, log = write_run(folder, name, ranks, run, validate=True), folder / name / "logs" / "rank0.log"
         if killed:
             assert -signal.SIGKILL in servers[ranks].run(path, FAULT="kill:4"), log.read_text()[-3000:]
@@ -171,10 +180,11 @@ def layouts(servers, folder) -> Path:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", list(RUNS)[1:])
-def test_norms_and_loads_are_those_of_one_rank(layouts, name):
+def test_what_is_reported_is_that_of_one_rank_without_recomputation(layouts, name):
     one, other = report(layouts, "one"), report(layouts, name)
-    names = {key for key in one if key.startswith(("adapter_norm", "expert_", "experts_"))}
-    assert len(names) == (1 + 12) + (2 * 3 + 1)  # twelve adapted layers, two of them with routed experts
+    names = {key for key in one if key.startswith(("adapter_norm", "expert", "loss", "grad_norm", "router_bias_norm"))}
+    # Twelve adapted layers, two of them with routed experts; one source of data.
+    assert len(names) == (1 + 12) + (2 * 3 + 1) + 2 + 2
     for key in names:
         assert other[key] == (one[key] if isinstance(one[key], list) else pytest.approx(one[key], rel=1e-4)), key
     for number in (1, 3):
@@ -212,6 +222,19 @@ def test_every_metric_is_documented(layouts):
 
 
 @pytest.mark.full
+def test_a_run_in_bf16_keeps_adam_in_fp32_and_follows_its_schedule(folder, servers):
+    schedule = {"schedule": "wsd", "warmup": 1, "decay": 2, "min_lr": 1e-4}
+    path = write_run(folder, "bf16", 2, settings(Layout(ep=2), precision="bf16", **schedule))
+    assert servers[2].run(path) == [0, 0], (folder / "bf16" / "logs" / "rank0.log").read_text()[-3000:]
+    # Warm-up 1/2, then the peak; p = 0 and 1/2 of the decay from it to a tenth.
+    rates = [row["lr"] for row in read_rows(folder / "bf16" / "metrics.jsonl")]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3 * (0.1 + 0.9 * (1 - 0.5**0.5))])
+    adam = TorchDistReader(folder / "bf16" / "checkpoints" / "step-000002" / "training" / "optimizer")
+    dtypes = {adam.whole(key).dtype for key in adam.shapes}
+    assert (len(adam.shapes) > 0, dtypes) == (True, {torch.float32})
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -225,7 +248,7 @@ def test_every_metric_is_documented(layouts):
 )
 def test_a_run_that_cannot_go_on_says_what_to_change(folder, servers, fault, message):
     name = fault.partition(":")[0]
-    path = write_run(folder, name, 2, settings(Layout(ep=2), tensorboard=False, wandb="off"))
+    path = write_run(folder, name, 2, settings(Layout(ep=2)))
     assert 0 not in servers[2].run(path, FAULT=fault)
     log = (folder / name / "logs" / "rank0.log").read_text()
     assert re.search(message, log), log[-3000:]
