@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             layout=Layout(ep=2),
             lora=LoraSettings(rank=4, alpha=8.0),
             train=TrainSettings(steps=STEPS, warmup=1, lr=1e-2, global_batch=4, seq_length=64, precision=precision),
-            log=LogSettings(tensorboard=False),
+            log=LogSettings(tensorboard=False, wandb="off"),
         )
         run(write_run(folder, precision, 2, settings))
     return folder
@@ -49,7 +49,7 @@ def everything(runs: Path) -> Path:
         layout=Layout(ep=2),
         lora=LoraSettings(rank=4, alpha=8.0, targets=targets, experts="each", dora=True, plus_ratio=2.0),
         train=TrainSettings(steps=STEPS, warmup=1, lr=1e-2, global_batch=4, seq_length=64, precision="bf16"),
-        log=LogSettings(tensorboard=False),
+        log=LogSettings(tensorboard=False, wandb="off"),
     )
     return run(write_run(runs, "everything", 2, settings))
 

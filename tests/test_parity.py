@@ -11,6 +11,7 @@ from conversion.torch_dist import TorchDistReader
 from data_prep.epochs import Epochs
 from data_prep.packing import build_packs
 from launch.layout import Layout
+from nano3.targets import PRESETS
 from nano3.token_store import TokenStore
 from recipes.settings import LogSettings, LoraSettings, Settings, TrainSettings
 from tests.tiny import tiny_hf_folder
@@ -19,6 +20,7 @@ from tests.tiny_store import tiny_store
 
 SEQ_LENGTH = 64
 LAYOUTS = {"one": (1, Layout()), "ep2": (2, Layout(ep=2)), "tp2": (2, Layout(tp=2))}
+TARGETS = [*PRESETS["all"], "word_embeddings", "output_layer"]
 MORE = {"pp2": (2, Layout(pp=2)), "tp2ep2": (2, Layout(tp=2, ep=2))}
 
 
@@ -26,18 +28,18 @@ MORE = {"pp2": (2, Layout(pp=2)), "tp2ep2": (2, Layout(tp=2, ep=2))}
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the outputs of all layouts."""
     folder = tmp_path_factory.mktemp("parity")
-    source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"}, hybrid_override_pattern="MEM*EM")
+    source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"}, hybrid_override_pattern="MEM*EM", vocab_size=133)
     convert(source, folder / "nemo", context=False)
     tiny_store(folder / "store", documents=60, longest=30, vocab_size=128)
     build_packs(TokenStore(folder / "store"), SEQ_LENGTH)
     for name, (ranks, layout) in (LAYOUTS | MORE).items():
         settings = Settings(
             layout=layout,
-            lora=LoraSettings(rank=4, alpha=8.0, plus_ratio=8.0),
+            lora=LoraSettings(rank=4, alpha=8.0, plus_ratio=8.0, targets=TARGETS),
             train=TrainSettings(
                 steps=1, warmup=0, global_batch=4, seq_length=SEQ_LENGTH, clip=1e9, lr=1e-3, weight_decay=0.0
             ),
-            log=LogSettings(tensorboard=False),
+            log=LogSettings(tensorboard=False, wandb="off"),
         )
         write_run(folder, name, ranks, settings, validate=True)
     for name in LAYOUTS:
@@ -54,7 +56,8 @@ def largest_errors(folder: Path, gradients: str) -> dict[str, float]:
     """Largest error of every adapter gradient against one rank's, relative to that gradient's largest value."""
     reader, expected = (TorchDistReader(folder / name / "weights") for name in (gradients, "one-grad"))
     assert set(reader.shapes) == set(expected.shapes)
-    assert len(expected.shapes) == 2 * 16 + 3 * 4  # sixteen adapted layers, three of them an in_proj with five sections
+    # Sixteen adapted layers, three of them an in_proj with five sections, embedding and output layer.
+    assert len(expected.shapes) == 2 * 16 + 3 * 4 + 2 * 2
     errors = {}
     for key in expected.shapes:
         reference = expected.whole(key)
