@@ -123,7 +123,7 @@ def test_stages_hold_every_layer_and_weigh_alike():
         assert min(sizes) >= 1
         assert len(set(sizes[1:-1])) <= 1  # what megatron-core can be told
         assert "".join(stages(NANO, pp)) == NANO.pattern
-    assert stage_sizes(NANO, 2) == (30, 22)  # the output layer weighs as much as eight layers
+    assert stage_sizes(NANO, 2) == (30, 22)  # the output layer alone weighs more than four MoE layers
     assert pipeline_kwargs(NANO, 3) == {
         "num_layers_in_first_pipeline_stage": 20,
         "num_layers_in_last_pipeline_stage": 13,

@@ -12,7 +12,7 @@ from nano3.cli import UserError
 from nano3.parity.case import PACKS, Case, Sizes
 from nano3.parity.layouts import parse_layouts
 
-FAST = ("tp2", "tp4", "ep2", "pp3", "cp2", "dp2", "tp2.ep2", "cp2.ep2")
+FAST = tuple(f"{sizes}@MEM*E" for sizes in ("tp2", "tp4", "ep2", "pp3", "cp2", "dp2", "tp2.ep2", "cp2.ep2"))
 
 
 def parity(*arguments: str) -> subprocess.CompletedProcess:
