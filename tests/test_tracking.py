@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from conversion.torch_dist import TorchDistReader
 from data_prep.packing import build_packs
 from launch.layout import Layout
 from nano3.arch import PRESETS, Arch
+from nano3.cli import UserError
 from nano3.flops import adapter_flops, forward_flops, linears, step_flops
 from nano3.journal import cut, read_rows
 from nano3.targets import select
 from nano3.token_store import TokenStore
+from nano3.views import WeightsAndBiases
 from recipes.settings import CheckpointSettings, LogSettings, LoraSettings, Settings, TrainSettings
 from tests.rank_server import RankServer
 from tests.tiny import TINY_CONFIG, tiny_hf_folder
@@ -81,6 +84,32 @@ def test_tensorboard_has_the_same_names_and_numbers(killed):
         assert [event.value for event in shown] == pytest.approx([value for _, value in expected])  # stored in FP32
     third = events.Histograms("expert_load/1")[2]
     assert (third.wall_time, third.histogram_value.bucket) == (1003.0, [3.0, 0.0, 3.0])
+
+
+def test_wandb_online_is_not_sent_what_it_has(tmp_path, monkeypatch):
+    import wandb
+
+    sent = []
+    run = SimpleNamespace(starting_step=4, log=lambda row, step: sent.append((step, row)), finish=lambda: None)
+    asked = []
+    monkeypatch.setattr(wandb, "init", lambda **arguments: asked.append(arguments) or run)
+    for _ in range(2):  # a start and a restart, both after step 2
+        view = WeightsAndBiases(str(tmp_path), "online", "project", "name", {})
+        view.open()
+        for step in (3, 4):
+            view.add({"step": step, "time": 1000.0, "loss": 1.0})
+        view.close()
+    assert sent == [(4, {"loss": 1.0, "_timestamp": 1000.0})] * 2  # the server had steps up to 3
+    assert [arguments["resume"] for arguments in asked] == ["allow", "allow"]
+    assert asked[0]["id"] == asked[1]["id"] == (tmp_path / "wandb" / "run-id").read_text()
+
+
+def test_wandb_without_an_account_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(UserError, match=r"did not start: No API key configured.*log\.wandb=offline"):
+        WeightsAndBiases(str(tmp_path), "online", "project", "name", {}).open()
 
 
 def test_a_cut_leaves_whole_rows_up_to_the_step(tmp_path):
