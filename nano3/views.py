@@ -103,8 +103,8 @@ class WeightsAndBiases:
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"Weights & Biases did not start: {reason}. Run `wandb login` on this machine, or take log.wandb=offline"
-                " and `wandb sync` later, or log.wandb=off"
+                f"Weights & Biases did not start: {reason}. Run `wandb login` on this machine, or take "
+                "log.wandb=offline and `wandb sync` later, or log.wandb=off"
             ) from error
         self.sent = self.run.starting_step
 
