@@ -35,8 +35,8 @@ check: $(INSTALLED) ## format, lint, types, and that imports go one way
 	$(VENV)/bin/mypy
 	$(PY) -m pytest -q tests/test_structure.py
 
-gpu-check: ## what can be checked on a GPU; uses GPU_PYTHON (python3), as in the NeMo container, not .venv
-	@$(GPU_PYTHON) tests/gpu_check.py
+gpu-check: ## what can be checked on GPUs, in tiers; uses GPU_PYTHON (python3), as in the NeMo container, not .venv
+	@$(GPU_PYTHON) -m tests.gpu_check $(GPU_ARGS)
 
 clean: ## removes caches and what can be fetched again; keeps runs/ and .venv
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache lightning_logs nemo_experiments
@@ -50,13 +50,14 @@ $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# Sources that the tests compare with, apart from .venv: mamba-ssm and causal-conv1d without their CUDA parts, and
-# Transformer Engine's Python. A minute at most, then kept.
+# Sources that the tests compare with, apart from .venv: mamba-ssm and causal-conv1d without their CUDA parts, with the two
+# small packages that they import, and Transformer Engine's Python. A minute at most, then kept. 4 MB, which `make
+# gpu-check` on a machine without a network or .venv finds beside the checkout.
 $(REFERENCE)/.done: Makefile | $(INSTALLED)
 	rm -rf $(REFERENCE)
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
 		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target $(REFERENCE) \
-		mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
+		mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0 einops==0.8.2 packaging
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest $(REFERENCE) \
 		transformer-engine==2.10.0
 	touch $@

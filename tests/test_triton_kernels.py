@@ -47,8 +47,9 @@ def sources() -> Path:
 @pytest.fixture(scope="module")
 def originals(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("triton") / "cases.pt"
-    command = [sys.executable, str(ROOT / "tests" / "triton_reference.py"), str(sources), str(out)]
-    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "tests.triton_reference", str(sources), str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert process.returncode == 0, process.stderr[-3000:]
     return torch.load(out)
 

@@ -1,92 +1,18 @@
 """Runs mamba-ssm's own GPU kernels on a CPU, by Triton's interpreter, and writes their outputs and gradients to a file.
 
-    python tests/triton_reference.py build/reference OUT.pt
+    python -m tests.triton_reference build/reference OUT.pt
 
-A process of its own: Triton reads TRITON_INTERPRET when it is imported, and the stand-ins must not be near. The
-convolution of causal-conv1d is CUDA C++ and cannot run here, so its package's own Python reference takes its place.
+A process of its own: Triton reads TRITON_INTERPRET when it is imported, and the stand-ins must not be near.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
 import sys
-import types
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
-import triton
 
-
-class FirstConfig:
-    """Stands for Triton's autotuner, which asks a GPU driver for timings: takes the first configuration.
-
-    Its `pre_hook` must run: it zeroes the buffers that kernels add into.
-    """
-
-    def __init__(self, kernel: Any, configs: list[Any]) -> None:
-        self.kernel, self.configs, self.best_config = kernel, configs, configs[0]  # read by mamba-ssm
-        inner = kernel
-        while not hasattr(inner, "arg_names"):
-            inner = inner.fn
-        self.arg_names = inner.arg_names
-
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, **options: Any) -> Any:
-            options = {**options, **self.best_config.kwargs}
-            if self.best_config.pre_hook:
-                self.best_config.pre_hook({**dict(zip(self.arg_names, args, strict=False)), **options})
-            return self.kernel[grid](*args, **options)
-
-        return launch
-
-
-def without_gpu() -> None:
-    """What the kernels' Python wrappers ask of a GPU before they launch."""
-    triton.autotune = lambda configs, **_: lambda kernel: FirstConfig(kernel, configs)
-    torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore[assignment,misc]
-    properties = types.SimpleNamespace(multi_processor_count=4, major=9, minor=0)
-    torch.cuda.get_device_properties = lambda *_: properties  # type: ignore[assignment]
-
-
-def load(folder: str) -> tuple[Any, Any]:
-    """mamba-ssm's `ssd_combined` and `layernorm_gated` from `folder`, without the CUDA extensions of its __init__."""
-    sys.path.insert(0, folder)
-    package = types.ModuleType("mamba_ssm")
-    package.__path__ = [os.path.join(folder, "mamba_ssm")]
-    sys.modules["mamba_ssm"] = package
-    sys.modules["causal_conv1d_cuda"] = types.ModuleType("causal_conv1d_cuda")
-    reference = importlib.import_module("causal_conv1d.causal_conv1d_interface").causal_conv1d_ref
-    ssd = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-
-    def forward(x: Any, weight: Any, bias: Any, seq_idx: Any, initial: Any, _final: Any, silu: bool) -> Any:
-        assert initial is None
-        return reference(x, weight, bias, seq_idx=seq_idx, activation="silu" if silu else None)
-
-    def backward(
-        x: Any,
-        weight: Any,
-        bias: Any,
-        dout: Any,
-        seq_idx: Any,
-        initial: Any,
-        _dfinal: Any,
-        dx: Any,
-        _: bool,
-        silu: bool,
-    ) -> Any:
-        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-        with torch.enable_grad():
-            out = forward(*leaves, seq_idx, initial, None, silu)
-        grads = torch.autograd.grad(out, leaves, dout)
-        dx.copy_(grads[0])
-        return dx, grads[1], grads[2], None
-
-    ssd.causal_conv1d_fwd_function, ssd.causal_conv1d_bwd_function = forward, backward
-    return ssd, importlib.import_module("mamba_ssm.ops.triton.layernorm_gated")
+from tests.gpu.originals import interpret, load
 
 
 def run(function: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> dict[str, Any]:
@@ -150,8 +76,8 @@ def documents(*lengths: int) -> torch.Tensor:
 
 def main() -> None:
     folder, out = sys.argv[1:]
-    without_gpu()
-    ssd, norm = load(os.path.abspath(folder))
+    interpret()
+    ssd, norm, _ = load(folder)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     cases = {
