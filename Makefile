@@ -57,7 +57,7 @@ $(REFERENCE)/.done: Makefile | $(INSTALLED)
 	rm -rf $(REFERENCE)
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
 		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target $(REFERENCE) \
-		mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0 einops==0.8.2 packaging
+		mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0 einops==0.8.2 packaging==24.2
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest $(REFERENCE) \
 		transformer-engine==2.10.0
 	touch $@
