@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.hardware import Gpu, find_gpu
@@ -64,35 +64,49 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
+@dataclass
 class Request:
-    """What was asked, resolved. Raises `UserError` for arguments that mean nothing."""
+    """What was asked. Raises `UserError` for numbers that mean nothing."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.gpu = find_gpu(args.hardware)
-        self.nodes, self.per_node = args.nodes, args.gpus_per_node or self.gpu.gpus_per_node
+    gpu: Gpu
+    nodes: int
+    per_node: int
+    arch: Arch
+    plan: Plan
+    paths: Paths
+
+    def __post_init__(self) -> None:
         if self.nodes < 1 or not 1 <= self.per_node <= self.gpu.gpus_per_node:
             raise UserError(
                 f"--nodes {self.nodes} must be at least 1 and --gpus-per-node {self.per_node} from 1 to "
                 f"{self.gpu.gpus_per_node}, the GPUs of a {self.gpu.name} node"
             )
-        folder = Path(args.model)
-        nemo = args.model not in PRESETS and is_nemo_checkpoint(folder)
-        self.arch = Arch.load(folder / "hf" if nemo else resolve_model(args.model))
-        self.ranks = self.nodes * self.per_node
-        self.plan = Plan(layout=default_layout(self.arch, self.gpu, self.ranks))
-        items = list(args.settings)
-        if args.seq is not None:
-            items.append(f"train.seq_length={args.seq}")
-        apply_overrides(self.plan, items)
-        mounts = [tuple(map(Path, (text.split(":") * 2)[:2])) for text in args.mount]
-        if mounts and not args.container:
-            raise UserError("--mount says what a container sees; give --container too")
-        self.paths = Paths(
-            model=folder if nemo else resolve_model(args.model),
-            data=args.data,
-            out=args.out,
-            mounts=tuple((outside, inside) for outside, inside in mounts) if args.container else None,
-        )
+
+    @property
+    def ranks(self) -> int:
+        """GPUs of the run."""
+        return self.nodes * self.per_node
+
+
+def read_request(args: argparse.Namespace) -> Request:
+    """The request that the arguments describe; `UserError` where they mean nothing."""
+    gpu, folder = find_gpu(args.hardware), Path(args.model)
+    nemo = args.model not in PRESETS and is_nemo_checkpoint(folder)
+    arch = Arch.load(folder / "hf" if nemo else resolve_model(args.model))
+    mounts = [tuple(map(Path, (text.split(":") * 2)[:2])) for text in args.mount]
+    if mounts and not args.container:
+        raise UserError("--mount says what a container sees; give --container too")
+    paths = Paths(
+        model=folder if nemo else resolve_model(args.model),
+        data=args.data,
+        out=args.out,
+        mounts=tuple((outside, inside) for outside, inside in mounts) if args.container else None,
+    )
+    request = Request(gpu, args.nodes, args.gpus_per_node or gpu.gpus_per_node, arch, Plan(), paths)
+    request.plan.layout = default_layout(arch, gpu, request.ranks)
+    length = [] if args.seq is None else [f"train.seq_length={args.seq}"]
+    apply_overrides(request.plan, [*args.settings, *length])
+    return request
 
 
 def look(request: Request) -> tuple[list[Finding], int | None]:
@@ -180,7 +194,7 @@ def search(request: Request) -> tuple[int, str]:
 
 def main() -> int:
     args = parser().parse_intermixed_args()
-    request = Request(args)
+    request = read_request(args)
     code, text = search(request) if args.search else report(request, not args.rules_only)
     print(text)
     if args.errors:

@@ -63,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--adapter", help="with --eval-only: adapter folder, or none for the base (default: OUT/adapter if it exists)"
     )
+    parse.add_argument(
+        "--cluster", type=Path, help="site file of a Slurm cluster (default with --nodes above 1: cluster.yaml)"
+    )
     parse.add_argument("--dry-run", action="store_true", help="print the resolved recipe and layout, start nothing")
     parse.add_argument("--overwrite", action="store_true", help="start over in an OUT that has a run")
     parse.add_argument("settings", nargs="*", metavar="key=value", help="for example layout.ep=8 lora.rank=16")
@@ -167,6 +170,19 @@ def train(task: Run, arch: Arch, overwrite: bool = False) -> int:
     return local_run.train(task, overwrite)
 
 
+def _on_cluster(args: argparse.Namespace, task: Run, arch: Arch) -> int:
+    """Checks the run and submits it to Slurm; with --dry-run prints what preflight says and the script."""
+    from recipes import cluster_run
+
+    for flag, given in (("--local", args.local), ("--eval-only", args.eval_only), ("--overwrite", args.overwrite)):
+        if given:
+            raise UserError(f"{flag} is for runs on this machine; leave it out with --cluster or --nodes above 1")
+    site = cluster_run.site_of(task, args.cluster or Path("cluster.yaml"))
+    if not args.dry_run:
+        check_data(task, arch)
+    return cluster_run.submit(task, site, args.dry_run)
+
+
 def main() -> int:
     args = parser().parse_intermixed_args()
     task, arch = resolve(args)
@@ -175,12 +191,9 @@ def main() -> int:
         if args.data:
             check_data(task, arch)
         print(describe(task, arch))
-        return 0
-    if task.nodes > 1:
-        raise UserError(
-            f"--nodes {task.nodes} needs a cluster, and submitting to one is not part of this version. "
-            "See what would run with --dry-run, or run the same recipe on CPU ranks with --local --ranks R"
-        )
+        return _on_cluster(args, task, arch) if args.cluster else 0
+    if args.cluster or task.nodes > 1:
+        return _on_cluster(args, task, arch)
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if not task.cpu and gpus < task.ranks_per_node:
         raise UserError(

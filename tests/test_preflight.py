@@ -34,7 +34,7 @@ TABLE = [
 
 
 def asked(*arguments: str) -> preflight.Request:
-    return preflight.Request(preflight.parser().parse_intermixed_args(list(arguments)))
+    return preflight.read_request(preflight.parser().parse_intermixed_args(list(arguments)))
 
 
 def test_the_table_is_long_enough_and_every_row_has_a_reason():

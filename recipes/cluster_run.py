@@ -1,0 +1,110 @@
+"""A run on a Slurm cluster: looked at, written to OUT, submitted; and the job's first step.
+
+`submit` is what `recipes/nemotron_lora.py --nodes N` does. `python -m recipes.cluster_run OUT/run.json` is what the job
+does once before its ranks start: the base weights are imported unless they are there, half-written checkpoints removed.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from launch.hardware import find_gpu
+from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
+from launch.preflight import Request, report
+from launch.preflight_checks import Paths
+from launch.slurm import Cluster, Job, render
+from launch.slurm import submit as hand_over
+from nano3.arch import Arch
+from nano3.checkpoint_folder import clear_unfinished
+from nano3.cli import UserError, fresh_output, owner_of, run
+from recipes.local_run import KIND, import_base, refuse_finished
+from recipes.settings import Run
+
+
+def job_of(task: Run) -> Job:
+    """The job of a run: its first step and its ranks."""
+    written = str(Path(task.out) / "run.json")
+    return Job(
+        name=Path(task.out).name,
+        command=["-m", "recipes.worker", written],
+        nodes=task.nodes,
+        prepare=["-m", "recipes.cluster_run", written],
+    )
+
+
+def plan_of(task: Run) -> Plan:
+    """The run's settings as far as preflight looks at them."""
+    settings = task.settings
+
+    def of(kind: Any, group: Any) -> Any:
+        return kind(**{field.name: getattr(group, field.name) for field in fields(kind)})
+
+    return Plan(
+        layout=settings.layout,
+        lora=of(LoraPlan, settings.lora),
+        train=of(TrainPlan, settings.train),
+        checkpoint=of(CheckpointPlan, settings.checkpoint),
+    )
+
+
+def preflight(task: Run, cluster: Cluster) -> tuple[int, str]:
+    """(exit code, what to print), see `launch.preflight.report`."""
+    base = Path(task.base)
+    own = base == Path(task.out) / "base"
+    mounts = tuple((Path(text.split(":")[0]), Path(text.split(":")[-1])) for text in cluster.mounts)
+    paths = Paths(
+        model=Path(task.model) if own else base,
+        data=Path(task.data) if task.data else None,
+        out=Path(task.out),
+        mounts=mounts if cluster.container is not None else None,
+    )
+    request = Request(
+        find_gpu(cluster.hardware), task.nodes, task.ranks_per_node, Arch.load(task.model), plan_of(task), paths
+    )
+    return report(request, files=True)
+
+
+def site_of(task: Run, file: Path) -> Cluster:
+    """The site in `file`; `UserError` when it cannot be used or has another number of GPUs in a node."""
+    cluster = Cluster.load(file)
+    if task.ranks_per_node != max(1, cluster.gpus_per_node):
+        raise UserError(f"--gpus-per-node {task.ranks_per_node}, but {file} has gpus_per_node: {cluster.gpus_per_node}")
+    return cluster
+
+
+def submit(task: Run, cluster: Cluster, dry_run: bool) -> int:
+    """Prints the preflight and the script (`dry_run`), or writes OUT/run.json and submits; the exit code.
+
+    Raises:
+        UserError: a finished run in OUT, or Slurm's refusal.
+    """
+    out, script = Path(task.out), render(cluster, job_of(task))
+    code, text = preflight(task, cluster)
+    print(text, file=sys.stderr)
+    if dry_run:
+        print(script, end="")
+        return code
+    if code:
+        return code
+    if owner_of(out) != KIND:
+        with fresh_output(out, KIND):
+            pass
+    refuse_finished(out)
+    (out / "run.json").write_text(task.to_json() + "\n")
+    (out / "job.sbatch").write_text(script)
+    print(f"submitted job {hand_over(script, Path(cluster.logs))}; logs in {cluster.logs}")
+    return 0
+
+
+def main() -> None:
+    task = Run.from_json(Path(sys.argv[1]).read_text())
+    refuse_finished(Path(task.out))
+    clear_unfinished(Path(task.out))
+    import_base(task)
+
+
+if __name__ == "__main__":
+    run(main)

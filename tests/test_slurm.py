@@ -1,0 +1,230 @@
+"""Slurm scripts compared whole with checked-in files, and what a site file may say."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data_prep.packing import build_packs
+from launch.slurm import ENVIRONMENT, EXAMPLE, Cluster, Job, render
+from nano3.cli import UserError
+from nano3.token_store import TokenStore, tokenizer_sha256
+from recipes.settings import Run
+from tests.tiny import tiny_hf_folder
+from tests.tiny_store import tiny_store
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES, GOLDEN = ROOT / "launch" / "examples", ROOT / "tests" / "golden"
+SITE = Cluster("my_account", "batch")
+RUN = Job(
+    "lora", ["-m", "recipes.worker", "runs/lora/run.json"], 2, ["-m", "recipes.cluster_run", "runs/lora/run.json"]
+)
+
+
+def example(name: str) -> Cluster:
+    return Cluster.load(EXAMPLES / f"{name}.yaml")
+
+
+SCRIPTS = {
+    EXAMPLES / "h100-2x8.sbatch": lambda: render(example("h100-2x8"), RUN),
+    EXAMPLES / "b300-4x8.sbatch": lambda: render(example("b300-4x8"), replace(RUN, nodes=4)),
+    GOLDEN / "one-node-no-container.sbatch": lambda: render(
+        replace(SITE, gres=False, setup=["module load cuda"], options=["qos=high"]), replace(RUN, nodes=1)
+    ),
+    GOLDEN / "array-of-seeds.sbatch": lambda: render(
+        SITE, Job("seeds", ["-m", "recipes.worker", "runs/{seed}/run.json"], seeds=(1, 2, 3))
+    ),
+    GOLDEN / "after-another-job.sbatch": lambda: render(SITE, replace(RUN, after=1234)),
+    GOLDEN / "cpu-nodes.sbatch": lambda: render(
+        replace(SITE, partition="cpu", gpus_per_node=0, cpus_per_task=16, exclusive=False, signal_seconds=0),
+        Job("prepare", ["data_prep/prepare.py", "--input", "my chats.jsonl"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_scripts_are_the_checked_in_ones(file):
+    """After a wanted change write them again: UPDATE_GOLDEN=1 pytest tests/test_slurm.py, and read the difference."""
+    script = SCRIPTS[file]()
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(script)
+    assert script == file.read_text()
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_scripts_are_right_for_the_shell(file):
+    done = subprocess.run(["bash", "-n", str(file)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def fake_slurm(folder: Path, number: str = "4711") -> dict[str, str]:
+    """A PATH whose srun runs its command, whose scontrol names two nodes, and whose sbatch keeps what it is given."""
+    tools = {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "scontrol": "echo node7; echo node8",
+        "python": f'printf "%s|" "$@" >> {folder}/ran; echo >> {folder}/ran',
+        "sbatch": f"cat > {folder}/submitted; echo {number}",
+        "scancel": f"echo $1 > {folder}/cancelled",
+        "squeue": 'echo "4711 RUNNING 1:00 of 4:00:00 on 2 nodes node[7-8]"',
+    }
+    for name, body in tools.items():
+        tool = folder / name
+        tool.write_text(f"#!/bin/bash\n{body}\n")
+        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    return os.environ | {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "n[7-8]",
+    }
+
+
+def test_a_job_prepares_once_and_starts_a_launcher_that_finds_the_first_node(tmp_path):
+    script = render(replace(SITE, workdir=str(tmp_path)), RUN)
+    done = subprocess.run(["bash"], input=script, text=True, capture_output=True, env=fake_slurm(tmp_path), check=False)
+    assert done.returncode == 0, done.stderr
+    prepare, ranks = (tmp_path / "ran").read_text().splitlines()
+    assert prepare == "-m|recipes.cluster_run|runs/lora/run.json|"
+    assert "--rdzv-endpoint=node7:29500|" in ranks
+    assert "--rdzv-id=4711|" in ranks
+    assert "--nnodes=2|--nproc-per-node=8|" in ranks
+    assert ranks.endswith("-m|recipes.worker|runs/lora/run.json|")
+
+
+def test_a_failed_preparation_ends_the_job(tmp_path):
+    environment = fake_slurm(tmp_path)
+    (tmp_path / "python").write_text("#!/bin/bash\nexit 3\n")
+    script = render(replace(SITE, workdir=str(tmp_path)), RUN)
+    done = subprocess.run(["bash"], input=script, text=True, capture_output=True, env=environment, check=False)
+    assert done.returncode == 3
+
+
+def script(*arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "launch" / "slurm.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=cwd)
+
+
+def test_the_command_line_renders_submits_looks_and_cancels(tmp_path):
+    environment, site = fake_slurm(tmp_path), str(EXAMPLES / "h100-2x8.yaml")
+    job = ["--cluster", site, "--nodes", "2", "--name", "lora", "--prepare", shlex.join(RUN.prepare or [])]
+    dry = script(*job, "--dry-run", "--", *RUN.command, env=environment)
+    assert dry.stdout == (EXAMPLES / "h100-2x8.sbatch").read_text()
+    assert not (tmp_path / "submitted").exists()
+    (tmp_path / "cluster.yaml").write_text(f"account: me\npartition: batch\nlogs: {tmp_path}/logs\n")
+    sent = script("--name", "x", "--", "-m", "recipes.worker", "r.json", env=environment, cwd=tmp_path)
+    assert sent.stdout == f"submitted job 4711; logs in {tmp_path}/logs\n", sent.stderr
+    assert "recipes.worker r.json" in (tmp_path / "submitted").read_text()
+    assert script("status", "4711", env=environment).stdout.startswith("4711 RUNNING")
+    assert script("cancel", "4711", env=environment).returncode == 0
+    assert (tmp_path / "cancelled").read_text() == "4711\n"
+
+
+def test_without_slurm_one_is_told_so(tmp_path):
+    (tmp_path / "cluster.yaml").write_text("account: me\npartition: batch\n")
+    done = script("--", "-m", "x", env=os.environ | {"PATH": "/nowhere"}, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "sbatch is not here" in done.stderr
+    assert "--dry-run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "copy .*cluster.example.yaml there"),
+        (EXAMPLE.read_text(), "account is not filled in"),
+        ("partition: x", "has no account"),
+        ("account: a\npartition: b\nnods: 2", "unknown key nods; did you mean"),
+        ("account: a\npartition: b\ngres: maybe", "gres must be bool, but it is 'maybe'"),
+        ("account: a\npartition: b\ngpus_per_node: true", "gpus_per_node must be int"),
+        ("account: a\npartition: b\nhardware: a100", "hardware 'a100' is not known"),
+        ("account: a\npartition: b\nmounts: ['/x:/x']", "mounts are of a container"),
+        ("account: [", "is not valid YAML"),
+        ("just words", "must hold keys and values"),
+    ],
+)
+def test_a_site_file_is_checked(tmp_path, text, message):
+    path = tmp_path / "cluster.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        Cluster.load(path)
+
+
+def test_the_example_names_every_key_with_its_default():
+    text = EXAMPLE.read_text().replace("account: FILL IN", "account: a").replace("partition: FILL IN", "partition: b")
+    path = EXAMPLE.parent / "cluster.example.yaml"
+    import yaml
+
+    raw = yaml.safe_load(text)
+    assert Cluster(**raw) == Cluster("a", "b")
+    assert set(raw) == set(Cluster.__dataclass_fields__), path
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ({"command": []}, "no command"),
+        ({"command": ["x"], "nodes": 0}, "--nodes 0"),
+        ({"command": ["x"], "seeds": (1,)}, "an array of seeds wants {seed}"),
+        ({"command": ["{seed}"]}, "wants --array"),
+    ],
+)
+def test_jobs_that_mean_nothing_are_refused(job, message):
+    with pytest.raises(UserError, match=message):
+        Job("x", **job)
+
+
+def recipe(*arguments: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "recipes" / "nemotron_lora.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=cwd)
+
+
+def test_the_recipe_looks_first_and_submits_what_fits(tmp_path):
+    environment = fake_slurm(tmp_path)
+    model = tiny_hf_folder(tmp_path / "hf")
+    data = tiny_store(tmp_path / "store", 40, 60, 128, tokenizer=tokenizer_sha256(model))
+    build_packs(TokenStore(data), 64)
+    out = tmp_path / "runs" / "mine"
+    arguments = ["--model", str(model), "--data", str(data), "--out", str(out), "--nodes", "2", "train.seq_length=64"]
+    bare = recipe(*arguments, env=environment, cwd=tmp_path)
+    assert bare.returncode == 2
+    assert "no cluster.yaml: copy" in bare.stderr
+    assert "fill in account and partition" in bare.stderr
+    (tmp_path / "cluster.yaml").write_text(f"account: me\npartition: batch\nlogs: {tmp_path}/logs\n")
+    dry = recipe(*arguments, "--dry-run", "--cluster", "cluster.yaml", env=environment, cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert "fits: layout.ep=8 on 16 h100" in dry.stderr
+    assert not (tmp_path / "submitted").exists()
+    sent = recipe(*arguments, env=environment, cwd=tmp_path)
+    assert sent.returncode == 0, sent.stderr
+    assert sent.stdout == f"submitted job 4711; logs in {tmp_path}/logs\n"
+    assert (tmp_path / "submitted").read_text() == (out / "job.sbatch").read_text()
+    assert dry.stdout.endswith((out / "job.sbatch").read_text())
+    assert Run.from_json((out / "run.json").read_text()).nodes == 2
+    (tmp_path / "submitted").unlink()
+    huge = recipe(*arguments[:-1], "train.seq_length=48", env=environment, cwd=tmp_path)
+    assert huge.returncode == 2
+    assert "has no packs-48" in huge.stderr
+    local = recipe(*arguments, "--overwrite", env=environment, cwd=tmp_path)
+    assert "--overwrite is for runs on this machine" in local.stderr
+    assert not (tmp_path / "submitted").exists()
+
+
+@pytest.mark.full
+def test_nemo_run_gets_the_same_settings():
+    from launch.slurm_nemo_run import executor
+
+    site = replace(example("h100-2x8"), options=["qos=high"])
+    made = executor(site, RUN)
+    assert (made.account, made.partition, made.time, made.nodes) == ("my_account", "batch", "04:00:00", 2)
+    assert (made.container_image, made.container_mounts) == (site.container, site.mounts)
+    assert (made.gres, made.signal, made.exclusive) == ("gpu:8", "TERM@300", True)
+    assert made.additional_parameters == {"qos": "high"}
+    assert made.env_vars == ENVIRONMENT | {"HF_HOME": "/lustre/me/hf"}
