@@ -5,7 +5,7 @@
     python -m tests.gpu_check --nano FOLDER --data STORE     # tier c ends with tokens a second of the real model
 
 Before, where there is a network: `make build/reference` (4 MB), and take the checkout along with it: nothing is fetched
-or compiled by pip here. Writes gpu-check.md and gpu-check.json, to be pasted into docs/gpu.md. Exit code 0: what could
+or compiled by pip here. Writes runs/gpu-check.md and .json, to be pasted into docs/gpu.md. Exit code 0: what could
 run passed, and the last line says which tiers those are; 1: something failed, or nothing could run; 2: no CUDA device.
 """
 
@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.gpu.record import ROOT, Tier, as_json, markdown, rows_from
+from tests.gpu.record import ROOT, Row, Tier, as_json, markdown, rows_from
 
 REFERENCE = ROOT / "build" / "reference"
 STACK = ("megatron.core", "nemo", "transformer_engine", "mamba_ssm", "causal_conv1d")
@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--tiers", default="abc", help="which, for example ab (default: abc)")
     parse.add_argument("--nano", help="folder of the real model, for tokens a second in tier c")
     parse.add_argument("--data", help="token store with packs of 4096 for it")
-    parse.add_argument("--out", type=Path, default=ROOT / "gpu-check", help="name of the record, without its ending")
+    parse.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "gpu-check", help="name of the record, without its ending"
+    )
     return parse
 
 
@@ -61,8 +63,11 @@ def kernels(tier: Tier) -> None:
         return tier.skip(f"no {REFERENCE}: run `make build/reference` where there is a network, and bring the folder")
     done = _run("tests.gpu.kernels", str(REFERENCE))
     tier.rows = rows_from(done.stdout)
+    if not _missing(("pytest",)):
+        recurrence = _run("pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py", "-k", "cuda")
+        tier.rows.append(Row("tests/test_kernels.py on CUDA tensors", recurrence.returncode, 0, "(exit code)"))
     tier.judge()
-    if done.returncode and not tier.reason:
+    if done.returncode and tier.state == "passed":
         tier.fail(done.stderr.strip()[-1500:])
     return None
 
@@ -128,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
     tiers = run_tiers(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in ((".md", markdown(tiers, machine)), (".json", as_json(tiers, machine))):
         args.out.with_suffix(path).write_text(text)
     print(markdown(tiers, machine))
