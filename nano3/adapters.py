@@ -23,6 +23,7 @@ from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_a
 from torch import nn
 
 from nano3.dora import MAGNITUDE, Decomposed, Part
+from nano3.dropout import InputDropout
 
 Sharded = dict[str, Any]
 
@@ -60,14 +61,15 @@ class DenseAdapter(ParallelLinearAdapter, Decomposed):
             column_init_method="zero",  # A is filled by the caller
             row_init_method="zero",
             input_is_parallel=row_parallel,
-            dropout=options.dropout,
-            dropout_position="pre",
+            dropout_position="pre",  # see `InputDropout`
             model_parallel_config=base.config,
             alpha=options.scale * options.rank,
             disable_sequence_parallel_comm=no_gather,
             base_linear_is_parallel=parallel,
         )
         self.scale = options.scale
+        part = row_parallel or (base.config.sequence_parallel and not no_gather)  # of the features, or the positions
+        self.dropout = InputDropout(options.dropout, "part" if part else "whole")
         if isinstance(parent, MambaMixer) and path.endswith("in_proj"):
             states = parent.ngroups_local_tp * parent.d_state
             inner, heads = parent.d_inner_local_tp, parent.nheads_local_tp
@@ -126,7 +128,7 @@ class ExpertsAdapter(Decomposed):
     def __init__(self, base: Any, options: AdapterOptions) -> None:
         super().__init__()
         self.scale = options.scale
-        self.dropout = nn.Dropout(options.dropout)
+        self.dropout = InputDropout(options.dropout, "experts")
         self.received = [0] * base.num_gemms
 
     def _finish(self, base: Any, dora: bool) -> None:

@@ -1,0 +1,37 @@
+"""Tensor-parallel ranks drop the same of an input that each has whole, and not of one that they share out."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("dropout") / "out.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANO3_CPU": "1"}
+    command = [sys.executable, "-m", "tests.dropout_probe", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2.ep2"])
+def test_dropout_agrees_where_the_input_is_the_same_and_nowhere_else(probe, layout):
+    (other, same), (parts_other, parts_same) = probe[layout]["alike"]["whole"], probe[layout]["alike"]["part"]
+    assert other == 0
+    assert same > 10
+    assert parts_same == 0
+    assert parts_other > 10
+    assert probe[layout]["generators"]
+    assert 0.48 < probe[layout]["kept"] < 0.52
+
+
+def test_with_one_generator_the_experts_tokens_would_take_the_ranks_apart(probe):
+    assert probe["one generator"]["alike"]["whole"][0] > 0
+    assert not probe["one generator"]["generators"]
