@@ -43,8 +43,8 @@ class WholeState:
         self.inner.state[parameter].update({name: tensors[name].to(parameter.device) for name in MOMENTS})
 
     def empty(self, parameter: torch.nn.Parameter) -> Tensors:
-        """Tensors of what `write` wants, to load into."""
-        return {name: torch.empty_like(parameter.detach()) for name in MOMENTS}
+        """Tensors in host memory of what `write` wants, to load into."""
+        return {name: torch.empty_like(parameter.detach(), device="cpu") for name in MOMENTS}
 
     def holders(self) -> Iterator[torch.Tensor]:
         """The keys of the inner optimizer's state."""
@@ -71,18 +71,18 @@ class SlicedState:
         return self.inner.param_groups[group]["params"][place], slice(part.start, part.end)
 
     def read(self, parameter: torch.nn.Parameter) -> Tensors:
-        """The parameter's moments and master from all data-parallel ranks, which must all call it; in its shape.
+        """The parameter's moments and master from all data-parallel ranks, which must all call it; in host memory.
 
         Slices are put together by a sum of integers, so that not even the sign of a zero is lost.
         """
         mine, whole = self._mine(parameter), self.empty(parameter)
         for name, tensor in whole.items():
-            flat = tensor.view(-1)
-            flat.zero_()
+            flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
             if mine is not None:
                 main, part = mine
                 flat[part] = (main if name == "param" else self.inner.state[main][name]).detach().view(-1)
             dist.all_reduce(flat.view(torch.int32), group=self.optimizer.data_parallel_group)
+            tensor.copy_(flat.view_as(tensor))
         return whole
 
     def write(self, parameter: torch.nn.Parameter, tensors: Tensors) -> None:
@@ -91,12 +91,12 @@ class SlicedState:
             main, part = mine
             main.data.copy_(tensors["param"].view(-1)[part].view_as(main))
             state = self.inner.state[main]
-            state.update({name: tensors[name].view(-1)[part].clone().view_as(main) for name in MOMENTS})
+            slices = {name: tensors[name].view(-1)[part].view_as(main) for name in MOMENTS}
+            state.update({name: value.to(main.device, copy=True) for name, value in slices.items()})
 
     def empty(self, parameter: torch.nn.Parameter) -> Tensors:
-        """FP32 tensors in the parameter's shape, to read or load into."""
-        names = ("param", *MOMENTS)
-        return {name: torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device) for name in names}
+        """FP32 tensors in host memory, in the parameter's shape, to read or load into."""
+        return {name: torch.empty(parameter.shape, dtype=torch.float32, device="cpu") for name in ("param", *MOMENTS)}
 
     def holders(self) -> Iterator[torch.Tensor]:
         """The keys of the inner optimizer's state: the masters."""

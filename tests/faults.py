@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nano3 import checkpoint_folder, run_checkpoint
+from nano3 import adapter_checkpoint, checkpoint_folder, run_checkpoint
 from nano3.run_checkpoint import RunCheckpoints
 
 
@@ -54,7 +57,7 @@ def kill_in_save(step: int) -> None:
     write = run_checkpoint.write_sharded
 
     def write_and_die(state: dict[str, Any], folder: Any) -> None:
-        if int(str(folder.parents[1].name).split("-")[1].split(".")[0]) >= step:
+        if _step_of(folder) >= step:
             write(dict(list(state.items())[: len(state) // 2]), folder)
             die()
         write(state, folder)
@@ -72,6 +75,31 @@ def kill_in_pruning(step: int) -> None:
         prune(out, keep)
 
     checkpoint_folder.prune = die_or_prune
+
+
+def terminate_one(step: int) -> None:
+    """SIGTERM to rank 1 alone after the step: all ranks must end together."""
+    _after_step(step, lambda _: dist.get_rank() == 1 and os.kill(os.getpid(), signal.SIGTERM))
+
+
+def terminate_in_save(step: int) -> None:
+    """SIGTERM to rank 0 and its helper processes in the saves from this step on."""
+    save = adapter_checkpoint.dist_checkpointing.save
+
+    def save_and_terminate(state: dict[str, Any], folder: str, **settings: Any) -> None:
+        if "checkpoints" in folder and _step_of(Path(folder)) >= step and dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for helper in multiprocessing.active_children():  # the group, but for the server that forks these ranks
+                os.kill(helper.pid, signal.SIGTERM)  # type: ignore[arg-type]
+        save(state, folder, **settings)
+
+    adapter_checkpoint.dist_checkpointing.save = save_and_terminate
+
+
+def _step_of(folder: Path) -> int:
+    """The step of the unfinished checkpoint that `folder` lies in."""
+    (number,) = re.findall(r"/\.step-(\d+)\.partial", str(folder))
+    return int(number)
 
 
 def perturb_replica(step: int) -> None:
@@ -131,6 +159,8 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "validation": kill_in_validation,
     "save": kill_in_save,
     "pruning": kill_in_pruning,
+    "term": terminate_one,
+    "term-in-save": terminate_in_save,
     "replica": perturb_replica,
     "router": nudge_router,
     "router-weight": nudge_router_weight,

@@ -1,9 +1,12 @@
 """A run killed again and again ends with the same adapter, bit for bit, as the run that nobody touched."""
 
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from conversion.torch_dist import TorchDistReader
 from data_prep.packing import build_packs
 from launch.layout import Layout
 from nano3.checkpoint_folder import checkpoints, step_of
-from nano3.token_store import TokenStore
+from nano3.token_store import TokenStore, tokenizer_sha256
 from recipes.settings import CheckpointSettings, LogSettings, LoraSettings, Settings, TrainSettings
 from tests.rank_server import RankServer
 from tests.tiny import tiny_hf_folder
@@ -37,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"}, hybrid_override_pattern="MEM*E")
     convert(source, folder / "nemo", context=False)
-    tiny_store(folder / "store", documents=60, longest=30, vocab_size=128)
+    tiny_store(folder / "store", documents=60, longest=30, vocab_size=128, tokenizer=tokenizer_sha256(source))
     build_packs(TokenStore(folder / "store"), 64)
     return folder
 
@@ -135,6 +138,19 @@ def test_nothing_wrong_is_saved(folder, ranks, fault, words):
     assert not (folder / name / "adapter").exists()
 
 
+@pytest.mark.parametrize(("fault", "saved"), [("term:3", 3), ("term-in-save:4", 5)])
+def test_sigterm_ends_all_ranks_together_and_loses_nothing(folder, ranks, fault, saved):
+    """One rank's SIGTERM after step 3, which is no step to save; one to a rank and its helpers while step 4 is saved.
+
+    The second comes after what the ranks agreed on for step 4, so they take step 5.
+    """
+    name = fault.partition(":")[0]
+    path = write_run(folder, name, 2, settings(Layout(ep=2), "fp32", 6, every=2), validate=True)
+    assert ranks.run(path, FAULT=fault) == [128 + signal.SIGTERM] * 2, log(folder / name)[-3000:]
+    assert f"SIGTERM: ended after step {saved}" in log(folder / name)
+    assert step_of(checkpoints(folder / name)[-1]) == saved
+
+
 def test_only_the_same_run_goes_on(folder, ranks):
     """Other settings, another base and a truncated file are refused by name; what may change, may."""
     run = settings(Layout(ep=2), "fp32", 6, every=2)
@@ -186,3 +202,41 @@ def test_a_checkpoint_merges_like_an_adapter(folder, ranks, tmp_path):
     weights.write_bytes(data)
     with pytest.raises(UserError, match="trained on another base"):
         merge(tmp_path / "near", checkpoint, tmp_path / "refused")
+
+
+def test_the_command_itself_terminated_then_killed_goes_on(folder):
+    """`python recipes/nemotron_lora.py`: SIGTERM saves and exits 143, kill -9 of the launcher ends every rank."""
+    out, steps = folder / "command", 14
+    command = [sys.executable, "recipes/nemotron_lora.py", "--model", str(folder / "nemo"), "--local", "--ranks", "2"]
+    command += ["--data", str(folder / "store"), "--out", str(out), "layout.ep=2", "lora.rank=4", "train.seq_length=64"]
+    command += [f"train.steps={steps}", "train.warmup=1", "train.global_batch=4", "checkpoint.every=0"]
+    command += ["checkpoint.minutes=0.005", "log.every=1", "log.wandb=off", "log.tensorboard=false"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def until(step: int, number: signal.Signals) -> int:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert process.stdout is not None
+        lines = [next(process.stdout)]
+        while not lines[-1].startswith(f"step {step:>2}/{steps}"):
+            lines.append(next(process.stdout, ""))
+            assert lines[-1], "".join(lines)
+        process.send_signal(number)
+        rest = process.communicate(timeout=180)[0]
+        assert number != signal.SIGTERM or "the same command goes on after step" in rest, rest
+        return process.returncode
+
+    assert until(3, signal.SIGTERM) == 128 + signal.SIGTERM
+    first = step_of(checkpoints(out)[-1])
+    assert 3 <= first < steps
+    assert until(first + 3, signal.SIGKILL) == -signal.SIGKILL
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resumed at step {step_of(checkpoints(out)[-1])}" not in done.stdout  # newer ones have come since
+    assert "resumed at step" in done.stdout
+    trained = [row["step"] for row in metrics(out) if "loss" in row]
+    assert trained == list(range(1, steps + 1))
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "holds a finished run" in again.stderr
