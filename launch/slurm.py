@@ -76,7 +76,10 @@ class Cluster:
     def load(cls, path: Path) -> Cluster:
         """Reads cluster.yaml. `UserError` when there is none, or a key is unknown, missing or of another type."""
         if not path.is_file():
-            raise UserError(f"no {path}: copy {EXAMPLE} there and fill in account and partition")
+            raise UserError(
+                f"no {path}: a cluster is described there. Copy {EXAMPLE} and fill in account and partition, or leave "
+                "submitting out with --dry-run"
+            )
         try:
             raw = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:
@@ -179,7 +182,8 @@ def render(cluster: Cluster, job: Job) -> str:
     lines += ["", "set -euo pipefail", f"cd {shlex.quote(cluster.workdir)}", *cluster.setup]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment(cluster).items()]
     lines += [
-        'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"',  # not head, which would end scontrol with SIGPIPE, and the job with it
+        # Not head: it would end scontrol with SIGPIPE, and pipefail the job with it.
+        'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"',
         "export MASTER_ADDR",
         'echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"',
     ]

@@ -15,7 +15,7 @@ from launch.hardware import find_gpu
 from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
 from launch.preflight import Request, report
 from launch.preflight_checks import Paths
-from launch.slurm import Cluster, Job, render
+from launch.slurm import EXAMPLE, Cluster, Job, render
 from launch.slurm import submit as hand_over
 from nano3.arch import Arch
 from nano3.checkpoint_folder import clear_unfinished
@@ -69,6 +69,11 @@ def preflight(task: Run, cluster: Cluster) -> tuple[int, str]:
 
 def site_of(task: Run, file: Path) -> Cluster:
     """The site in `file`; `UserError` when it cannot be used or has another number of GPUs in a node."""
+    if not file.is_file():
+        raise UserError(
+            f"--nodes {task.nodes} needs a cluster, which {file} would describe: copy {EXAMPLE} there and fill in "
+            "account and partition; or see what would run with --dry-run"
+        )
     cluster = Cluster.load(file)
     if task.ranks_per_node != max(1, cluster.gpus_per_node):
         raise UserError(f"--gpus-per-node {task.ranks_per_node}, but {file} has gpus_per_node: {cluster.gpus_per_node}")

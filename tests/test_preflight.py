@@ -17,6 +17,7 @@ from launch import preflight, preflight_checks
 from launch.hardware import HARDWARE
 from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
 from launch.preflight_checks import Paths, check_model, check_mounts, check_output, check_store, disk_bytes
+from launch.recommend import row as recommend_row
 from launch.search import recommend
 from nano3.arch import Arch, resolve_model
 from nano3.token_store import TokenStore, tokenizer_sha256
@@ -81,7 +82,7 @@ def test_exit_codes_and_the_time_that_it_takes():
 
 
 def test_preflight_loads_neither_torch_nor_nemo():
-    code = "import sys, launch.preflight; print(sorted({'torch', 'nemo', 'megatron'} & set(sys.modules)))"
+    code = "import sys, launch.preflight, launch.recommend, launch.slurm; print(sorted({'torch', 'nemo', 'megatron'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
 
@@ -232,3 +233,10 @@ def test_library_versions_are_those_of_the_environment_unless_there_is_a_contain
     found = wrong(preflight_checks.check_versions(container=False))
     assert any("megatron-core is" in text and "written for 0.0.1" in text for text in found)
     assert any("no-such-package 1.0 is not installed" in text for text in found)
+
+
+@pytest.mark.full
+def test_the_documented_layouts_are_the_recommended_ones():
+    text = (ROOT / "docs" / "launch.md").read_text()
+    for name in ("h100", "gb200"):
+        assert recommend_row(NANO, HARDWARE[name], 8) in text

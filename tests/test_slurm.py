@@ -137,7 +137,7 @@ def test_without_slurm_one_is_told_so(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "copy .*cluster.example.yaml there"),
+        (None, "Copy .*cluster.example.yaml and fill in"),
         (EXAMPLE.read_text(), "account is not filled in"),
         ("partition: x", "has no account"),
         ("account: a\npartition: b\nnods: 2", "unknown key nods; did you mean"),
@@ -195,7 +195,7 @@ def test_the_recipe_looks_first_and_submits_what_fits(tmp_path):
     arguments = ["--model", str(model), "--data", str(data), "--out", str(out), "--nodes", "2", "train.seq_length=64"]
     bare = recipe(*arguments, env=environment, cwd=tmp_path)
     assert bare.returncode == 2
-    assert "no cluster.yaml: copy" in bare.stderr
+    assert "--nodes 2 needs a cluster, which cluster.yaml would describe: copy" in bare.stderr
     assert "fill in account and partition" in bare.stderr
     (tmp_path / "cluster.yaml").write_text(f"account: me\npartition: batch\nlogs: {tmp_path}/logs\n")
     dry = recipe(*arguments, "--dry-run", "--cluster", "cluster.yaml", env=environment, cwd=tmp_path)
