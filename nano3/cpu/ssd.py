@@ -283,14 +283,15 @@ def scan_backward(
     pushed = torch.matmul(scan.B.unsqueeze(3), shared(dstates, groups).transpose(-1, -2)).flatten(2, 3)
     pushed = pushed.mul_(decay.leave.unsqueeze(-1))
     dxd = torch.matmul(scores.transpose(-1, -2), dy).add_(pushed)
-    dC = torch.matmul(dproducts, scan.B) + torch.matmul(shared(dy_entering, groups), shared(states, groups)).sum(3)
+    dC_entering = torch.matmul(shared(dy_entering, groups), shared(states, groups))
+    dC = torch.matmul(dproducts, scan.B) + dC_entering.sum(3)
     leaving = shared(scan.xd * decay.leave.unsqueeze(-1), groups)
     dB = torch.matmul(dproducts.transpose(-1, -2), scan.C) + torch.matmul(leaving, shared(dstates, groups)).sum(3)
 
     # The exponents: cum_l - cum_s in `within`, cum_l in `enter`, cum_end - cum_s in `leave`, cum_end in `carry`.
-    carried = torch.matmul(scan.C.unsqueeze(3), shared(states, groups).transpose(-1, -2)).flatten(2, 3)
+    denter = dC_entering.mul_(scan.C.unsqueeze(3)).sum(-1).flatten(2, 3)
     dleave = pushed.mul_(scan.xd).sum(-1)
-    dcum = dlog_within.sum(-1) - dlog_within.sum(-2) + carried.mul_(dy_entering).sum(-1) - dleave
+    dcum = dlog_within.sum(-1) - dlog_within.sum(-2) + denter - dleave
     dcum[..., -1] += dleave.sum(-1) + (dstates * states).sum((-1, -2)) * decay.carry
     da = torch.matmul(dcum, scan.plan.same)
 
