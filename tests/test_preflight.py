@@ -81,8 +81,9 @@ def test_exit_codes_and_the_time_that_it_takes():
         assert "Traceback" not in done.stderr
 
 
-def test_preflight_loads_neither_torch_nor_nemo():
-    code = "import sys, launch.preflight, launch.recommend, launch.slurm; print(sorted({'torch', 'nemo', 'megatron'} & set(sys.modules)))"
+def test_launch_loads_neither_torch_nor_nemo():
+    modules = "launch.preflight, launch.recommend, launch.slurm"
+    code = f"import sys, {modules}; print(sorted({{'torch', 'nemo', 'megatron'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
 
