@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parity")
     source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"}, hybrid_override_pattern="MEM*EM", vocab_size=133)
     convert(source, folder / "nemo", context=False)
-    tiny_store(folder / "store", documents=60, longest=30, vocab_size=128)
+    tiny_store(folder / "store", documents=60, longest=30, vocab_size=133)  # the last 5 on the second rank of tp2
     build_packs(TokenStore(folder / "store"), SEQ_LENGTH)
     for name, (ranks, layout) in (LAYOUTS | MORE).items():
         settings = Settings(
