@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 REFERENCE := build/reference
-PACKAGES := nano3 recipes data_prep conversion evaluation launch tests
+PACKAGES := nano3 recipes data_prep conversion evaluation launch tests benchmarks
 
 # The models are tiny: one thread per process is fastest, and ranks do not fight over cores.
 export OMP_NUM_THREADS := 1

@@ -14,6 +14,7 @@ from nano3.cpu.conv import causal_conv1d_fn, causal_conv1d_varlen_states
 from nano3.cpu.norm import RMSNorm, rmsnorm_fn
 from nano3.cpu.ssd_combined import mamba_chunk_scan_combined
 from nano3.cpu.ssd_split import mamba_split_conv1d_scan_combined
+from nano3.cpu.te.linear import GroupedLinear
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5}
@@ -293,6 +294,27 @@ def test_norm_module_by_hand() -> None:
     assert norm.weight.tolist() == [1, 1, 1, 1]
     out = norm.float()(torch.tensor([3.0, 4.0, 0.0, 2.0]))
     assert out.tolist() == pytest.approx([3 / 12.5**0.5, 4 / 12.5**0.5, 0, 2**0.5])
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_grouped_products_are_the_experts_own(trained: bool, device: str) -> None:
+    """Experts with 2, 0 and 3 tokens; one without tokens keeps a gradient of zeros, a frozen one gets none."""
+    x = torch.randn(5, 4, dtype=torch.float64, device=device).requires_grad_()
+    layer = GroupedLinear(3, 4, 6, bias=False, params_dtype=torch.float64, device=device)
+    weights = [layer.weight0, layer.weight1, layer.weight2]
+    for weight in weights:
+        torch.nn.init.normal_(weight).requires_grad_(trained)
+    out = layer(x, [2, 0, 3])
+    assert torch.allclose(out, torch.cat([x[:2] @ weights[0].t(), x[2:] @ weights[2].t()]), rtol=1e-12)
+    dout = torch.randn_like(out)
+    out.backward(dout)
+    assert torch.allclose(x.grad, torch.cat([dout[:2] @ weights[0], dout[2:] @ weights[2]]), rtol=1e-12)
+    if not trained:
+        assert [weight.grad for weight in weights] == [None] * 3
+        return
+    assert torch.allclose(weights[0].grad, dout[:2].t() @ x[:2], rtol=1e-12)
+    assert weights[1].grad.count_nonzero() == 0
+    assert torch.allclose(weights[2].grad, dout[2:].t() @ x[2:], rtol=1e-12)
 
 
 def test_saved_tensors_are_the_originals() -> None:
