@@ -117,28 +117,16 @@ class DenseAdapter(ParallelLinearAdapter, Decomposed):
 
 
 class ExpertsAdapter(Decomposed):
-    """What adapters of routed experts have in common. Input: tokens sorted by expert, `splits[i]` of local expert i.
+    """What adapters of routed experts have in common. Input: tokens sorted by expert, `splits[i]` of local expert i."""
 
-    `received[i]` counts the tokens that local expert i has had in training, by which one tells an expert that never had
-    a gradient from an adapter that is dead.
-    """
-
-    received: list[int]
-
-    def __init__(self, base: Any, options: AdapterOptions) -> None:
+    def __init__(self, options: AdapterOptions) -> None:
         super().__init__()
         self.scale = options.scale
         self.dropout = InputDropout(options.dropout, "experts")
-        self.received = [0] * base.num_gemms
 
     def _finish(self, base: Any, dora: bool) -> None:
         if dora:
             self.add_magnitude(base, **_PER_EXPERT)
-
-    def count(self, splits: Sequence[int]) -> None:
-        """Adds one batch's tokens to `received`."""
-        if self.training:
-            self.received = [had + new for had, new in zip(self.received, splits, strict=True)]
 
     def _magnitude_shards(self, prefix: str) -> Sharded:
         if self.magnitude is None:
@@ -169,7 +157,7 @@ class SharedExpertsAdapter(ExpertsAdapter):
     """
 
     def __init__(self, base: Any, options: AdapterOptions) -> None:
-        super().__init__(base, options)
+        super().__init__(options)
         settings = {"bias": False, "dtype": base.config.params_dtype, "device": torch.cuda.current_device()}
         ranks, rank = base._tp_group.size(), base._tp_group.rank()
         row_parallel = isinstance(base, TERowParallelGroupedLinear)
@@ -191,7 +179,7 @@ class SharedExpertsAdapter(ExpertsAdapter):
 
     def forward(self, x: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
         """(tokens, in) -> (tokens, out), of the local slices."""
-        self.count(splits)
+        del splits  # one adapter for all experts
         low = F.linear(self.dropout(x), self.linear_in.weight[:, self.columns])
         return F.linear(low, self.linear_out.weight[self.rows]) * self.scale
 
@@ -219,7 +207,7 @@ class EachExpertAdapter(ExpertsAdapter):
     """
 
     def __init__(self, base: Any, options: AdapterOptions) -> None:
-        super().__init__(base, options)
+        super().__init__(options)
         self.linear_in = self._grouped(base, base.in_features, options.rank)
         self.linear_out = self._grouped(base, options.rank, base.out_features)
         for parameter in self.parameters():
@@ -243,7 +231,6 @@ class EachExpertAdapter(ExpertsAdapter):
 
     def forward(self, x: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
         """(tokens, in) -> (tokens, out)."""
-        self.count(splits)
         low, _ = self.linear_in(self.dropout(x), splits)
         return self.linear_out(low, splits)[0] * self.scale
 
