@@ -32,7 +32,7 @@ class Work:
     """What a tool declares about its output before it is certified.
 
     Args:
-        kind: merge or quantize.
+        kind: merge or quantization.
         changes: tensor -> facts about a declared change: `by` (what changed it), and `relative_change` (a norm over
             the norm of the input) or `scale` and `relative_error`.
         facts: about the whole, such as the adapter and its hash.
@@ -75,9 +75,9 @@ def folder_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def norm_ratio(part: float, whole: float) -> float:
-    """sqrt(part / whole) of two sums of squares; 0 where both are."""
-    return math.sqrt(part / whole) if whole else (0.0 if not part else math.inf)
+def norm_ratio(part: float, whole: float) -> float | None:
+    """sqrt(part / whole) of two sums of squares; None where there is nothing to compare with."""
+    return math.sqrt(part / whole) if whole else None
 
 
 def read_certificate(folder: Path) -> dict[str, Any]:
@@ -90,11 +90,30 @@ def read_certificate(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise UserError(f"{folder / CERTIFICATE} is not valid JSON ({error}); get it again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("tensors"), dict):
+    if not _well_formed(content):
         raise UserError(
             f"{folder / CERTIFICATE} is not of format {FORMAT}; use the version of this project that wrote it"
         )
     return content
+
+
+def _well_formed(content: Any) -> bool:
+    """Whether a certificate has every part that is read; it may be anybody's file."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return False
+    parts = all(isinstance(content.get(name), dict) for name in ("input", "output", "totals", "tools", "tensors"))
+    if not parts or not isinstance(content.get("kind"), str):
+        return False
+    hashes = all(isinstance(content[side].get("sha256"), str) for side in ("input", "output"))
+    sides = ("input", "output")
+    return hashes and all(
+        isinstance(line, dict)
+        and isinstance(line.get("what"), str)
+        and any(side in line for side in sides)
+        and all(isinstance(line[side], dict) for side in sides if side in line)
+        and all("dtype" in line[side] for side in sides if side in line)
+        for line in content["tensors"].values()
+    )
 
 
 def _line(
@@ -105,16 +124,23 @@ def _line(
         if name in digests:
             entry = folder.layout.entries[name]
             line[side] = {"dtype": entry.dtype, "shape": list(entry.shape), "sha256": digests[name]}
-    if "output" not in line:
-        return {"what": "dropped", **line}
-    if "input" not in line:
-        return {"what": "added", **line}
-    if line["input"] == line["output"]:
-        return {"what": "identical", **line}
+    what = happened(line)
+    if what not in ("changed", "quantized"):
+        return {"what": what, **line}
     if name not in work.changes:
         raise UserError(f"{name} differs from the input, and nothing was to change it: this is a bug, report it")
-    what = "quantized" if line["output"]["dtype"] == FP8 else "changed"
     return {"what": what, **line, **work.changes[name]}
+
+
+def happened(line: dict[str, Any]) -> str:
+    """What a line's two sides say that happened to the tensor."""
+    if "output" not in line:
+        return "dropped"
+    if "input" not in line:
+        return "added"
+    if line["input"] == line["output"]:
+        return "identical"
+    return "quantized" if line["output"]["dtype"] == FP8 else "changed"
 
 
 def _version(package: str) -> str | None:

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from conversion.certificate import read_certificate
+from conversion.certificate import WHAT, happened, read_certificate
 from conversion.identity import combine, tensor_digests
 from conversion.layout import some
 from conversion.safetensors_io import HFFolder
@@ -28,28 +28,44 @@ def verify(folder: Path, base: Path | None = None) -> list[str]:
     """Every difference between DIR, its certificate and BASE. Raises `UserError` when there is no certificate."""
     certificate = read_certificate(folder)
     tensors: dict[str, Any] = certificate["tensors"]
+    problems = _contradictions(certificate)
     try:
         with HFFolder(folder, quantized=True) as hf:
-            problems = _compare(hf, tensors, "output", f"{folder}")
+            digests = tensor_digests(hf)
+            problems += _compare(hf, digests, tensors, "output", f"{folder}")
+            if combine(hf, digests) != certificate["output"]["sha256"]:
+                problems.append(f"{folder} has not the content hash that the certificate names as its output")
     except UserError as error:
-        return [str(error)]
-    moved = [name for name, line in tensors.items() if name.endswith(ROUTER) and line["what"] != "identical"]
-    if moved and certificate.get("router") != "balance":
-        problems.append(f"the router is not that of the input: {some(moved)}")
+        return [*problems, str(error)]
     if base is not None:
         with HFFolder(base) as hf:
             digests = tensor_digests(hf)
-            problems += _compare(hf, tensors, "input", f"{base}", digests)
+            problems += _compare(hf, digests, tensors, "input", f"{base}")
             if combine(hf, digests) != certificate["input"]["sha256"]:
                 problems.append(f"{base} is not the model that the certificate names as its input")
     return problems
 
 
-def _compare(
-    hf: HFFolder, tensors: dict[str, Any], side: str, where: str, digests: dict[str, str] | None = None
-) -> list[str]:
-    """How the tensors of a folder differ from one side of the certificate's lines."""
-    found = digests or tensor_digests(hf)
+def _contradictions(certificate: dict[str, Any]) -> list[str]:
+    """Where a certificate's words are not what its own hashes say."""
+    tensors: dict[str, Any] = certificate["tensors"]
+    problems = [
+        f"the certificate calls {name} {line['what']}, and its hashes say {happened(line)}"
+        for name, line in tensors.items()
+        if line["what"] != happened(line)
+    ]
+    counted = {what: sum(happened(line) == what for line in tensors.values()) for what in WHAT}
+    if certificate["totals"] != counted:
+        problems.append(f"the certificate's totals are {certificate['totals']}, its lines make {counted}")
+    still = ROUTER[:1] if certificate.get("router") == "balance" else ROUTER
+    moved = [name for name, line in tensors.items() if name.endswith(still) and happened(line) != "identical"]
+    if moved:
+        problems.append(f"the router is not that of the input: {some(moved)}")
+    return problems
+
+
+def _compare(hf: HFFolder, found: dict[str, str], tensors: dict[str, Any], side: str, where: str) -> list[str]:
+    """How the tensors of a folder, and their digests, differ from one side of the certificate's lines."""
     told = {name: line[side] for name, line in tensors.items() if side in line}
     problems = []
     for what, names in (("lacks", told.keys() - found.keys()), ("holds", found.keys() - told.keys())):
@@ -69,25 +85,25 @@ def model_card(certificate: dict[str, Any]) -> str:
     lines = [
         f"# {certificate['kind'].capitalize()} of {certificate['input']['sha256'][:16]}",
         "",
-        *(
-            f"- {side}: {certificate[side]['tensors']} tensors, SHA-256 of the content `{certificate[side]['sha256']}`"
-            for side in ("input", "output")
-        ),
+        *(f"- {side}: SHA-256 of the content `{certificate[side]['sha256']}`" for side in ("input", "output")),
         f"- tensors: {totals}",
     ]
     if "adapter" in certificate:
-        adapter = certificate["adapter"]
-        targets = ", ".join(adapter["targets"])
-        lines.append(f"- adapter: SHA-256 `{adapter['sha256']}`, rank {adapter['rank']}, targets {targets}")
+        facts = certificate["adapter"]
+        lines.append(f"- adapter: {', '.join(f'{name} {value}' for name, value in facts.items())}")
     lines.append(f"- router: {certificate.get('router', 'frozen')}")
-    changes = [line["relative_change"] for line in certificate["tensors"].values() if "relative_change" in line]
+    changes = _numbers(certificate, "relative_change")
     if changes:
         lines.append(f"- size of the changes, norm over norm: {min(changes):.2e} to {max(changes):.2e}")
-    errors = [line["relative_error"] for line in certificate["tensors"].values() if "relative_error" in line]
+    errors = _numbers(certificate, "relative_error")
     if errors:
         lines.append(f"- error of FP8, norm over norm: {min(errors):.2e} to {max(errors):.2e}")
     tools = ", ".join(f"{name} {found}" for name, found in certificate["tools"].items())
     return "\n".join([*lines, f"- tools: {tools}", "", "Check it: `python conversion/certify.py verify DIR`", ""])
+
+
+def _numbers(certificate: dict[str, Any], name: str) -> list[float]:
+    return [line[name] for line in certificate["tensors"].values() if isinstance(line.get(name), float)]
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_space
+from conversion.fp8 import scale_problem
 from conversion.layout import FP8, Layout
 from conversion.plan import row_steps
 from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
@@ -41,9 +42,8 @@ def dequantize(source: Path, out: Path) -> int:
         coded = [name for name, entry in hf.layout.entries.items() if entry.dtype == FP8]
         if not coded:
             raise UserError(f"{source} has no FP8 tensor; it can be used as it is")
-        unscaled = [name for name in coded if f"{name}_scale" not in hf.layout.entries]
-        if unscaled:
-            raise UserError(f"{source} lacks the scale of {unscaled[0]} ({unscaled[0]}_scale): export it again")
+        for name in coded:
+            _check_scale(hf, f"{name}_scale")
         dtypes = {name: "BF16" if name in coded else dtype for name, dtype in hf.dtypes.items()}
         layout = Layout.make({name: (dtypes[name], spec.shape) for name, spec in hf.arch.tensors().items()})
         require_space(out, layout.total_bytes)
@@ -56,6 +56,15 @@ def dequantize(source: Path, out: Path) -> int:
                     _copy(hf, name, writer)
                     bar.update(entry.stop - entry.start)
     return len(coded)
+
+
+def _check_scale(hf: HFFolder, name: str) -> None:
+    entry = hf.layout.entries.get(name)
+    if entry is None:
+        raise UserError(f"{hf.path} lacks {name}: export it again")
+    problem = scale_problem(entry.dtype, entry.shape, float(hf.rows(name, 0, 1).view(-1)[0]))
+    if problem is not None:
+        raise UserError(f"{hf.path}: {name} {problem}; this reads one scale for each tensor: export it again")
 
 
 def _copy(hf: HFFolder, name: str, writer: SafetensorsWriter) -> None:

@@ -38,6 +38,13 @@ def matrices(arch: Arch) -> dict[str, str]:
     }
 
 
+def scale_problem(dtype: str, shape: tuple[int, ...], value: float) -> str | None:
+    """What is wrong with a scale, in words; None for one positive finite FP32 value. `value` is its first."""
+    if dtype != "F32" or shape not in ((), (1,)):
+        return f"is {dtype} {shape}, not one F32 value"
+    return None if 0 < value < float("inf") else f"is {value}, not a positive number"
+
+
 def layer_of(name: str) -> int:
     """Number of the layer that a module or tensor named `backbone.layers.N...` is in."""
     return int(name.split(".")[2])

@@ -107,7 +107,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder, or a preset name such as pico")
-    with HFFolder(resolve_model(parser.parse_args().model)) as hf:
+    with HFFolder(resolve_model(parser.parse_args().model), quantized=True) as hf:
         print(content_sha256(hf))
     return 0
 

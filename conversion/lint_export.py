@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conversion.fp8 import KV_SCALES, SCALES, matrices
+from conversion.fp8 import KV_SCALES, SCALES, matrices, scale_problem
 from conversion.layout import FP8
 from conversion.plan import row_steps
 from conversion.readers import READERS, loaded_modules, vllm_cache_scale
@@ -93,10 +93,9 @@ def _scales(hf: HFFolder, coded: set[str], config: dict[str, Any]) -> Iterator[F
         yield (VLLM if lost else EVERYONE), f"{name} is not expected: {why}"
     for name in sorted(found & wanted):
         entry = hf.layout.entries[name]
-        if entry.dtype != "F32" or entry.rows != 1 or len(entry.shape) > 1:
-            yield EVERYONE, f"{name} is {entry.dtype} {entry.shape}, not one F32 value"
-        elif not 0 < float(hf.rows(name, 0, 1)) < float("inf"):
-            yield EVERYONE, f"{name} is {float(hf.rows(name, 0, 1))}, not a positive number"
+        problem = scale_problem(entry.dtype, entry.shape, float(hf.rows(name, 0, 1).view(-1)[0]))
+        if problem is not None:
+            yield EVERYONE, f"{name} {problem}"
 
 
 def _excludes(hf: HFFolder, coded: set[str], config: dict[str, Any]) -> Iterator[Finding]:

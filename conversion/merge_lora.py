@@ -72,7 +72,7 @@ def merge(base: Path, adapter_folder: Path, out: Path) -> Summary:
                 changes = _write(hf, adapter, writer, bar)
             certificate = write_certificate(hf, digests, folder, _work(adapter, changes))
     changed = certificate["totals"]["changed"]
-    biases = sum(name.endswith("_bias") for name in changes)
+    biases = len(adapter.router_biases())
     return Summary(len(certificate["tensors"]), len(changes) - biases, same_routers, biases, changed)
 
 
@@ -106,7 +106,9 @@ def _write(hf: HFFolder, adapter: Adapter, writer: SafetensorsWriter, bar: Any) 
     return changes
 
 
-def _adapt(hf: HFFolder, name: str, parts: list[Contribution], adapter: Adapter, writer: SafetensorsWriter) -> float:
+def _adapt(
+    hf: HFFolder, name: str, parts: list[Contribution], adapter: Adapter, writer: SafetensorsWriter
+) -> float | None:
     """Writes one targeted tensor with its new values; returns the norm of the change over that of the tensor."""
     change = whole = 0.0
     row_bytes = 4 * hf.layout.entries[name].shape[1]  # in FP32

@@ -25,7 +25,7 @@ from conversion.plan import row_steps
 from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError, check_output, fresh_output, run
-from nano3.token_store import TokenStore  # TEMP
+from nano3.token_store import TokenStore
 
 if TYPE_CHECKING:
     import torch
@@ -68,24 +68,25 @@ def weight_scales(hf: HFFolder, selection: Selection) -> dict[str, torch.Tensor]
 
 def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) -> Activations:
     """Calibrates, then writes the FP8 checkpoint `out`; returns what calibration found. Raises `UserError`."""
-    from conversion.calibrate import calibrate
+    from conversion.calibrate import calibrate, scratch_bytes
 
     refuse_overlap(out, source)
     check_output(out, HF_KIND)
     with HFFolder(source) as hf:
         layout = Layout.make(selection.table(hf.dtypes))
         side = side_files(source)
-        require_space(out, layout.total_bytes)
+        require_space(out, layout.total_bytes + scratch_bytes(hf, samples))
         digests, scales = tensor_digests(hf), weight_scales(hf, selection)
         with _layers(len(hf.arch.layers)) as bar:
-            found = calibrate(hf, selection, samples, bar.update)
+            found = calibrate(hf, selection, samples, out, bar.update)
         with fresh_output(out, HF_KIND) as folder:
             copy_files(source, side, folder)
             _write_configs(source, folder, selection)
             with SafetensorsWriter(folder, layout) as writer, progress(hf.layout.total_bytes, "quantize") as bar:
                 _write_scalars(selection, scales, found, writer)
                 changes = _write_tensors(hf, scales, writer, bar)
-            write_certificate(hf, digests, folder, Work("quantization", changes))
+            facts = {"selection": sorted(selection.chosen), "kv_cache": selection.kv_cache, "tokens": found.tokens}
+            write_certificate(hf, digests, folder, Work("quantization", changes, {"calibration": facts}))
     return found
 
 

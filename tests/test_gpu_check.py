@@ -80,6 +80,10 @@ def test_distances_by_hand(tmp_path):
         distance({"logits": exact["logits"], "gradients": {}}, exact)
     with pytest.raises(ValueError, match="zero everywhere"):
         distance(exact, outcome([3, 4], [0, 0]))
+    unread = {name: torch.tensor(values) for name, values in (("a", [1.0, 0.0]), ("b", [math.nan, 0.0]))}
+    fine = {name: torch.tensor([1.0, 0.0]) for name in unread}
+    both = [{"logits": exact["logits"], "gradients": gradients} for gradients in (unread, fine)]
+    assert math.isnan(distance(*both)[1])  # whichever comes first: it must not pass
 
 
 @pytest.mark.full

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.gpu.record import Row
+from tests.gpu.record import Row, worst
 
 FACTOR, SLACK = 2.0, 0.02
 """The GPU's error may be this many times the stand-ins' BF16 error, and this much more."""
@@ -32,7 +32,7 @@ def distance(ours: dict[str, Any], expected: dict[str, Any]) -> tuple[float, flo
         return float((a.double() - b.double()).norm() / b.double().norm())
 
     pairs = [(value, expected["gradients"][name]) for name, value in ours["gradients"].items()]
-    return error(ours["logits"], expected["logits"]), max(error(*pair) for pair in pairs)
+    return error(ours["logits"], expected["logits"]), worst(error(*pair) for pair in pairs)
 
 
 def compare(exact: Path, rounded: Path, gpu: Path) -> list[Row]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +28,12 @@ class Row:
     def holds(self) -> bool:
         """A NaN holds nothing."""
         return self.bound is None or self.value <= self.bound
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest of the errors; NaN where one is NaN (`max` would keep whichever came first)."""
+    found = list(errors)
+    return math.nan if any(math.isnan(error) for error in found) else max(found)
 
 
 @dataclass
