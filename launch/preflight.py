@@ -19,6 +19,7 @@ from pathlib import Path
 from launch.hardware import Gpu, find_gpu
 from launch.layout import Layout, nearest
 from launch.memory import MemoryPlan, plan_memory
+from launch.mounts import parse_mount
 from launch.overrides import apply_overrides
 from launch.plan_settings import Plan, default_layout
 from launch.preflight_checks import (
@@ -55,7 +56,11 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--seq", type=int, help="tokens of a pack, short for train.seq_length")
     parse.add_argument("--container", action="store_true", help="the run is in a container; --mount says what it sees")
     parse.add_argument(
-        "--mount", action="append", default=[], metavar="OUTSIDE[:INSIDE]", help="a mount of it; may be repeated"
+        "--mount",
+        action="append",
+        default=[],
+        metavar="OUTSIDE[:INSIDE[:FLAGS]]",
+        help="a mount of it; may be repeated",
     )
     parse.add_argument("--rules-only", action="store_true", help="look at no file: rules, memory and speed only")
     parse.add_argument("--search", action="store_true", help="rank all valid layouts that fit")
@@ -93,14 +98,14 @@ def read_request(args: argparse.Namespace) -> Request:
     gpu, folder = find_gpu(args.hardware), Path(args.model)
     nemo = args.model not in PRESETS and is_nemo_checkpoint(folder)
     arch = Arch.load(folder / "hf" if nemo else resolve_model(args.model))
-    mounts = [tuple(map(Path, (text.split(":") * 2)[:2])) for text in args.mount]
+    mounts = tuple(map(parse_mount, args.mount))
     if mounts and not args.container:
         raise UserError("--mount says what a container sees; give --container too")
     paths = Paths(
         model=folder if nemo else resolve_model(args.model),
         data=args.data,
         out=args.out,
-        mounts=tuple((outside, inside) for outside, inside in mounts) if args.container else None,
+        mounts=mounts if args.container else None,
     )
     request = Request(gpu, args.nodes, args.gpus_per_node or gpu.gpus_per_node, arch, Plan(), paths)
     request.plan.layout = default_layout(arch, gpu, request.ranks)

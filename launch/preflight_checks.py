@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launch.hardware import GIB
 from launch.layout import Layout
+from launch.mounts import Mount
 from launch.plan_settings import Plan
 from launch.plan_weights import adapter_weights
 from nano3.arch import Arch, is_nemo_checkpoint
@@ -43,7 +44,7 @@ class Paths:
     model: Path
     data: Path | None = None
     out: Path | None = None
-    mounts: tuple[tuple[Path, Path], ...] | None = None
+    mounts: tuple[Mount, ...] | None = None
 
 
 def check_store(plan: Plan, arch: Arch, paths: Paths) -> tuple[list[Finding], int | None]:
@@ -166,16 +167,30 @@ def file_system(path: Path) -> str | None:
 
 
 def check_mounts(paths: Paths) -> list[Finding]:
-    """Everything that a run reads or writes is mounted into the container."""
+    """Everything that a run reads or writes is mounted into the container, at its own path: run.json holds those."""
     if paths.mounts is None:
         return []
-    outside = [mount.resolve() for mount, _ in paths.mounts]
     named = (("--model", paths.model), ("--data", paths.data), ("--out", paths.out))
     return [
-        Finding(True, f"{what} {path.resolve()} is not mounted into the container (mounts: {_listed(outside)}); add it")
+        Finding(True, f"{what} {problem}")
         for what, path in named
-        if path is not None and not any(mount in (path.resolve(), *path.resolve().parents) for mount in outside)
+        if path is not None and (problem := _unseen(path.resolve(), paths.mounts))
     ]
+
+
+def _unseen(path: Path, mounts: tuple[Mount, ...]) -> str | None:
+    """Why the container does not see `path` where the run looks for it; None if it does."""
+    over = [(outside.resolve(), inside) for outside, inside in mounts]
+    over = [(outside, inside) for outside, inside in over if outside in (path, *path.parents)]
+    if any(outside == inside for outside, inside in over):
+        return None
+    if not over:
+        return f"{path} is not mounted into the container (mounts: {_listed([mount for mount, _ in mounts])}); add it"
+    outside, inside = over[-1]
+    return (
+        f"{path} is mounted at {inside / path.relative_to(outside)}, but the run looks for it at its path outside; "
+        f"mount {outside}:{outside}"
+    )
 
 
 def _listed(paths: list[Path]) -> str:

@@ -10,6 +10,7 @@ What is after `--` runs on every GPU under torchrun, one launcher per node; what
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 import yaml
 
 from launch.hardware import find_gpu
+from launch.mounts import parse_mount
 from nano3.cli import UserError, run
 
 FILL_IN = "FILL IN"
@@ -71,6 +73,16 @@ class Cluster:
             raise UserError("cluster.yaml: mounts are of a container; name it in `container`, or remove them")
         if self.gpus_per_node < 0 or self.signal_seconds < 0:
             raise UserError("cluster.yaml: gpus_per_node and signal_seconds must be at least 0")
+        for text in self.mounts:
+            parse_mount(text)
+        for option in self.options:
+            if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", option):
+                raise UserError(
+                    f"cluster.yaml: options has {option!r}; write sbatch's long names without dashes, such as qos=high"
+                )
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise UserError(f"cluster.yaml: environment has {name!r}, which is no name of a variable; rename it")
 
     @classmethod
     def load(cls, path: Path) -> Cluster:
@@ -102,9 +114,22 @@ def _typed(path: Path, key: str, value: Any) -> Any:
     if key not in known:
         near = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
         raise UserError(f"{path}: unknown key {key}; did you mean {near}?")
-    if not isinstance(value, kinds[known[key]]) or (known[key] == "int" and isinstance(value, bool)):
-        raise UserError(f"{path}: {key} must be {known[key]}, but it is {value!r}")
+    kind = known[key]
+    if not isinstance(value, kinds[kind]) or (kind == "int" and isinstance(value, bool)):
+        raise UserError(f"{path}: {key} must be {kind}, but it is {value!r}{_quotes(key, kind, value)}")
+    for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []:
+        if not isinstance(item, str):
+            raise UserError(f'{path}: {key} holds {item!r}, which YAML does not read as text; write "{item}" there')
     return value
+
+
+def _quotes(key: str, kind: str, value: Any) -> str:
+    """The remedy where YAML read as a number what was meant as text; it takes 12:00:00 for 43200."""
+    if not kind.startswith("str") or isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    if key == "time" and isinstance(value, int) and value >= 3600:
+        return f'; write it in quotes: time: "{value // 3600:02}:{value // 60 % 60:02}:{value % 60:02}"'
+    return f'; write it in quotes: {key}: "{value}"'
 
 
 @dataclass
@@ -125,6 +150,8 @@ class Job:
     def __post_init__(self) -> None:
         if self.nodes < 1:
             raise UserError(f"--nodes {self.nodes} must be at least 1")
+        if not self.name.isprintable() or not self.name or set("/%") & set(self.name):
+            raise UserError(f"the job's name {self.name!r} is part of its log's; write one without / and %")
         if not self.command:
             raise UserError("no command: write what runs on every rank after --, such as -- -m recipes.worker RUN.json")
         text = " ".join(self.command)
@@ -171,14 +198,23 @@ def srun_options(cluster: Cluster) -> list[str]:
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
-    """Variables of every process: ours on GPUs, then the site's."""
-    return (ENVIRONMENT if cluster.gpus_per_node else {"PYTHONUNBUFFERED": "1"}) | cluster.environment
+    """Variables of every process: ours on GPUs, how long the ranks may take to save, then the site's.
+
+    torch.distributed.run passes SIGTERM on to its ranks and kills them 30 s later unless it is told how long to wait.
+    """
+    own = ENVIRONMENT if cluster.gpus_per_node else {"PYTHONUNBUFFERED": "1"}
+    if cluster.signal_seconds:
+        own = own | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(cluster.signal_seconds)}
+    return own | cluster.environment
 
 
 def render(cluster: Cluster, job: Job) -> str:
     """The sbatch script, whole."""
     lines = ["#!/bin/bash", "# Made by launch/slurm.py: change cluster.yaml or the command line, not this file."]
-    lines += [f"#SBATCH --{name}{f'={value}' if value else ''}" for name, value in sbatch_options(cluster, job).items()]
+    lines += [
+        f"#SBATCH --{name}{f'={shlex.quote(value)}' if value else ''}"
+        for name, value in sbatch_options(cluster, job).items()
+    ]
     lines += ["", "set -euo pipefail", f"cd {shlex.quote(cluster.workdir)}", *cluster.setup]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment(cluster).items()]
     lines += [
@@ -283,10 +319,11 @@ def _look(args: argparse.Namespace) -> int:
         print(status(args.job) or f"job {args.job} is not in the queue")
     else:
         cluster = Cluster.load(args.cluster)
-        found = sorted(Path(cluster.logs).glob(f"*-{args.job}.log"))
+        logs = Path(cluster.logs)
+        found = sorted([*logs.glob(f"*-{args.job}.log"), *logs.glob(f"*-{args.job}_*.log")])
         if not found:
             raise UserError(f"no log of job {args.job} in {cluster.logs} yet; see: status {args.job}")
-        return subprocess.run(["tail", "--lines=100", "--follow=name", str(found[0])], check=False).returncode
+        return subprocess.run(["tail", "--lines=100", "--follow=name", *map(str, found)], check=False).returncode
     return 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.hardware import find_gpu
+from launch.mounts import parse_mount
 from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
 from launch.preflight import Request, report
 from launch.preflight_checks import Paths
@@ -54,12 +55,11 @@ def preflight(task: Run, cluster: Cluster) -> tuple[int, str]:
     """(exit code, what to print), see `launch.preflight.report`."""
     base = Path(task.base)
     own = base == Path(task.out) / "base"
-    mounts = tuple((Path(text.split(":")[0]), Path(text.split(":")[-1])) for text in cluster.mounts)
     paths = Paths(
         model=Path(task.model) if own else base,
         data=Path(task.data) if task.data else None,
         out=Path(task.out),
-        mounts=mounts if cluster.container is not None else None,
+        mounts=tuple(map(parse_mount, cluster.mounts)) if cluster.container is not None else None,
     )
     request = Request(
         find_gpu(cluster.hardware), task.nodes, task.ranks_per_node, Arch.load(task.model), plan_of(task), paths

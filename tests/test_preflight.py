@@ -15,11 +15,13 @@ import pytest
 from data_prep.packing import build_packs
 from launch import preflight, preflight_checks
 from launch.hardware import HARDWARE
+from launch.mounts import parse_mount
 from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
 from launch.preflight_checks import Paths, check_model, check_mounts, check_output, check_store, disk_bytes
 from launch.recommend import row as recommend_row
 from launch.search import recommend
 from nano3.arch import Arch, resolve_model
+from nano3.cli import UserError
 from nano3.token_store import TokenStore, tokenizer_sha256
 from recipes.settings import CheckpointSettings, LoraSettings, TrainSettings
 from tests.tiny import tiny_hf_folder
@@ -211,6 +213,25 @@ def test_paths_that_the_container_does_not_see_are_refused(world, tmp_path):
     problems = wrong(check_mounts(Paths(tmp_path / "model", world.data, world.out, inside)))
     assert [text.split()[0] for text in problems] == ["--data", "--out"]
     assert not check_mounts(Paths(world.model, world.data, world.out))  # no container
+
+
+def test_a_mount_at_another_path_is_refused_where_a_path_relies_on_it(tmp_path):
+    elsewhere = parse_mount(f"{tmp_path}:/workspace")
+    found = wrong(check_mounts(Paths(tmp_path / "model", mounts=(elsewhere,))))
+    assert "is mounted at /workspace/model" in found[0]
+    assert f"mount {tmp_path}:{tmp_path}" in found[0]
+    unused = parse_mount("/nowhere:/workspace")
+    assert not check_mounts(Paths(tmp_path / "model", mounts=(elsewhere, unused, parse_mount(str(tmp_path)))))
+
+
+def test_mounts_are_read_in_one_way():
+    assert parse_mount("/a") == (Path("/a"), Path("/a"))
+    assert parse_mount("/a:/b:ro") == (Path("/a"), Path("/b"))
+    asked_for = asked("--hardware", "h100", "--container", "--mount", "/a:/b:ro", "--mount", "/c").paths.mounts
+    assert asked_for == (parse_mount("/a:/b:ro"), parse_mount("/c"))
+    for text in ("", "/a:", "a:b", "/a:/b:ro:rw", "/a:b"):
+        with pytest.raises(UserError, match="is not OUTSIDE"):
+            parse_mount(text)
 
 
 def test_everything_on_disk_is_in_the_verdict(world):

@@ -148,6 +148,13 @@ def test_without_slurm_one_is_told_so(tmp_path):
         ("account: a\npartition: b\ngpus_per_node: true", "gpus_per_node must be int"),
         ("account: a\npartition: b\nhardware: a100", "hardware 'a100' is not known"),
         ("account: a\npartition: b\nmounts: ['/x:/x']", "mounts are of a container"),
+        ("account: a\npartition: b\ncontainer: c\nmounts: ['x:/y']", "mount 'x:/y' is not OUTSIDE"),
+        ("account: a\npartition: b\ntime: 12:00:00", 'it is 43200; write it in quotes: time: "12:00:00"'),
+        ("account: 12\npartition: b", 'account must be str, but it is 12; write it in quotes: account: "12"'),
+        ("account: a\npartition: b\nenvironment: {NCCL_DEBUG: 1}", 'environment holds 1, .*write "1" there'),
+        ("account: a\npartition: b\nenvironment: {A-B: x}", "'A-B', which is no name of a variable"),
+        ("account: a\npartition: b\nsetup: [1]", 'setup holds 1, .*write "1" there'),
+        ("account: a\npartition: b\noptions: ['--qos=high']", "without dashes, such as qos=high"),
         ("account: [", "is not valid YAML"),
         ("just words", "must hold keys and values"),
     ],
@@ -177,11 +184,48 @@ def test_the_example_names_every_key_with_its_default():
         ({"command": ["x"], "nodes": 0}, "--nodes 0"),
         ({"command": ["x"], "seeds": (1,)}, "an array of seeds wants {seed}"),
         ({"command": ["{seed}"]}, "wants --array"),
+        ({"command": ["x"], "name": "a/b"}, "without / and %"),
     ],
 )
 def test_jobs_that_mean_nothing_are_refused(job, message):
     with pytest.raises(UserError, match=message):
-        Job("x", **job)
+        Job(**({"name": "x"} | job))
+
+
+def test_what_the_shell_would_split_is_quoted():
+    text = render(replace(SITE, options=["comment=two words"]), replace(RUN, name="my run"))
+    assert "#SBATCH --job-name='my run'\n" in text
+    assert "#SBATCH --output='runs/slurm/my run-%j.log'\n" in text
+    assert "#SBATCH --comment='two words'\n" in text
+
+
+def test_the_ranks_have_as_long_to_save_as_slurm_gives_them(monkeypatch):
+    """What torch.distributed.run makes of the exported variable, not only that it is exported."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    exported = dict(
+        line.removeprefix("export ").split("=", 1)
+        for line in render(replace(SITE, signal_seconds=77), RUN).splitlines()
+        if line.startswith("export TORCH_")
+    )
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == 30
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", exported["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == 77
+    assert "SHUTDOWN_TIMEOUT" not in render(replace(SITE, signal_seconds=0), RUN)
+
+
+@pytest.mark.parametrize("logs", [["x-4711.log"], ["x-4711_1.log", "x-4711_2.log"]])
+def test_the_logs_of_a_job_and_of_an_array_are_followed(tmp_path, logs):
+    environment = fake_slurm(tmp_path)
+    tail = tmp_path / "tail"
+    tail.write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/followed\n')
+    tail.chmod(0o755)
+    (tmp_path / "cluster.yaml").write_text(f"account: me\npartition: batch\nlogs: {tmp_path}\n")
+    for name in [*logs, "x-14711.log", "x-47110_1.log"]:
+        (tmp_path / name).write_text("")
+    assert script("follow", "4711", env=environment, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "followed").read_text().split()[2:] == [f"{tmp_path}/{name}" for name in logs]
 
 
 def recipe(*arguments: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess:
@@ -256,4 +300,4 @@ def test_nemo_run_gets_the_same_settings():
     assert (made.container_image, made.container_mounts) == (site.container, site.mounts)
     assert (made.gres, made.signal, made.exclusive) == ("gpu:8", "TERM@300", True)
     assert made.additional_parameters == {"qos": "high"}
-    assert made.env_vars == ENVIRONMENT | {"HF_HOME": "/lustre/me/hf"}
+    assert made.env_vars == ENVIRONMENT | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", "HF_HOME": "/lustre/me/hf"}
