@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nano3.base_identity import recorded_sha256
 from nano3.checkpoint_folder import disk_full, record_files, sync
 from nano3.cli import fresh_output
-from nano3.router import RouterGuard, balances
+from nano3.replicas import require_equal_replicas
+from nano3.router import RouterGuard, balances, require_router
 
 KIND = "lora-adapter"
 WEIGHTS = "weights"
@@ -44,11 +45,18 @@ def save_adapter(model: nn.Module, out: Path, facts: dict[str, Any]) -> None:
         finish(folder)
 
 
+def save_trained(trainer: pl.Trainer, model: nn.Module, out: Path, facts: dict[str, Any]) -> None:
+    """`save_adapter` in a run: only if routers and replicas are as they must be."""
+    require_router(trainer, model)
+    require_equal_replicas(adapter_state(model), str(out))
+    save_adapter(model, out, facts)
+
+
 def write_adapter(state: dict[str, Any], folder: Path, facts: dict[str, Any]) -> None:
     """Writes `weights/` from all ranks and, on rank 0, `lora.json` into an existing folder."""
     write_sharded(state, folder / WEIGHTS)
     if dist.get_rank() == 0:
-        (folder / "lora.json").write_text(json.dumps({"format": 1, **facts}, indent=1) + "\n")
+        (folder / "lora.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -134,7 +142,7 @@ class SaveAdapter(pl.Callback):
         self.facts = {**self.facts, "base_sha256": recorded_sha256(Path(self.base))}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        save_adapter(pl_module, Path(self.out), adapter_facts(trainer))
+        save_trained(trainer, pl_module, Path(self.out), adapter_facts(trainer))
 
 
 def adapter_facts(trainer: pl.Trainer) -> dict[str, Any]:

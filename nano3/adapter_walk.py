@@ -12,6 +12,8 @@ from megatron.core.models.mamba import MambaModel
 from megatron.core.ssm.mamba_block import MambaStack
 from torch import nn
 
+from nano3.targets import is_routed
+
 EXPERT_WEIGHT = re.compile(r"\.weight(\d+)$")
 
 
@@ -27,7 +29,7 @@ class Adapted:
     @property
     def routed(self) -> bool:
         """Whether the layer is the routed experts'."""
-        return ".mlp.experts." in self.path
+        return is_routed(self.path)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class DenseAdapter(ParallelLinearAdapter, Decomposed):
         keys = [f"{prefix}linear_out.weight"]
         if self.magnitude is not None:
             axes = {} if self.input_is_parallel else {MAGNITUDE: 0}
-            state.update(_dense_shards({MAGNITUDE: self.magnitude}, prefix, axes, sharded_offsets))
+            state.update(dense_shards({MAGNITUDE: self.magnitude}, prefix, axes, sharded_offsets))
             keys.append(prefix + MAGNITUDE)
         for key in keys if self.sections else ():
             names, rows = zip(*self.sections, strict=True)
@@ -195,7 +195,7 @@ class SharedExpertsAdapter(ExpertsAdapter):
         del metadata  # names the groups of the experts around it; the replicas are over the dense model's groups
         names = ("linear_in.weight", "linear_out.weight")
         whole = {name: self.get_parameter(name) for name in names}
-        return _dense_shards(whole, prefix, {}, sharded_offsets) | self._magnitude_shards(prefix)
+        return dense_shards(whole, prefix, {}, sharded_offsets) | self._magnitude_shards(prefix)
 
 
 class EachExpertAdapter(ExpertsAdapter):
@@ -271,7 +271,7 @@ def rescale(out: torch.Tensor, row_scale: torch.Tensor, splits: Sequence[int] | 
     return torch.cat([part * factor for part, factor in parts]).to(out.dtype)
 
 
-def _dense_shards(tensors: dict[str, Any], prefix: str, axes: dict[str, int], offsets: tuple) -> Sharded:
+def dense_shards(tensors: dict[str, Any], prefix: str, axes: dict[str, int], offsets: tuple) -> Sharded:
     """Shards over the dense model's groups, whatever groups the module around the adapter has."""
     return make_sharded_tensors_for_checkpoint(
         tensors,

@@ -8,22 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.ssm.mamba_block import MambaStack
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import nn
 
 from nano3 import cpu
-
-
-def moe_layers(model: nn.Module) -> dict[int, MoELayer]:
-    """The mixture-of-experts layers of this rank's pipeline stage, by global layer number from 0."""
-    return {
-        layer.layer_number - 1: layer.mlp
-        for stack in model.modules()
-        if isinstance(stack, MambaStack)
-        for layer in stack.layers
-        if isinstance(getattr(layer, "mlp", None), MoELayer)
-    }
+from nano3.router import routers
 
 
 class ExpertLoad:
@@ -40,9 +28,9 @@ class ExpertLoad:
     def start(self, model: nn.Module) -> None:
         """Counts from zero until `stop`."""
         self.counts = {}
-        for number, layer in moe_layers(model).items():
-            self.counts[number] = torch.zeros_like(layer.router.expert_bias, dtype=torch.int64)
-            self._hooks.append(layer.router.register_forward_hook(self._count(number)))
+        for number, router in routers(model).items():
+            self.counts[number] = torch.zeros_like(router.expert_bias, dtype=torch.int64)
+            self._hooks.append(router.register_forward_hook(self._count(number)))
 
     def _count(self, number: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:

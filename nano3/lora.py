@@ -1,7 +1,7 @@
 """LoRA on the hybrid model: NeMo's adapters where they are right, our own where they are not.
 
-Kept from NeMo 2.7.3: `PEFT` (freezing, adapter-only checkpoints), `LoRALinear`, and `ParallelLinearAdapter` for dense
-layers. Replaced, each for a reason (`nano3.adapters`, `nano3.vocabulary_adapters`):
+Kept from NeMo 2.7.3: `PEFT` (freezing, and when adapters and optimizer are made), `LoRALinear`, and
+`ParallelLinearAdapter` for dense layers. Replaced, each for a reason (`nano3.adapters`, `nano3.vocabulary_adapters`):
   * routed experts: one adapter per layer shared by all its experts, replicated on every rank that holds experts, or one
     for each expert, on the ranks that hold it;
   * `linear_fc1`: NeMo shards its B as two gated halves, and this model has no gate;

@@ -130,7 +130,7 @@ def predicted_right(labels: torch.Tensor, logits: torch.Tensor, group: dist.Proc
         logits: (s, b, v), this rank's part of the vocabulary.
         group: the tensor-parallel ranks that share the vocabulary.
     """
-    best, predicted = logits.float().max(-1)
+    best, predicted = logits.max(-1)
     if group.size() > 1:
         predicted += group.rank() * logits.shape[-1]
         largest = best.clone()

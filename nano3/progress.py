@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import lightning.pytorch as pl
 
+from nano3.cli import UserError
 from nano3.divergence import Divergence
 from nano3.journal import Journal, Row, View
 
@@ -130,10 +131,15 @@ class Progress(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         del pl_module
-        row = logged(trainer, "validation_")
-        if trainer.is_global_zero and row and self.journal.opened:
-            self._write(trainer.global_step, row)
-            print(f"step {trainer.global_step}/{self.steps}  validation loss {row['validation_loss']:.4f}", flush=True)
+        row, step = logged(trainer, "validation_"), trainer.global_step
+        if "validation_loss" not in row:  # not a number, on all ranks alike
+            raise UserError(
+                f"step {step}: the validation loss is not a number: the run diverged; lower train.lr or train.clip, or "
+                "lengthen train.warmup, and go on from a checkpoint before it or start over with --overwrite"
+            )
+        if trainer.is_global_zero:
+            self._write(step, row)
+            print(f"step {step}/{self.steps}  validation loss {row['validation_loss']:.4f}", flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         del pl_module

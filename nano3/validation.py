@@ -8,10 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.trainer.states import TrainerFn
 
-from nano3.adapter_checkpoint import adapter_facts, save_adapter
-from nano3.router import require_router
+from nano3.adapter_checkpoint import adapter_facts, save_trained
 
 
 class Validation(pl.Callback):
@@ -38,18 +36,15 @@ class Validation(pl.Callback):
             setattr(self, name, value)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
-            return
         loss = _of_rank_0(trainer.callback_metrics["validation_loss"])
         step, say = trainer.global_step, trainer.is_global_zero
         if loss < self.best:
             self.best, self.best_step = loss, step
-            require_router(trainer, pl_module)
             facts = {
                 "validation_loss": loss,
                 "validation_accuracy": float(trainer.callback_metrics["validation_accuracy"]),
             }
-            save_adapter(pl_module, self.out, {**adapter_facts(trainer), **facts})
+            save_trained(trainer, pl_module, self.out, {**adapter_facts(trainer), **facts})
             if say:
                 print(f"step {step}: the best validation so far, kept in {self.out}", flush=True)
         if loss < self.reference - self.min_improvement:

@@ -11,18 +11,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from nemo.lightning.pytorch.callbacks.peft import AdapterWrapper
 from torch import nn
 
-from nano3.adapters import AdaptedLinear, AdapterOptions, DenseAdapter, Sharded
+from nano3.adapters import AdaptedLinear, AdapterOptions, DenseAdapter, Sharded, dense_shards
 from nano3.dora import MAGNITUDE, Decomposed, Part, scale_of
 
 _SPLIT = {"tensor_model_parallel": True, "partition_dim": 0, "partition_stride": 1}
@@ -90,12 +88,7 @@ class EmbeddingAdapter(Decomposed):
         if self.magnitude is not None:
             tensors[MAGNITUDE] = self.magnitude
         axes = {"linear_out.weight": 0, MAGNITUDE: 0}
-        groups = {
-            "tp_group": parallel_state.get_tensor_model_parallel_group(),
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        }
-        state = make_sharded_tensors_for_checkpoint(tensors, prefix, axes, sharded_offsets, **groups)
-        return _pads(state, prefix)
+        return _pads(dense_shards(tensors, prefix, axes, sharded_offsets), prefix)
 
 
 class AdaptedEmbedding(AdapterWrapper):

@@ -74,7 +74,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _put_aside(out: Path) -> None:
     """Makes room for a new run: the finished adapter stays as `adapter.previous`."""
-    for old in (FOLDER, "best", "tensorboard", "wandb"):
+    for old in (FOLDER, "best", "evaluation", "tensorboard", "wandb"):
         shutil.rmtree(out / old, ignore_errors=True)
     (out / "metrics.jsonl").unlink(missing_ok=True)
     if (out / "adapter").exists():

@@ -19,6 +19,7 @@ from typing import Any
 from conversion.folders import refuse_overlap
 from conversion.names import adaptable, adapter_shapes
 from launch.overrides import apply_overrides, flatten
+from launch.plan_settings import default_layout
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError, check_output, run
 from nano3.targets import select, sizes
@@ -85,7 +86,7 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
     ranks = (args.ranks or 1) if args.local else (args.gpus_per_node or GPUS_PER_NODE)
     settings = Settings()
     if not args.local:
-        settings.layout.ep = _experts_in_a_node(arch, ranks)
+        settings.layout = default_layout(arch, ranks)
     apply_overrides(settings, args.settings)
     task = Run(
         model=str(model),
@@ -98,6 +99,8 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
         cpu=args.local,
         settings=settings,
     )
+    if args.eval_only and args.overwrite:
+        raise UserError("--eval-only trains nothing and overwrites no run; leave --overwrite out")
     if args.eval_only:
         task = evaluation_task(task, args.adapter)
     elif args.adapter:
@@ -114,11 +117,6 @@ def _model(name: str) -> tuple[Path, Path | None]:
     if name not in PRESETS and is_nemo_checkpoint(folder):
         return (folder / "hf").resolve(), folder.resolve()
     return resolve_model(name).resolve(), None
-
-
-def _experts_in_a_node(arch: Arch, gpus: int) -> int:
-    """Expert parallel as wide as a node's NVLink domain: TP1 with EP8 is the layout of the published recipe."""
-    return max(size for size in range(1, gpus + 1) if gpus % size == 0 and arch.n_routed_experts % size == 0)
 
 
 def trainable_parameters(task: Run, arch: Arch) -> int:

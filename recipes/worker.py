@@ -1,4 +1,4 @@
-"""One rank of a local run: `python -m recipes.worker RUN.json`, started by `recipes/nemotron_lora.py`."""
+"""One rank of a run or evaluation, on this machine or in a Slurm job: `python -m recipes.worker RUN.json`."""
 
 from __future__ import annotations
 

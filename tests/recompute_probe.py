@@ -24,9 +24,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from nano3.arch import Arch  # noqa: E402
 from nano3.core import build_mcore_model, transformer_kwargs  # noqa: E402
-from nano3.expert_load import ExpertLoad, moe_layers  # noqa: E402
+from nano3.expert_load import ExpertLoad  # noqa: E402
 from nano3.lora import Nano3LoRA  # noqa: E402
 from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
+from nano3.router import routers  # noqa: E402
 from nano3.targets import PRESETS as TARGETS  # noqa: E402
 from nano3.targets import select  # noqa: E402
 from tests.tiny import TINY_CONFIG  # noqa: E402
@@ -123,7 +124,7 @@ def step(arch: Arch, case: dict[str, Any]) -> dict[str, Any]:
         "loss": loss.item(),
         "gradients": gradients,
         "experts": load.stop(),
-        "megatron": {n: layer.router.local_tokens_per_expert.tolist() for n, layer in moe_layers(model).items()},
+        "megatron": {n: router.local_tokens_per_expert.tolist() for n, router in routers(model).items()},
     }
 
 

@@ -140,3 +140,15 @@ def test_the_line_in_numbers():
     assert line(5, 300, 0.5, 1e-3, 2.0, 1234.4, 61.0) == (
         "step   5/300  loss 0.5000  lr 1.00e-03  grad norm 2.000  1234 tokens/s  1m01s left"
     )
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run_on_every_rank(make, tmp_path, capsys):
+    progress = make()
+    progress.on_validation_end(trainer(2, 0.1, validation_loss=1.5, validation_accuracy=0.5), None)
+    assert rows(tmp_path)[-1]["validation_accuracy"] == 0.5
+    assert "validation loss 1.5000" in capsys.readouterr().out
+    for first in (True, False):
+        now = trainer(3, 0.1, validation_loss=float("nan"), validation_accuracy=0.0)
+        now.is_global_zero = first
+        with pytest.raises(UserError, match="step 3: the validation loss is not a number"):
+            progress.on_validation_end(now, None)

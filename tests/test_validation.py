@@ -174,7 +174,7 @@ def kept(monkeypatch) -> list[tuple[str, int]]:
     saved: list[tuple[str, int]] = []
     monkeypatch.setattr(validation, "_of_rank_0", float)
     monkeypatch.setattr(validation, "adapter_facts", lambda trainer: {"steps": trainer.global_step})
-    monkeypatch.setattr(validation, "save_adapter", lambda _model, out, facts: saved.append((str(out), facts["steps"])))
+    monkeypatch.setattr(validation, "save_trained", lambda *args: saved.append((str(args[2]), args[3]["steps"])))
     return saved
 
 
