@@ -23,11 +23,9 @@ from typing import Any
 import numpy as np
 
 from nano3.cli import UserError, fresh_output
+from nano3.pack_index import DOCUMENTS, FACTS, KIND, OFFSETS, VERSION, index_name, read_index
 from nano3.token_store import MANIFEST, TokenStore, file_sha256, mapped
 
-KIND = "pack-index"
-VERSION = 1
-_FILES = ("documents.bin", "packs.idx")
 PADDING = -1
 """The source of a position that holds no token of a document."""
 _BITS = 512
@@ -91,11 +89,6 @@ def _grouped(order: np.ndarray, pack_of: np.ndarray, rank_of_pack: np.ndarray) -
     return order[np.argsort(ranks, kind="stable")], np.concatenate([[0], np.cumsum(counts)])
 
 
-def index_name(seq_length: int, pad_multiple: int) -> str:
-    """Name of the pack index's folder in its store."""
-    return f"packs-{seq_length}" if pad_multiple == 1 else f"packs-{seq_length}-pad{pad_multiple}"
-
-
 def build_packs(
     store: TokenStore,
     seq_length: int,
@@ -142,9 +135,9 @@ def build_packs(
         "efficiency": round(positions / (packs * seq_length), 6),
     }
     with fresh_output(store.folder / index_name(seq_length, pad_multiple), KIND) as out:
-        documents.astype("<i8").tofile(out / "documents.bin")
-        offsets.astype("<i8").tofile(out / "packs.idx")
-        (out / "packs.json").write_text(json.dumps(facts, indent=1) + "\n")
+        documents.astype("<i8").tofile(out / DOCUMENTS)
+        offsets.astype("<i8").tofile(out / OFFSETS)
+        (out / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     return facts
 
 
@@ -171,34 +164,7 @@ class PackedDataset:
 
     def __init__(self, folder: Path | str, seq_length: int, pad_multiple: int = 1) -> None:
         self.store = TokenStore(folder)
-        self.index = self.store.folder / index_name(seq_length, pad_multiple)
-        self.facts = self._read_facts(seq_length, pad_multiple)
-        for name, count in zip(_FILES, (self.facts["documents"], self.facts["packs"] + 1), strict=True):
-            path = self.index / name
-            if not path.is_file() or path.stat().st_size != 8 * count:
-                raise UserError(f"{path} is missing or truncated; {self._remedy(seq_length, pad_multiple)}")
-
-    def _read_facts(self, seq_length: int, pad_multiple: int) -> dict[str, Any]:
-        remedy = self._remedy(seq_length, pad_multiple)
-        path = self.index / "packs.json"
-        if not path.is_file():
-            others = sorted(folder.name for folder in self.store.folder.glob("packs-*"))
-            raise UserError(
-                f"the token store has no {self.index.name} (it has {', '.join(others) or 'none'}); {remedy}"
-            )
-        try:
-            facts = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
-        if facts.get("format") != KIND or facts.get("version") != VERSION:
-            raise UserError(f"{path} is not a {KIND} of version {VERSION}; {remedy}")
-        if facts["store_sha256"] != file_sha256(self.store.folder / MANIFEST):
-            raise UserError(f"{path} was made for other data than this store holds; {remedy}")
-        return facts
-
-    def _remedy(self, seq_length: int, pad_multiple: int) -> str:
-        padding = "" if pad_multiple == 1 else f" --pad-multiple {pad_multiple}"
-        return f"run: python data_prep/repack.py {self.store.folder} --seq-length {seq_length}{padding}"
+        self.index, self.facts = read_index(self.store, seq_length, pad_multiple)
 
     def __len__(self) -> int:
         """Number of packs."""
@@ -209,11 +175,11 @@ class PackedDataset:
 
     @cached_property
     def _documents(self) -> np.ndarray:
-        return mapped(self.index / "documents.bin", "<i8")
+        return mapped(self.index / DOCUMENTS, "<i8")
 
     @cached_property
     def _offsets(self) -> np.ndarray:
-        return mapped(self.index / "packs.idx", "<i8")
+        return mapped(self.index / OFFSETS, "<i8")
 
     def documents(self, number: int) -> np.ndarray:
         """Numbers of the documents in a pack, in their order there, (k,) int64."""

@@ -38,8 +38,6 @@ class Gpu:
     """GPUs that NVLink connects all to all; a multiple of `gpus_per_node` where it spans nodes."""
     bf16: float
     """Dense BF16 FLOP/s of the tensor cores."""
-    fp8: float
-    """Dense FP8 FLOP/s."""
     hbm: float
     """Bytes per second of GPU memory."""
     nvlink: float
@@ -55,12 +53,12 @@ class Gpu:
 HARDWARE = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h100", 79.6, 8, 8, 989e12, 1979e12, 3.35e12, 450e9, 50e9, _DGX_H100),
-        Gpu("h200", 140.4, 8, 8, 989e12, 1979e12, 4.8e12, 450e9, 50e9, _DGX_H200),
-        Gpu("b200", 179.0, 8, 8, 2250e12, 4500e12, 8.0e12, 900e9, 50e9, _DGX_B200),
-        Gpu("b300", 262.5, 8, 8, 2250e12, 4500e12, 8.0e12, 900e9, 100e9, _DGX_B300),
-        Gpu("gb200", 184.0, 4, 72, 2500e12, 5000e12, 8.0e12, 900e9, 50e9, _GB200),
-        Gpu("gb300", 277.0, 4, 72, 2500e12, 5000e12, 8.0e12, 900e9, 100e9, _GB300),
+        Gpu("h100", 79.6, 8, 8, 989e12, 3.35e12, 450e9, 50e9, _DGX_H100),
+        Gpu("h200", 140.4, 8, 8, 989e12, 4.8e12, 450e9, 50e9, _DGX_H200),
+        Gpu("b200", 179.0, 8, 8, 2250e12, 8.0e12, 900e9, 50e9, _DGX_B200),
+        Gpu("b300", 262.5, 8, 8, 2250e12, 8.0e12, 900e9, 100e9, _DGX_B300),
+        Gpu("gb200", 184.0, 4, 72, 2500e12, 8.0e12, 900e9, 50e9, _GB200),
+        Gpu("gb300", 277.0, 4, 72, 2500e12, 8.0e12, 900e9, 100e9, _GB300),
     )
 }
 """By the name that `--hardware` takes."""

@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from launch.hardware import Gpu
 from launch.layout import Layout
 from launch.memory import IMBALANCE, Workload
 from launch.plan_weights import Adapters
 from nano3.arch import Arch
-from nano3.cli import UserError
-from nano3.targets import PRESETS, select, sizes
+from nano3.targets import PRESETS, Size, select, sizes
 
 Recompute = Literal["full", "moe", "moe_act", "shared_experts", "layernorm", "mamba"]
 
@@ -65,21 +63,27 @@ class Plan:
     imbalance: float = IMBALANCE
     """Tokens of the busiest rank's experts over an even share."""
 
-    def adapters(self, arch: Arch) -> Adapters | None:
-        """The adapters, or None when all weights are trained; `UserError` for targets that name nothing."""
+    def adapter_sizes(self, arch: Arch) -> dict[str, Size]:
+        """Every adapter's rank by path, none when all weights are trained; `UserError` for targets that name nothing.
+
+        Scales take neither memory nor time; here they are not the recipe's.
+        """
         if self.method == "full":
-            return None
+            return {}
         lora = self.lora
         paths = select(arch, list(lora.targets or PRESETS[lora.preset]), lora.experts)
-        chosen = sizes(paths, lora.rank, float(lora.rank), lora.rank_pattern)
-        ranks = {path: size.rank for path, size in chosen.items()}
-        return Adapters(ranks, lora.experts == "each", lora.dora, lora.dropout > 0)
+        return sizes(paths, lora.rank, float(lora.rank), lora.rank_pattern)
+
+    def adapters(self, arch: Arch) -> Adapters | None:
+        """The adapters, or None when all weights are trained."""
+        if self.method == "full":
+            return None
+        ranks = {path: size.rank for path, size in self.adapter_sizes(arch).items()}
+        return Adapters(ranks, self.lora.experts == "each", self.lora.dora, self.lora.dropout > 0)
 
     def workload(self, arch: Arch, ranks: int) -> Workload:
         """The plan on so many ranks."""
         train = self.train
-        if train.micro_batch < 1 or train.steps < 1 or not 0 <= self.lora.dropout < 1:
-            raise UserError("train.micro_batch and train.steps must be at least 1, lora.dropout from 0 to below 1")
         return Workload(
             arch=arch,
             layout=self.layout,
@@ -98,8 +102,7 @@ class Plan:
         return replace(self, layout=layout, train=train)
 
 
-def default_layout(arch: Arch, gpu: Gpu, ranks: int) -> Layout:
-    """Experts as wide as the NVLink domain allows, nothing else split: the layout that published evidence favours."""
-    domain = min(ranks, gpu.nvlink_domain, 8)
-    fitting = [size for size in range(1, domain + 1) if ranks % size == 0 and arch.n_routed_experts % size == 0]
-    return Layout(ep=max(fitting)) if arch.moe_layers else Layout()
+def default_layout(arch: Arch, ranks_per_node: int) -> Layout:
+    """Experts as wide as the GPUs of a node allow, nothing else split: what published evidence favours."""
+    fitting = [size for size in range(1, ranks_per_node + 1) if ranks_per_node % size == 0]
+    return Layout(ep=max(size for size in fitting if arch.n_routed_experts % size == 0) if arch.moe_layers else 1)

@@ -5,7 +5,7 @@
     python launch/preflight.py --hardware h100 --nodes 2 --search
 
 Exit code 0: it fits; 1: it does not fit, or cannot be right; 2: the arguments are wrong. Settings (key=value) have the
-recipe's names; without layout settings experts are as wide as the NVLink domain. Nothing is imported that takes time,
+recipe's names; without layout settings experts are as wide as a node's GPUs. Nothing is imported that takes time,
 and nothing runs on a GPU. What the figures stand on: docs/memory.md. **Not verified on a GPU.**
 """
 
@@ -21,6 +21,7 @@ from launch.layout import Layout, nearest
 from launch.memory import MemoryPlan, plan_memory
 from launch.mounts import parse_mount
 from launch.overrides import apply_overrides
+from launch.plan_rules import check_settings
 from launch.plan_settings import Plan, default_layout
 from launch.preflight_checks import (
     Finding,
@@ -108,9 +109,10 @@ def read_request(args: argparse.Namespace) -> Request:
         mounts=mounts if args.container else None,
     )
     request = Request(gpu, args.nodes, args.gpus_per_node or gpu.gpus_per_node, arch, Plan(), paths)
-    request.plan.layout = default_layout(arch, gpu, request.ranks)
+    request.plan.layout = default_layout(arch, request.per_node)
     length = [] if args.seq is None else [f"train.seq_length={args.seq}"]
     apply_overrides(request.plan, [*args.settings, *length])
+    check_settings(request.plan, arch)
     return request
 
 
@@ -156,7 +158,7 @@ def verdict(request: Request, memory: MemoryPlan, speed: Estimate, packs: int | 
     if not fits:
         near = alternatives(request)
         lines.append("  nearest that fit:" if near else "  no layout fits on these ranks: shorter packs or more nodes")
-        lines += [candidate.row(gpu) for candidate in near]
+        lines += [candidate.row(gpu, plan) for candidate in near]
     return lines
 
 
@@ -168,7 +170,7 @@ def report(request: Request, files: bool) -> tuple[int, str]:
     except UserError as refused:
         near = fitting(request.arch, _valid_batch(request), request.gpu, request.ranks, request.per_node)[:NEAREST]
         lines = [f"CANNOT BE RIGHT: {refused}", *(["  these fit:"] if near else [])]
-        return 1, "\n".join([*lines, *(candidate.row(request.gpu) for candidate in near)])
+        return 1, "\n".join([*lines, *(candidate.row(request.gpu, request.plan) for candidate in near)])
     found, packs = look(request) if files else ([], None)
     memory, speed = plan_memory(work), estimate(work, request.gpu)
     lines = verdict(request, memory, speed, packs)
@@ -192,7 +194,7 @@ def search(request: Request) -> tuple[int, str]:
     head = (
         f"{len(found)} valid layouts fit on {request.ranks} {gpu.name} at {request.plan.train.seq_length} tokens a pack"
     )
-    rows = [candidate.row(gpu) for candidate in found[:SHOWN]]
+    rows = [candidate.row(gpu, request.plan) for candidate in found[:SHOWN]]
     rest = [f"  ... and {len(found) - SHOWN} more, slower by the estimate"] if len(found) > SHOWN else []
     return (0 if found else 1), "\n".join([head + ("; recommended:" if found else ""), *rows, *rest])
 

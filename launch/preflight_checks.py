@@ -21,6 +21,7 @@ from launch.plan_settings import Plan
 from launch.plan_weights import adapter_weights
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.cli import UserError, owner_of
+from nano3.pack_index import read_index
 from nano3.token_store import TokenStore
 
 WANTED = {"nemo-toolkit": "2.7.3", "megatron-core": "0.16.1"}
@@ -61,25 +62,15 @@ def check_store(plan: Plan, arch: Arch, paths: Paths) -> tuple[list[Finding], in
     if largest >= arch.vocab_size:
         text = f"{paths.data} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}"
         return [Finding(True, text)], None
-    return _packs(plan, paths.data)
+    return _packs(plan, store)
 
 
-def _packs(plan: Plan, data: Path) -> tuple[list[Finding], int | None]:
-    wanted = (plan.train.seq_length, plan.layout.document_multiple)
-    there = {}
-    for path in sorted(data.glob("packs-*/packs.json")):
-        try:
-            facts = json.loads(path.read_text())
-            there[facts["seq_length"], facts["pad_multiple"]] = facts["packs"]
-        except (ValueError, KeyError) as error:
-            return [Finding(True, f"{path} cannot be read ({error}); run data_prep/repack.py again")], None
-    if wanted not in there:
-        has = ", ".join(f"{length} (padded to {multiple})" for length, multiple in there) or "none"
-        padding = f" --pad-multiple {wanted[1]}" if wanted[1] > 1 else ""
-        remedy = f"run: python data_prep/repack.py {data} --seq-length {wanted[0]}{padding}"
-        text = f"{data} has no packs of {wanted[0]} tokens padded to {wanted[1]}; it has {has}; {remedy}"
-        return [Finding(True, text)], None
-    packs = there[wanted]
+def _packs(plan: Plan, store: TokenStore) -> tuple[list[Finding], int | None]:
+    try:
+        _, facts = read_index(store, plan.train.seq_length, plan.layout.document_multiple)
+    except UserError as error:
+        return [Finding(True, str(error))], None
+    packs = facts["packs"]
     passes = plan.train.steps * plan.train.global_batch / packs
     return [Finding(False, f"{packs} packs: {plan.train.steps} steps are {passes:.1f} passes over them")], packs
 

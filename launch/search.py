@@ -12,6 +12,7 @@ from launch.hardware import GIB, Gpu
 from launch.layout import Layout, nearest
 from launch.layout_rules import check
 from launch.memory import MemoryPlan, plan_memory
+from launch.plan_rules import check_adapters
 from launch.plan_settings import Plan, Recompute
 from launch.throughput import Estimate, estimate
 from nano3.arch import Arch
@@ -35,10 +36,14 @@ class Candidate:
     memory: MemoryPlan
     speed: Estimate
 
-    def row(self, gpu: Gpu) -> str:
-        """One line: settings, memory, speed."""
-        recompute = ",".join(self.plan.train.recompute)
-        settings = self.plan.layout.settings(self.plan.layout) + (f" train.recompute={recompute}" if recompute else "")
+    def row(self, gpu: Gpu, asked: Plan) -> str:
+        """One line: settings that differ from the recipe's defaults or from those `asked` for, memory, speed."""
+        train = self.plan.train
+        settings = self.plan.layout.settings(asked.layout)
+        settings += f" train.recompute={','.join(train.recompute)}" if train.recompute else ""
+        for name in ("seq_length", "global_batch"):
+            if getattr(train, name) != getattr(asked.train, name):
+                settings += f" train.{name}={getattr(train, name)}"
         used = self.memory.tightest.total / GIB
         return (
             f"  {settings:<60}{used:7.1f} GiB{used / gpu.memory_gib:6.0%}{self.speed.tokens_per_second:9,.0f} tok/s/GPU"
@@ -46,29 +51,27 @@ class Candidate:
 
 
 def valid_layouts(arch: Arch, plan: Plan, ranks: int, per_node: int) -> list[Layout]:
-    """Every valid layout on these ranks whose rank of adapters and experts' adapters can be cut so."""
-    train = plan.train
-    found = nearest(arch, Layout(), ranks, train.seq_length, train.global_batch, per_node, number=EVERY)
-    return [layout for layout in found if adapters_can(plan, layout)]
+    """Every valid layout on these ranks that can cut the adapters; expert tensor parallel ones for who asked for it."""
+    train, chosen = plan.train, plan.adapter_sizes(arch)
+    found = nearest(
+        arch, Layout(etp=plan.layout.etp), ranks, train.seq_length, train.global_batch, per_node, number=EVERY
+    )
 
-
-def adapters_can(plan: Plan, layout: Layout) -> bool:
-    """Whether the adapters can be cut so: dense ones along their rank, those of routed experts not at all."""
-    if plan.method == "full":
+    def can(layout: Layout) -> bool:
+        try:
+            check_adapters(chosen, plan.lora, layout)
+        except UserError:
+            return False
         return True
-    ranks = [plan.lora.rank, *(int(item.rpartition(":")[2]) for item in plan.lora.rank_pattern)]
-    return all(rank % layout.tp == 0 for rank in ranks) and (layout.etp == 1 or plan.lora.experts == "none")
+
+    return list(filter(can, found))
 
 
 def refuse_layout(arch: Arch, plan: Plan, ranks: int, per_node: int) -> None:
     """Raises `UserError` with the rule that the layout breaks, megatron-core's or the adapters'."""
-    train, layout = plan.train, plan.layout
-    check(arch, layout, ranks, train.seq_length, train.global_batch, per_node)
-    if not adapters_can(plan, layout):
-        raise UserError(
-            f"lora.rank={plan.lora.rank} and lora.rank_pattern must be multiples of layout.tp={layout.tp}, and "
-            f"adapters on routed experts need layout.etp=1 (it is {layout.etp}) or lora.experts=none"
-        )
+    train = plan.train
+    check(arch, plan.layout, ranks, train.seq_length, train.global_batch, per_node)
+    check_adapters(plan.adapter_sizes(arch), plan.lora, plan.layout)
 
 
 def fitting(arch: Arch, plan: Plan, gpu: Gpu, ranks: int, per_node: int) -> list[Candidate]:

@@ -3,8 +3,8 @@
     estimate(work, HARDWARE["h100"]).tokens_per_second        # per GPU
 
 Imports neither torch nor NeMo. A micro batch costs, on the busiest rank of the slowest pipeline stage, the time of its
-matrix products, plus its traffic to memory, plus what it sends; and never less than the host needs to launch it. Five
-constants, below, stand for everything else. `PUBLISHED` holds the rows they are judged by: nothing here was measured by
+matrix products, plus its traffic to memory, plus what it sends; and never less than the host needs to launch it. The
+constants below stand for everything else. `PUBLISHED` holds the rows they are judged by: nothing here was measured by
 us, and the two host constants were chosen on three of these rows. Not verified on a GPU.
 """
 

@@ -7,13 +7,10 @@ does once before its ranks start: the base weights are imported unless they are 
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from launch.hardware import find_gpu
 from launch.mounts import parse_mount
-from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
 from launch.preflight import Request, report
 from launch.preflight_checks import Paths
 from launch.slurm import EXAMPLE, Cluster, Job, render
@@ -21,6 +18,7 @@ from launch.slurm import submit as hand_over
 from nano3.arch import Arch
 from nano3.checkpoint_folder import clear_unfinished
 from nano3.cli import UserError, fresh_output, owner_of, run
+from recipes.checks import plan_of
 from recipes.local_run import KIND, import_base, refuse_finished
 from recipes.settings import Run
 
@@ -36,21 +34,6 @@ def job_of(task: Run) -> Job:
     )
 
 
-def plan_of(task: Run) -> Plan:
-    """The run's settings as far as preflight looks at them."""
-    settings = task.settings
-
-    def of(kind: Any, group: Any) -> Any:
-        return kind(**{field.name: getattr(group, field.name) for field in fields(kind)})
-
-    return Plan(
-        layout=settings.layout,
-        lora=of(LoraPlan, settings.lora),
-        train=of(TrainPlan, settings.train),
-        checkpoint=of(CheckpointPlan, settings.checkpoint),
-    )
-
-
 def preflight(task: Run, cluster: Cluster) -> tuple[int, str]:
     """(exit code, what to print), see `launch.preflight.report`."""
     base = Path(task.base)
@@ -62,7 +45,12 @@ def preflight(task: Run, cluster: Cluster) -> tuple[int, str]:
         mounts=tuple(map(parse_mount, cluster.mounts)) if cluster.container is not None else None,
     )
     request = Request(
-        find_gpu(cluster.hardware), task.nodes, task.ranks_per_node, Arch.load(task.model), plan_of(task), paths
+        find_gpu(cluster.hardware),
+        task.nodes,
+        task.ranks_per_node,
+        Arch.load(task.model),
+        plan_of(task.settings),
+        paths,
     )
     return report(request, files=True)
 

@@ -15,8 +15,8 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
 from data_prep.epochs import Epochs, Once, logged_sources, validation_plan
 from data_prep.packing import PackedDataset
+from launch.plan_rules import ONE_PACK
 from nano3.cli import UserError
-from recipes.checks import ONE_PACK
 
 
 def collate(items: list[dict[str, np.ndarray]], places: np.ndarray) -> dict[str, torch.Tensor]:

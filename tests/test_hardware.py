@@ -12,14 +12,14 @@ from nano3.cli import UserError
 )
 def test_systems_add_up_to_their_data_sheets(name, gpus, fp8_petaflops_sparse, terabytes):
     gpu = HARDWARE[name]
-    assert gpus * gpu.fp8 * 2 == fp8_petaflops_sparse * 1e15
+    # Dense BF16 is a quarter of what they print: half of it for FP8, half of that for sparsity.
+    assert gpus * gpu.bf16 * 4 == fp8_petaflops_sparse * 1e15
     # A data sheet's GB are GiB to within 1 %, less what the driver keeps.
     assert gpu.memory_gib * gpus / 1000 == pytest.approx(terabytes, rel=0.015)
 
 
 @pytest.mark.parametrize("gpu", HARDWARE.values(), ids=lambda gpu: gpu.name)
 def test_every_figure_is_plausible_and_has_a_source(gpu):
-    assert gpu.fp8 == pytest.approx(2 * gpu.bf16, rel=0.01)
     assert gpu.nvlink_domain % gpu.gpus_per_node == 0
     assert gpu.network < gpu.nvlink < gpu.hbm
     assert gpu.memory == int(gpu.memory_gib * GIB)

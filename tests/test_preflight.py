@@ -12,18 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.packing import build_packs
+from data_prep.packing import PackedDataset, build_packs
 from launch import preflight, preflight_checks
 from launch.hardware import HARDWARE
+from launch.layout import Layout
 from launch.mounts import parse_mount
-from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
+from launch.overrides import apply_overrides
+from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan, default_layout
 from launch.preflight_checks import Paths, check_model, check_mounts, check_output, check_store, disk_bytes
 from launch.recommend import row as recommend_row
 from launch.search import recommend
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError
 from nano3.token_store import TokenStore, tokenizer_sha256
-from recipes.settings import CheckpointSettings, LoraSettings, TrainSettings
+from recipes.checks import check_run
+from recipes.nemotron_lora import parser, resolve
+from recipes.settings import CheckpointSettings, LoraSettings, Run, Settings, TrainSettings
 from tests.tiny import tiny_hf_folder
 from tests.tiny_store import tiny_store
 
@@ -75,6 +79,8 @@ def test_exit_codes_and_the_time_that_it_takes():
         ("--hardware", "h100", "--mount", "/data"),
         ("--hardware", "h100", "--model", "/nowhere"),
         ("--hardware", "h100", "lora.targets=nothing"),
+        ("--hardware", "h100", "lora.rank_pattern=in_proj:abc"),
+        ("--hardware", "h100", "--search", "lora.rank=0"),
         ("--nodes", "2"),
     ):
         done = script(*wrong)
@@ -100,6 +106,91 @@ def test_settings_have_the_recipes_names_and_defaults(mine, theirs):
     known = {field.name: default(field) for field in fields(theirs)}
     for field in fields(mine):
         assert known[field.name] == default(field), field.name
+
+
+def check_recipe(arguments: list[str], nodes: int = 1, per_node: int = 8) -> None:
+    """The recipe's own checks of the same settings."""
+    settings = Settings(layout=default_layout(NANO, per_node))
+    apply_overrides(settings, arguments)
+    check_run(Run("", "", "", None, "", nodes, per_node, False, settings), NANO)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "lora.rank_pattern=in_proj:abc",
+        "lora.rank_pattern=in_proj:0",
+        "lora.targets=nothing",
+        "lora.rank=0",
+        "lora.dropout=1",
+        "train.steps=0",
+        "train.micro_batch=3",
+        "train.recompute=full,moe",
+        "train.recompute=moe,moe_act",
+        "checkpoint.keep=0",
+    ],
+)
+def test_what_the_recipe_refuses_preflight_refuses_in_the_same_words(setting):
+    with pytest.raises(UserError) as theirs:
+        check_recipe([setting])
+    with pytest.raises(UserError) as ours:
+        asked("--hardware", "h100", setting)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "right"),
+    [
+        ("layout.etp=2 layout.ep=4", True),
+        ("layout.etp=2 layout.ep=4 lora.experts=each", False),
+        ("layout.etp=2 layout.ep=4 lora.dora=true", False),
+        ("layout.etp=2 layout.ep=4 lora.dropout=0.1", False),
+        ("layout.etp=2 layout.ep=4 lora.dropout=0.1 lora.experts=none", True),
+        ("layout.tp=4 lora.rank=6", False),
+        ("layout.tp=4 lora.rank=6 lora.targets=word_embeddings", True),
+        ("layout.tp=4 lora.rank=6 lora.targets=output_layer", False),
+        ("layout.tp=4 lora.rank=6 lora.targets=*.mlp.experts.*", True),
+    ],
+)
+def test_layouts_of_adapters_are_right_for_both_or_for_neither(settings, right):
+    _, text = preflight.report(asked("--hardware", "h100", *settings.split()), files=False)
+    if right:
+        check_recipe(settings.split())
+        assert "CANNOT BE RIGHT" not in text
+    else:
+        with pytest.raises(UserError) as refused:
+            check_recipe(settings.split())
+        assert text.startswith(f"CANNOT BE RIGHT: {refused.value}\n")
+
+
+@pytest.mark.parametrize(("gpu", "nodes", "ep"), [("h100", 2, 8), ("gb200", 2, 4), ("b300", 1, 8)])
+def test_preflight_and_the_recipe_begin_with_the_same_layout(gpu, nodes, ep):
+    per_node = HARDWARE[gpu].gpus_per_node
+    task, _ = resolve(parser().parse_args(["--nodes", str(nodes), "--gpus-per-node", str(per_node)]))
+    assert asked("--hardware", gpu, "--nodes", str(nodes)).plan.layout == task.settings.layout == Layout(ep=ep)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--gpus-per-node", "3"],
+        ["train.seq_length=0"],
+        ["train.global_batch=100", "layout.cp=2", "train.seq_length=4098"],
+        ["layout.ep=3"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_said_to_fit_fits_as_it_is_printed(arguments):
+    code, text = preflight.report(asked("--hardware", "h200", *arguments), files=False)
+    assert code == 1
+    rows = text.split("these fit:")[1].splitlines()[1:]
+    assert rows
+    for row in rows:
+        changed = dict(word.split("=") for word in [*arguments, *row.split()] if "=" in word)  # the row's own win
+        flags = arguments[:2] if arguments[0].startswith("--") else []
+        settings = [f"{key}={value}" for key, value in changed.items()]
+        again, said = preflight.report(asked("--hardware", "h200", *flags, *settings), files=False)
+        assert again == 0, (row, said)
 
 
 def test_what_does_not_fit_is_told_what_does():
@@ -160,15 +251,30 @@ def test_a_store_is_checked_for_packs_and_tokenizer(world, tmp_path):
     assert packs
     missing, packs = check_store(plan_of(48), arch, world)
     assert packs is None
-    assert "no packs of 48 tokens" in wrong(missing)[0]
+    assert "has no packs-48 (it has packs-64)" in wrong(missing)[0]
     assert f"repack.py {world.data} --seq-length 48" in wrong(missing)[0]
     cut = plan_of(64)
     cut.layout.cp = 2
-    assert "padded to 4" in wrong(check_store(cut, arch, world)[0])[0]
+    assert "has no packs-64-pad4" in wrong(check_store(cut, arch, world)[0])[0]
     other = shutil.copytree(world.model, tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     assert "another tokenizer" in wrong(check_store(plan_of(64), arch, Paths(other, world.data))[0])[0]
     assert "is not a token store" in wrong(check_store(plan_of(64), arch, Paths(world.model, tmp_path))[0])[0]
+
+
+@pytest.mark.parametrize("broken", ["documents.bin", "packs.idx", "packs.json", "manifest.json"])
+def test_a_pack_index_that_the_run_refuses_is_found_before(world, tmp_path, broken):
+    arch, data = Arch.load(world.model), Path(shutil.copytree(world.data, tmp_path / "store"))
+    assert not wrong(check_store(plan_of(64), arch, Paths(world.model, data))[0])
+    if broken == "manifest.json":  # the same data, prepared again in another way: the packs are of the old one
+        (data / broken).write_text((data / broken).read_text() + "\n")
+    else:
+        file = data / "packs-64" / broken
+        file.write_bytes(file.read_bytes()[:-8])
+    found, packs = check_store(plan_of(64), arch, Paths(world.model, data))
+    with pytest.raises(UserError) as refused:
+        PackedDataset(data, 64)
+    assert (wrong(found), packs) == ([str(refused.value)], None)
 
 
 def test_a_truncated_or_missing_checkpoint_is_found(world, tmp_path):

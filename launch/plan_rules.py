@@ -1,0 +1,63 @@
+"""What settings must satisfy whatever the layout, and what adapters ask of one: the recipe's rules and preflight's.
+
+`recipes/checks.py` and `launch/search.py` both call these. Imports neither torch nor NeMo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from launch.layout import Layout
+from launch.plan_settings import LoraPlan, Plan
+from nano3.arch import Arch
+from nano3.cli import UserError
+from nano3.targets import EMBEDDING, Size, check_sliced_experts, is_routed
+
+ONE_PACK = (
+    "a pack is one sequence with its own document boundaries (cu_seqlens), so a forward pass takes exactly one; for "
+    "more tokens in it raise train.seq_length, for more packs per step train.global_batch"
+)
+"""Why a micro batch is one pack, and what to do instead."""
+
+
+def check_settings(plan: Plan, arch: Arch) -> None:
+    """Raises `UserError` for settings that mean nothing, or that no layout could train with."""
+    lora, train = plan.lora, plan.train
+    for name, value, holds, rule in (
+        ("train.steps", train.steps, train.steps >= 1, "at least 1"),
+        ("train.micro_batch", train.micro_batch, train.micro_batch >= 1, "at least 1"),
+        ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
+        ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "at least 0 and below 1"),
+        ("checkpoint.keep", plan.checkpoint.keep, plan.checkpoint.keep >= 1, "at least 1"),
+        ("imbalance", plan.imbalance, plan.imbalance >= 1, "at least 1: nothing is more even than an even share"),
+    ):
+        if not holds:
+            raise UserError(f"{name}={value} must be {rule}")
+    _check_recompute(train.recompute)
+    if plan.method == "lora" and train.micro_batch != 1:
+        raise UserError(f"train.micro_batch={train.micro_batch}: {ONE_PACK}")
+    plan.adapter_sizes(arch)
+
+
+def _check_recompute(chosen: Sequence[str]) -> None:
+    """Raises `UserError` where one part of `train.recompute` already holds another."""
+    for whole, parts in (("full", set(chosen) - {"full"}), ("moe", {"moe_act", "shared_experts"} & set(chosen))):
+        if whole in chosen and parts:
+            raise UserError(
+                f"train.recompute={','.join(chosen)}: {whole} already covers {', '.join(sorted(parts))}; "
+                f"leave out {whole} or the others"
+            )
+
+
+def check_adapters(chosen: Mapping[str, Size], lora: LoraPlan, layout: Layout) -> None:
+    """Raises `UserError` for adapters, `chosen` by path, that this layout cannot cut.
+
+    Those of dense layers are cut along their rank. Routed experts' and the embedding's are not; but expert tensor
+    parallelism slices the experts themselves (`nano3.targets.check_sliced_experts`).
+    """
+    if layout.etp > 1 and any(map(is_routed, chosen)):
+        check_sliced_experts(lora.experts, lora.dora, lora.dropout)
+    for path, size in chosen.items():
+        if size.rank % layout.tp and path != EMBEDDING and not is_routed(path):
+            key = "lora.rank" if size.rank == lora.rank else "lora.rank_pattern"
+            raise UserError(f"{key}: rank {size.rank} of {path} must be a multiple of layout.tp={layout.tp}")

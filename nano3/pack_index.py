@@ -1,0 +1,47 @@
+"""The pack index of a token store, a folder in it: what its files must be. data_prep/packing.py writes and uses it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nano3.cli import UserError
+from nano3.token_store import MANIFEST, TokenStore, file_sha256
+
+KIND = "pack-index"
+VERSION = 1
+DOCUMENTS, OFFSETS, FACTS = "documents.bin", "packs.idx", "packs.json"
+
+
+def index_name(seq_length: int, pad_multiple: int) -> str:
+    """Name of the pack index's folder in its store."""
+    return f"packs-{seq_length}" if pad_multiple == 1 else f"packs-{seq_length}-pad{pad_multiple}"
+
+
+def read_index(store: TokenStore, seq_length: int, pad_multiple: int = 1) -> tuple[Path, dict[str, Any]]:
+    """The index's folder and the facts in its packs.json; reads the manifest and no pack.
+
+    Raises:
+        UserError: it is missing, truncated, made by other code or for another store; with the command that makes it.
+    """
+    index = store.folder / index_name(seq_length, pad_multiple)
+    padding = "" if pad_multiple == 1 else f" --pad-multiple {pad_multiple}"
+    remedy = f"run: python data_prep/repack.py {store.folder} --seq-length {seq_length}{padding}"
+    path = index / FACTS
+    if not path.is_file():
+        others = ", ".join(sorted(folder.name for folder in store.folder.glob("packs-*"))) or "none"
+        raise UserError(f"the token store has no {index.name} (it has {others}); {remedy}")
+    try:
+        facts = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
+    if not isinstance(facts, dict) or facts.get("format") != KIND or facts.get("version") != VERSION:
+        raise UserError(f"{path} is not a {KIND} of version {VERSION}; {remedy}")
+    if facts["store_sha256"] != file_sha256(store.folder / MANIFEST):
+        raise UserError(f"{path} was made for other data than this store holds; {remedy}")
+    for name, count in ((DOCUMENTS, facts["documents"]), (OFFSETS, facts["packs"] + 1)):
+        file = index / name
+        if not file.is_file() or file.stat().st_size != 8 * count:
+            raise UserError(f"{file} is missing or truncated; {remedy}")
+    return index, facts
