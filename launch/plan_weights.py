@@ -154,7 +154,8 @@ def _adapter(linear: Linear, layout: Layout, value: int, adapters: Adapters) -> 
     inputs, outputs, name = linear.inputs, linear.outputs, f"{linear.path}.adapter"
     if is_routed(linear.path):
         copies = linear.experts if adapters.each_expert else 1
-        low, high = rank * inputs, outputs * rank
+        whole = 1 if adapters.each_expert else layout.etp  # a shared adapter is not sliced as its experts are
+        low, high = rank * inputs * (whole if linear.row else 1), rank * outputs * (1 if linear.row else whole)
     else:
         copies = 1
         low, high = (rank * inputs, outputs // tp * rank) if linear.row else (rank // tp * inputs, outputs * rank)

@@ -10,23 +10,15 @@ What is after `--` runs on every GPU under torchrun, one launcher per node; what
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from launch.hardware import find_gpu
-from launch.mounts import parse_mount
+from launch.cluster import Cluster
 from nano3.cli import UserError, run
 
-FILL_IN = "FILL IN"
-EXAMPLE = Path(__file__).parent / "cluster.example.yaml"
 PORT = 29500
 """Where rank 0's node listens for the others; jobs are alone on their nodes."""
 
@@ -40,96 +32,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Of every GPU job, each with its reason. A site's own `environment` comes after and wins."""
-
-
-@dataclass
-class Cluster:
-    """A site, as cluster.yaml describes it; `launch/cluster.example.yaml` says what each key means."""
-
-    account: str
-    partition: str
-    time: str = "04:00:00"
-    hardware: str = "h100"
-    gpus_per_node: int = 8
-    gres: bool = True
-    cpus_per_task: int = 0
-    exclusive: bool = True
-    signal_seconds: int = 300
-    logs: str = "runs/slurm"
-    workdir: str = "."
-    container: str | None = None
-    mounts: list[str] = field(default_factory=list)
-    python: str = "python"
-    setup: list[str] = field(default_factory=list)
-    environment: dict[str, str] = field(default_factory=dict)
-    options: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        for name in ("account", "partition"):
-            if not getattr(self, name) or getattr(self, name) == FILL_IN:
-                raise UserError(f"cluster.yaml: {name} is not filled in; {EXAMPLE} says how to find it")
-        find_gpu(self.hardware)
-        if self.mounts and self.container is None:
-            raise UserError("cluster.yaml: mounts are of a container; name it in `container`, or remove them")
-        if self.gpus_per_node < 0 or self.signal_seconds < 0:
-            raise UserError("cluster.yaml: gpus_per_node and signal_seconds must be at least 0")
-        for text in self.mounts:
-            parse_mount(text)
-        for option in self.options:
-            if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", option):
-                raise UserError(
-                    f"cluster.yaml: options has {option!r}; write sbatch's long names without dashes, such as qos=high"
-                )
-        for name in self.environment:
-            if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise UserError(f"cluster.yaml: environment has {name!r}, which is no name of a variable; rename it")
-
-    @classmethod
-    def load(cls, path: Path) -> Cluster:
-        """Reads cluster.yaml. `UserError` when there is none, or a key is unknown, missing or of another type."""
-        if not path.is_file():
-            raise UserError(
-                f"no {path}: a cluster is described there. Copy {EXAMPLE} and fill in account and partition, or leave "
-                "submitting out with --dry-run"
-            )
-        try:
-            raw = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(raw, dict):
-            raise UserError(f"{path} must hold keys and values; see {EXAMPLE}")
-        lacking = [name for name in ("account", "partition") if name not in raw]
-        if lacking:
-            raise UserError(f"{path} has no {' and no '.join(lacking)}; see {EXAMPLE}")
-        return cls(**{key: _typed(path, key, value) for key, value in raw.items()})
-
-
-def _typed(path: Path, key: str, value: Any) -> Any:
-    """The value if `key` exists and the value is of its kind."""
-    kinds: dict[str, tuple[type, ...]] = {
-        "str": (str,), "int": (int,), "bool": (bool,), "str | None": (str, type(None)),
-        "list[str]": (list,), "dict[str, str]": (dict,),
-    }  # fmt: skip
-    known = {item.name: str(item.type) for item in fields(Cluster)}
-    if key not in known:
-        near = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-        raise UserError(f"{path}: unknown key {key}; did you mean {near}?")
-    kind = known[key]
-    if not isinstance(value, kinds[kind]) or (kind == "int" and isinstance(value, bool)):
-        raise UserError(f"{path}: {key} must be {kind}, but it is {value!r}{_quotes(key, kind, value)}")
-    for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []:
-        if not isinstance(item, str):
-            raise UserError(f'{path}: {key} holds {item!r}, which YAML does not read as text; write "{item}" there')
-    return value
-
-
-def _quotes(key: str, kind: str, value: Any) -> str:
-    """The remedy where YAML read as a number what was meant as text; it takes 12:00:00 for 43200."""
-    if not kind.startswith("str") or isinstance(value, bool) or not isinstance(value, int | float):
-        return ""
-    if key == "time" and isinstance(value, int) and value >= 3600:
-        return f'; write it in quotes: time: "{value // 3600:02}:{value // 60 % 60:02}:{value % 60:02}"'
-    return f'; write it in quotes: {key}: "{value}"'
 
 
 @dataclass

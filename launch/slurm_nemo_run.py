@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import nemo_run as run
 
-from launch.slurm import Cluster, Job, environment, sbatch_options, srun_options
+from launch.cluster import Cluster
+from launch.slurm import Job, environment, sbatch_options, srun_options
 
 _OWN = {"job-name", "account", "partition", "time", "nodes", "ntasks-per-node", "output", "open-mode", "gres", "array"}
 _OWN |= {"exclusive", "signal", "cpus-per-task", "dependency"}

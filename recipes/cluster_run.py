@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from launch.cluster import EXAMPLE, Cluster
 from launch.hardware import find_gpu
 from launch.mounts import parse_mount
 from launch.preflight import Request, report
 from launch.preflight_checks import Paths
-from launch.slurm import EXAMPLE, Cluster, Job, render
+from launch.slurm import Job, render
 from launch.slurm import submit as hand_over
 from nano3.arch import Arch
 from nano3.checkpoint_folder import clear_unfinished

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 from conversion import nemo_io  # first: it switches the CPU backend on before NeMo is imported
 
@@ -22,6 +24,9 @@ from nano3.model import nano3_model
 def main(hf: str, nemo: str, back: str) -> None:
     vocabulary = Arch.load(hf).vocab_size
     model = nano3_model(hf, 64, bf16=True)
+    on_gpu = SimpleNamespace(enabled=lambda: False)
+    with mock.patch("nano3.model.cpu", on_gpu):  # what is proved on CPU ranks is the unfused loss, so GPUs take it too
+        assert not nano3_model(hf, 64, bf16=True).config.cross_entropy_loss_fusion
     llm.import_ckpt(model, source=f"hf://{hf}", output_path=Path(nemo))
     assert model.tokenizer.vocab_size == vocabulary
 

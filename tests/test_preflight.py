@@ -19,11 +19,13 @@ from launch.layout import Layout
 from launch.mounts import parse_mount
 from launch.overrides import apply_overrides
 from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan, default_layout
+from launch.plan_weights import adapter_weights
 from launch.preflight_checks import Paths, check_model, check_mounts, check_output, check_store, disk_bytes
 from launch.recommend import row as recommend_row
 from launch.search import recommend
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError
+from nano3.targets import is_routed
 from nano3.token_store import TokenStore, tokenizer_sha256
 from recipes.checks import check_run
 from recipes.nemotron_lora import parser, resolve
@@ -368,3 +370,15 @@ def test_the_documented_layouts_are_the_recommended_ones():
     text = (ROOT / "docs" / "launch.md").read_text()
     for name in ("h100", "gb200"):
         assert recommend_row(NANO, HARDWARE[name], 8) in text
+
+
+def test_an_adapter_that_all_experts_share_is_planned_whole_where_experts_are_sliced():
+    """As `nano3.adapters.SharedExpertsAdapter` builds it: A and B have the experts' whole widths."""
+    adapters = Plan().adapters(NANO)
+    assert adapters is not None
+    held = [
+        sum(held.nbytes for held in adapter_weights(NANO, layout, 0, 2, adapters) if is_routed(held.name))
+        for layout in (Layout(ep=8), Layout(ep=4, etp=2))
+    ]
+    # fc1 2688 -> 1856 and back, rank 32, in BF16, in each of 23 MoE layers.
+    assert held == [2 * 2 * 32 * (2688 + 1856) * 23] * 2

@@ -14,8 +14,9 @@ import pytest
 
 from conversion.hf_to_nemo import convert
 from data_prep.packing import build_packs
+from launch.cluster import EXAMPLE, Cluster
 from launch.layout import Layout
-from launch.slurm import ENVIRONMENT, EXAMPLE, Cluster, Job, render
+from launch.slurm import ENVIRONMENT, Job, render
 from nano3.cli import UserError
 from nano3.token_store import TokenStore, tokenizer_sha256
 from recipes.settings import LoraSettings, Run, Settings, TrainSettings
