@@ -15,21 +15,15 @@ import pytest
 from data_prep.packing import PackedDataset, build_packs
 from launch import preflight, preflight_checks
 from launch.hardware import HARDWARE
-from launch.layout import Layout
 from launch.mounts import parse_mount
-from launch.overrides import apply_overrides
-from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan, default_layout
-from launch.plan_weights import adapter_weights
+from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
 from launch.preflight_checks import Paths, check_model, check_mounts, check_output, check_store, disk_bytes
 from launch.recommend import row as recommend_row
 from launch.search import recommend
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError
-from nano3.targets import is_routed
 from nano3.token_store import TokenStore, tokenizer_sha256
-from recipes.checks import check_run
-from recipes.nemotron_lora import parser, resolve
-from recipes.settings import CheckpointSettings, LoraSettings, Run, Settings, TrainSettings
+from recipes.settings import CheckpointSettings, LoraSettings, TrainSettings
 from tests.tiny import tiny_hf_folder
 from tests.tiny_store import tiny_store
 
@@ -108,68 +102,6 @@ def test_settings_have_the_recipes_names_and_defaults(mine, theirs):
     known = {field.name: default(field) for field in fields(theirs)}
     for field in fields(mine):
         assert known[field.name] == default(field), field.name
-
-
-def check_recipe(arguments: list[str], nodes: int = 1, per_node: int = 8) -> None:
-    """The recipe's own checks of the same settings."""
-    settings = Settings(layout=default_layout(NANO, per_node))
-    apply_overrides(settings, arguments)
-    check_run(Run("", "", "", None, "", nodes, per_node, False, settings), NANO)
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "lora.rank_pattern=in_proj:abc",
-        "lora.rank_pattern=in_proj:0",
-        "lora.targets=nothing",
-        "lora.rank=0",
-        "lora.dropout=1",
-        "train.steps=0",
-        "train.micro_batch=3",
-        "train.recompute=full,moe",
-        "train.recompute=moe,moe_act",
-        "checkpoint.keep=0",
-    ],
-)
-def test_what_the_recipe_refuses_preflight_refuses_in_the_same_words(setting):
-    with pytest.raises(UserError) as theirs:
-        check_recipe([setting])
-    with pytest.raises(UserError) as ours:
-        asked("--hardware", "h100", setting)
-    assert str(ours.value) == str(theirs.value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "right"),
-    [
-        ("layout.etp=2 layout.ep=4", True),
-        ("layout.etp=2 layout.ep=4 lora.experts=each", False),
-        ("layout.etp=2 layout.ep=4 lora.dora=true", False),
-        ("layout.etp=2 layout.ep=4 lora.dropout=0.1", False),
-        ("layout.etp=2 layout.ep=4 lora.dropout=0.1 lora.experts=none", True),
-        ("layout.tp=4 lora.rank=6", False),
-        ("layout.tp=4 lora.rank=6 lora.targets=word_embeddings", True),
-        ("layout.tp=4 lora.rank=6 lora.targets=output_layer", False),
-        ("layout.tp=4 lora.rank=6 lora.targets=*.mlp.experts.*", True),
-    ],
-)
-def test_layouts_of_adapters_are_right_for_both_or_for_neither(settings, right):
-    _, text = preflight.report(asked("--hardware", "h100", *settings.split()), files=False)
-    if right:
-        check_recipe(settings.split())
-        assert "CANNOT BE RIGHT" not in text
-    else:
-        with pytest.raises(UserError) as refused:
-            check_recipe(settings.split())
-        assert text.startswith(f"CANNOT BE RIGHT: {refused.value}\n")
-
-
-@pytest.mark.parametrize(("gpu", "nodes", "ep"), [("h100", 2, 8), ("gb200", 2, 4), ("b300", 1, 8)])
-def test_preflight_and_the_recipe_begin_with_the_same_layout(gpu, nodes, ep):
-    per_node = HARDWARE[gpu].gpus_per_node
-    task, _ = resolve(parser().parse_args(["--nodes", str(nodes), "--gpus-per-node", str(per_node)]))
-    assert asked("--hardware", gpu, "--nodes", str(nodes)).plan.layout == task.settings.layout == Layout(ep=ep)
 
 
 @pytest.mark.parametrize(
@@ -370,15 +302,3 @@ def test_the_documented_layouts_are_the_recommended_ones():
     text = (ROOT / "docs" / "launch.md").read_text()
     for name in ("h100", "gb200"):
         assert recommend_row(NANO, HARDWARE[name], 8) in text
-
-
-def test_an_adapter_that_all_experts_share_is_planned_whole_where_experts_are_sliced():
-    """As `nano3.adapters.SharedExpertsAdapter` builds it: A and B have the experts' whole widths."""
-    adapters = Plan().adapters(NANO)
-    assert adapters is not None
-    held = [
-        sum(held.nbytes for held in adapter_weights(NANO, layout, 0, 2, adapters) if is_routed(held.name))
-        for layout in (Layout(ep=8), Layout(ep=4, etp=2))
-    ]
-    # fc1 2688 -> 1856 and back, rank 32, in BF16, in each of 23 MoE layers.
-    assert held == [2 * 2 * 32 * (2688 + 1856) * 23] * 2
