@@ -81,8 +81,11 @@ def test_loss_and_gradients_equal_those_of_one_rank(runs, layout):
 
 @pytest.mark.full
 def test_a_forgotten_reduction_is_noticed(runs):
-    with pytest.raises(AssertionError, match="differ between ranks that must hold the same"):
-        launch(runs, "ep2", "fault-grad", FAULT="reduction")  # and nothing of it is kept as an adapter
+    task = json.loads((runs / "ep2.json").read_text()) | {"out": str(runs / "fault"), "validation": None}
+    (runs / "fault.json").write_text(json.dumps(task))
+    with pytest.raises(AssertionError, match="8 tensors differ between ranks that must hold the same"):
+        launch(runs, "fault", "fault-grad", FAULT="reduction")
+    assert not (runs / "fault" / "adapter").exists()
     wrong = {key for key, error in largest_errors(runs, "fault-grad").items() if error > 1e-5}
     assert wrong == {key for key in largest_errors(runs, "ep2-grad") if ".mlp.experts." in key}
 
