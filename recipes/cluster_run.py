@@ -17,10 +17,10 @@ from launch.preflight_checks import Paths
 from launch.slurm import Job, render
 from launch.slurm import submit as hand_over
 from nano3.arch import Arch
-from nano3.checkpoint_folder import clear_unfinished
+from nano3.checkpoint_folder import clear_unfinished, newest
 from nano3.cli import UserError, fresh_output, owner_of, run
 from recipes.checks import plan_of
-from recipes.local_run import KIND, import_base, refuse_finished
+from recipes.local_run import KIND, import_base, last_checkpoint, refuse_finished
 from recipes.settings import Run
 
 
@@ -87,6 +87,7 @@ def submit(task: Run, cluster: Cluster, dry_run: bool) -> int:
         with fresh_output(out, KIND):
             pass
     refuse_finished(out)
+    newest(out)  # a damaged checkpoint is refused before the queue; one of another run before the ranks start
     (out / "run.json").write_text(task.to_json() + "\n")
     (out / "job.sbatch").write_text(script)
     print(f"submitted job {hand_over(script, Path(cluster.logs))}; logs in {cluster.logs}")
@@ -98,6 +99,7 @@ def main() -> None:
     refuse_finished(Path(task.out))
     clear_unfinished(Path(task.out))
     import_base(task)
+    last_checkpoint(task)  # now, on one machine, and not when every rank waits for the one that reads it
 
 
 if __name__ == "__main__":

@@ -100,15 +100,24 @@ def import_base(task: Run) -> None:
     convert(model, base, context=False)
 
 
-def _announce(task: Run) -> None:
-    """Says where the run begins; refuses checkpoints that are damaged or of another run."""
+def last_checkpoint(task: Run) -> Path | None:
+    """The checkpoint that the run goes on from, None at the beginning; the base must be imported.
+
+    Raises:
+        UserError: it is damaged, or belongs to another run.
+    """
     from recipes.identity import run_identity
 
-    out, last = Path(task.out), newest(task.out)
-    where = ""
+    last = newest(task.out)
     if last is not None:
         refuse_other_run(last, run_identity(task.to_json()))
-        where = f", going on after step {step_of(last)}"
+    return last
+
+
+def _announce(task: Run) -> None:
+    """Says where the run begins; refuses checkpoints that are damaged or of another run."""
+    out, last = Path(task.out), last_checkpoint(task)
+    where = f", going on after step {step_of(last)}" if last else ""
     for old in ("logs", "nemo"):
         shutil.rmtree(out / old, ignore_errors=True)
     kind = "CPU" if task.cpu else "GPU"
