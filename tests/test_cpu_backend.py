@@ -62,7 +62,6 @@ def test_features_that_the_stand_ins_lack_are_refused():
 from nano3.cpu.te.attention import DotProductAttention
 from nano3.cpu.te.linear import LayerNormLinear
 for make, word in (
-    (lambda: DotProductAttention(4, 8, cp_group=object()), "context_parallel"),
     (lambda: DotProductAttention(4, 8, attention_dropout=0.1), "attention_dropout"),
     (lambda: LayerNormLinear(8, 8, normalization="LayerNorm", device="cpu"), "LayerNorm"),
 ):

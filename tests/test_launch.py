@@ -26,10 +26,11 @@ dist.destroy_process_group()
 """
 
 LAUNCH = """
-import sys
+import signal, sys
 from pathlib import Path
 from launch.local import run_ranks
 from nano3.cli import run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
 run(lambda: run_ranks([sys.argv[1]], 2, Path(sys.argv[2])))
 """
 
