@@ -21,6 +21,8 @@ from nano3.parity.case import ALPHA, RANK, Case
 from nano3.targets import PRESETS, select
 from tests.tiny import TINY_CONFIG
 
+pytestmark = pytest.mark.full
+
 CASE = Case(dtype=torch.float32)
 
 
