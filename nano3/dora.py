@@ -59,7 +59,7 @@ class Decomposed(nn.Module):
         self._squares: torch.Tensor | None = None
 
     def parts(self, base: Any) -> list[Part]:
-        """One part, or one for every local expert."""
+        """One part, or one for every local expert; every kind of adapter knows its own."""
         raise NotImplementedError
 
     def over_columns(self, squares: torch.Tensor) -> torch.Tensor:

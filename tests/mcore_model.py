@@ -20,7 +20,14 @@ from nano3.pipeline import pipeline_kwargs  # noqa: E402
 
 
 def build(
-    arch: Arch, max_sequence_length: int, dtype: torch.dtype = torch.bfloat16, tp: int = 1, pp: int = 1, ep: int = 1
+    arch: Arch,
+    max_sequence_length: int,
+    dtype: torch.dtype = torch.bfloat16,
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
 ) -> Any:
     """This rank's part of the model in a layout whose parallel groups exist already."""
     config = TransformerConfig(
@@ -31,8 +38,9 @@ def build(
         pipeline_dtype=dtype,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=etp,
         sequence_parallel=tp > 1,
     )
     return build_mcore_model(

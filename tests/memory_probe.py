@@ -28,18 +28,17 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.experts import TEGroupedMLP
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nano3.arch import Arch, resolve_model
-from nano3.core import build_mcore_model, transformer_kwargs
+from nano3.core import build_mcore_model
 from nano3.cpu.cuda import redirected_to
 from nano3.lora import Nano3LoRA
 from nano3.parity.case import PACK, Case
 from nano3.parity.shards import fill
-from nano3.pipeline import pipeline_kwargs
 from nano3.recompute import install_recompute, recompute_kwargs
 from nano3.targets import PRESETS, VOCABULARY, select
+from tests.mcore_model import build
 from tests.memory_cases import LAYOUTS, RUNS, TINY, VARIANT_LAYOUTS, VARIANTS
 
 
@@ -47,41 +46,9 @@ def parallel(name: str, rank: int) -> worker.Sizes:
     """Joins a fake world in this layout as `rank`."""
     sizes = worker.Sizes.parse(name)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=sizes.ranks)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=sizes.tp,
-        pipeline_model_parallel_size=sizes.pp,
-        context_parallel_size=sizes.cp,
-        expert_model_parallel_size=sizes.ep,
-        expert_tensor_parallel_size=sizes.etp,
-        create_gloo_process_groups=False,
-    )
+    parallel_state.initialize_model_parallel(**sizes.kwargs, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(0)
     return sizes
-
-
-def meta_model(arch: Arch, sizes: worker.Sizes) -> Any:
-    """This rank's part of the model in BF16, without memory."""
-    config = TransformerConfig(
-        **transformer_kwargs(arch),
-        **pipeline_kwargs(arch, sizes.pp),
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16,
-        tensor_model_parallel_size=sizes.tp,
-        pipeline_model_parallel_size=sizes.pp,
-        context_parallel_size=sizes.cp,
-        expert_model_parallel_size=sizes.ep,
-        expert_tensor_parallel_size=sizes.etp,
-        sequence_parallel=sizes.tp > 1,
-    )
-    return build_mcore_model(
-        config,
-        arch.pattern,
-        arch.vocab_size,
-        8192,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
 
 
 def held(model: torch.nn.Module) -> int:
@@ -107,7 +74,7 @@ def meta_bytes(arch: Arch, name: str) -> list[dict[str, int]]:
         result = {}
         for variant, settings in {"": {}, **(VARIANTS if name in VARIANT_LAYOUTS else {})}.items():
             with redirected_to("meta"), torch.device("meta"):
-                model = meta_model(arch, sizes)
+                model = build(arch, 8192, tp=sizes.tp, pp=sizes.pp, cp=sizes.cp, ep=sizes.ep, etp=sizes.etp)
                 if variant:
                     model = lora(arch, **settings)(model)
             if not variant:

@@ -55,6 +55,17 @@ class Sizes:
         return cls(**{name: int(part.removeprefix(name)) for name, part in parts})
 
     @property
+    def kwargs(self) -> dict[str, int]:
+        """The sizes in Megatron-Core's words: of its configuration, and of `initialize_model_parallel`."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "context_parallel_size": self.cp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+        }
+
+    @property
     def ranks(self) -> int:
         return lcm(self.tp * self.pp * self.cp * self.dp, self.ep * self.etp * self.pp)
 

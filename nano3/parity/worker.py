@@ -45,11 +45,7 @@ def config_of(case: Case, sizes: Sizes) -> TransformerConfig:
         **kwargs,
         params_dtype=case.dtype,
         pipeline_dtype=case.dtype,
-        tensor_model_parallel_size=sizes.tp,
-        pipeline_model_parallel_size=sizes.pp,
-        context_parallel_size=sizes.cp,
-        expert_model_parallel_size=sizes.ep,
-        expert_tensor_parallel_size=sizes.etp,
+        **sizes.kwargs,
         sequence_parallel=sizes.tp > 1,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
@@ -207,13 +203,7 @@ def rank_main(work: Callable[..., Any], folder: Path, rank: int, world: int, siz
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=sizes.tp,
-        pipeline_model_parallel_size=sizes.pp,
-        context_parallel_size=sizes.cp,
-        expert_model_parallel_size=sizes.ep,
-        expert_tensor_parallel_size=sizes.etp,
-    )
+    parallel_state.initialize_model_parallel(**sizes.kwargs)
     model_parallel_cuda_manual_seed(1)
     torch.save(work(*arguments), folder / f"{rank}.pt")
     dist.barrier()
