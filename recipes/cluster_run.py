@@ -24,24 +24,26 @@ from recipes.local_run import KIND, import_base, last_checkpoint, refuse_finishe
 from recipes.settings import Run
 
 
-def job_of(task: Run) -> Job:
-    """The job of a run: its first step and its ranks."""
+def job_of(task: Run, after: int | None = None) -> Job:
+    """The job of a run: its first step and its ranks, once the job `after` has succeeded."""
     written = str(Path(task.out) / "run.json")
     return Job(
         name=Path(task.out).name,
         command=["-m", "recipes.worker", written],
         nodes=task.nodes,
         prepare=["-m", "recipes.cluster_run", written],
+        after=after,
     )
 
 
-def preflight(task: Run, cluster: Cluster) -> tuple[int, str]:
-    """(exit code, what to print), see `launch.preflight.report`."""
+def preflight(task: Run, cluster: Cluster, after: int | None = None) -> tuple[int, str]:
+    """(exit code, what to print), see `launch.preflight.report`. What the job `after` will make is not looked at."""
     base = Path(task.base)
     own = base == Path(task.out) / "base"
+    made = [path for path in (Path(task.data), base) if after is not None and not path.exists()]
     paths = Paths(
-        model=Path(task.model) if own else base,
-        data=Path(task.data) if task.data else None,
+        model=Path(task.model) if own or base in made else base,
+        data=Path(task.data) if task.data and Path(task.data) not in made else None,
         out=Path(task.out),
         mounts=tuple(map(parse_mount, cluster.mounts)) if cluster.container is not None else None,
     )
@@ -69,14 +71,16 @@ def site_of(task: Run, file: Path) -> Cluster:
     return cluster
 
 
-def submit(task: Run, cluster: Cluster, dry_run: bool) -> int:
+def submit(task: Run, cluster: Cluster, dry_run: bool, after: int | None = None) -> int:
     """Prints the preflight and the script (`dry_run`), or writes OUT/run.json and submits; the exit code.
+
+    The job waits for the job `after`, which makes the data or the base: the job's first step looks at them then.
 
     Raises:
         UserError: a finished run in OUT, or Slurm's refusal.
     """
-    out, script = Path(task.out), render(cluster, job_of(task))
-    code, text = preflight(task, cluster)
+    out, script = Path(task.out), render(cluster, job_of(task, after))
+    code, text = preflight(task, cluster, after)
     print(text, file=sys.stderr)
     if dry_run:
         print(script, end="")
@@ -95,9 +99,12 @@ def submit(task: Run, cluster: Cluster, dry_run: bool) -> int:
 
 
 def main() -> None:
+    from recipes.nemotron_lora import check_data  # which imports this module, to submit
+
     task = Run.from_json(Path(sys.argv[1]).read_text())
     refuse_finished(Path(task.out))
     clear_unfinished(Path(task.out))
+    check_data(task, Arch.load(task.model))  # what an earlier job of a chain has made was not there to be looked at
     import_base(task)
     last_checkpoint(task)  # now, on one machine, and not when every rank waits for the one that reads it
 

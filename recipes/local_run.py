@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conversion.identity import holds
+from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.checkpoint_folder import FOLDER, checkpoints, clear_unfinished, newest, refuse_other_run, step_of
 from nano3.cli import UserError, fresh_output, owner_of
 from recipes.settings import Run
@@ -98,6 +99,17 @@ def import_base(task: Run) -> None:
 
     print("importing the base weights ...", file=sys.stderr)
     convert(model, base, context=False)
+
+
+def check_base(task: Run) -> None:
+    """Refuses a base that the run does not import itself and that is no NeMo checkpoint of its model."""
+    base = Path(task.base)
+    if base == Path(task.out) / "base":
+        return
+    if not is_nemo_checkpoint(base):
+        raise UserError(f"{base} is no NeMo checkpoint: make it with conversion/hf_to_nemo.py {task.model} {base}")
+    if Arch.load(base / "hf") != Arch.load(task.model):
+        raise UserError(f"{base} is of another architecture than {task.model}; give the model that it was made from")
 
 
 def last_checkpoint(task: Run) -> Path | None:

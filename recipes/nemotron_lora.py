@@ -53,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parse.add_argument("--model", default="nano", help="pico, nano, or a folder (default: nano)")
+    parse.add_argument(
+        "--base",
+        type=Path,
+        help="NeMo checkpoint of MODEL (default: OUT/base, imported from MODEL when the run starts)",
+    )
     parse.add_argument("--data", type=Path, help="token store to train on")
     parse.add_argument("--validation", type=Path, help="token store to validate on (default: no validation)")
     parse.add_argument("--out", type=Path, default=Path("runs/lora"), help="folder to write (default: runs/lora)")
@@ -67,6 +72,12 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--cluster", type=Path, help="site file of a Slurm cluster (default with --nodes above 1: cluster.yaml)"
     )
+    parse.add_argument(
+        "--after",
+        type=int,
+        metavar="JOB",
+        help="on a cluster: job that makes what is not there yet of --data and --base",
+    )
     parse.add_argument("--dry-run", action="store_true", help="print the resolved recipe and layout, start nothing")
     parse.add_argument("--overwrite", action="store_true", help="start over in an OUT that has a run")
     parse.add_argument("settings", nargs="*", metavar="key=value", help="for example layout.ep=8 lora.rank=16")
@@ -77,6 +88,10 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
     """The run that the arguments describe, its settings, layout, targets and paths checked. Raises `UserError`."""
     model, base = _model(args.model)
     arch = Arch.load(model)
+    if args.base is not None:
+        if base is not None:
+            raise UserError("--model is a NeMo checkpoint itself; leave --base out, or give the Hugging Face folder")
+        base = args.base.resolve()
     if args.local and (args.nodes != 1 or args.gpus_per_node is not None):
         raise UserError(
             "--local runs on CPU ranks of this machine; leave --nodes and --gpus-per-node out, give --ranks"
@@ -149,9 +164,11 @@ def _text(value: object) -> str:
 
 
 def check_data(task: Run, arch: Arch) -> None:
-    """Opens the stores: packs of this length exist and every token is in the vocabulary. Raises `UserError`."""
+    """Opens the stores: packs of this length exist and every token is in the vocabulary. A base that the run does not
+    import itself is there, and of this architecture. Raises `UserError`."""
     from data_prep.packing import PackedDataset
 
+    local_run.check_base(task)
     if not task.data and not task.eval_only:
         raise UserError("no data: give --data STORE, a token store made by data_prep/prepare.py")
     for store in filter(None, (task.data, task.validation)):
@@ -176,17 +193,19 @@ def _on_cluster(args: argparse.Namespace, task: Run, arch: Arch) -> int:
         if given:
             raise UserError(f"{flag} is for runs on this machine; leave it out with --cluster or --nodes above 1")
     site = cluster_run.site_of(task, args.cluster or Path("cluster.yaml"))
-    if not args.dry_run:
+    if not args.dry_run and args.after is None:
         check_data(task, arch)
-    return cluster_run.submit(task, site, args.dry_run)
+    return cluster_run.submit(task, site, args.dry_run, args.after)
 
 
 def main() -> int:
     args = parser().parse_intermixed_args()
     task, arch = resolve(args)
     check_output(task.out, KIND)
+    if args.after is not None and not (args.cluster or task.nodes > 1):
+        raise UserError("--after names a job of Slurm; give --cluster too")
     if args.dry_run:
-        if args.data:
+        if args.data and args.after is None:
             check_data(task, arch)
         print(describe(task, arch))
         return _on_cluster(args, task, arch) if args.cluster else 0

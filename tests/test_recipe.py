@@ -76,6 +76,7 @@ def test_a_run_survives_its_json():
         (["--eval-only"], ["--eval-only", "--validation"]),
         (["--adapter", "x"], ["--adapter", "--eval-only"]),
         (["--ranks", "2"], ["--ranks", "--local"]),
+        (["--after", "12", "--local"], ["--after", "--cluster"]),
         (["--local", "--gpus-per-node", "2"], ["--local", "--gpus-per-node"]),
         (["train.lr=0"], ["train.lr"]),
         (["lora.dropout=1"], ["lora.dropout"]),
@@ -162,6 +163,20 @@ def test_a_nemo_checkpoint_is_a_model(tmp_path):
     done = run("--model", str(tmp_path / "nemo"), "--local", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "nemo" / "hf") in done.stdout
+
+
+def test_a_base_that_was_imported_before_is_taken_and_another_refused(tmp_path):
+    data = tiny_store(tmp_path / "store", 20, 30, 128)
+    run = ("--model", "pico", "--local", "--data", str(data), "--base", str(tmp_path / "base"))
+    (tmp_path / "base" / "hf").mkdir(parents=True)
+    assert "is no NeMo checkpoint: make it with conversion/hf_to_nemo.py" in refused(*run)
+    (tmp_path / "base" / "weights").mkdir()
+    config = json.loads(Path("nano3/presets/pico/config.json").read_text())
+    (tmp_path / "base" / "hf" / "config.json").write_text(json.dumps(config | {"n_groups": 2}))
+    assert "is of another architecture" in refused(*run)
+    (tmp_path / "base" / "hf" / "config.json").write_text(json.dumps(config))
+    assert "has no packs" in refused(*run)  # the base is fine
+    assert "is a NeMo checkpoint itself" in refused("--model", str(tmp_path / "base"), *run[2:])
 
 
 def test_the_targets_are_the_linear_layers_of_the_name_map():
