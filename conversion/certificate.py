@@ -1,9 +1,20 @@
 """The certificate of a checkpoint: for every tensor what it was, what it is, and what happened in between.
 
-`certificate.json` lies beside the weights. A tensor is `identical` (the same bytes), `changed` (by an adapter, with the
-relative size of the change), `quantized` (with its scale and relative error), `added` (a scale) or `dropped`; there is
-no other way, and a difference that nobody declared is not certified. It names its input and the adapter by content hash
-(conversion/identity.py), so that whoever receives the model can recompute every line of it (conversion/certify.py).
+`certificate.json` lies beside the weights of every folder that is converted, merged or quantized, Hugging Face's or
+NeMo's; tensors have Hugging Face's names in both. A tensor is `identical` (the same bytes), `changed` (by an adapter,
+with the relative size of the change), `cast`, `quantized` (with its scale and relative error), `added` (a scale) or
+`dropped`; there is no other way, and a difference that nobody declared is not certified. Input, base and adapter are
+named by content hash (conversion/identity.py), the certificate of the input travels inside (`previous`), so whoever
+receives the model can recompute it back to the published base (conversion/certify.py).
+
+A tool that writes a folder calls, inside `fresh_output` and last of all:
+
+    write_certificate(folder, source, before, after, Work("import"))
+
+`before` and `after` are the facts of all tensors of input and output: name -> `Fact(dtype, shape, sha256)`. Whoever
+streams computes them in the same pass: `RowDigests(table).update(name, first_row, rows)`, at the end `.facts()`, both
+in conversion/identity.py. What is copied without a change from one buffer needs one digest: pass the same facts twice.
+`previous_certificate(source, before)` says early whether the input still is what its own certificate says.
 """
 
 from __future__ import annotations
@@ -11,19 +22,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from conversion.folders import CERTIFICATE
-from conversion.identity import combine, tensor_digests
+from conversion.folders import CERTIFICATE, SIDE
+from conversion.identity import Facts, content_hash
 from conversion.layout import FP8
-from conversion.safetensors_io import HFFolder
+from conversion.revision import base_revision
+from conversion.safetensors_io import side_files
 from nano3.cli import UserError
 
-FORMAT = 1
-WHAT = ("identical", "changed", "quantized", "added", "dropped")
+FORMAT = 2
+WHAT = ("identical", "changed", "cast", "quantized", "added", "dropped")
+MAY = {
+    "import": {"identical"},
+    "export": {"identical"},
+    "merge": {"identical", "changed"},
+    "quantization": {"identical", "quantized", "added"},
+}
+"""Kind of certificate -> what may happen to a tensor. Nothing casts or drops: an expert that is gone is an error."""
+
+SIDES = ("input", "output")
 _TOOLS = ("nano3-lora", "torch", "safetensors", "megatron-core", "nvidia-modelopt")
 
 
@@ -32,9 +54,9 @@ class Work:
     """What a tool declares about its output before it is certified.
 
     Args:
-        kind: merge or quantization.
-        changes: tensor -> facts about a declared change: `by` (what changed it), and `relative_change` (a norm over
-            the norm of the input) or `scale` and `relative_error`.
+        kind: a key of `MAY`.
+        changes: tensor -> facts about a declared change: `by` (modules that changed it) and `relative_change` (a norm
+            over the norm of the input), or `scale` and `relative_error`.
         facts: about the whole, such as the adapter and its hash.
     """
 
@@ -43,36 +65,80 @@ class Work:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def write_certificate(source: HFFolder, before: dict[str, str], out: Path, work: Work) -> dict[str, Any]:
-    """Hashes the output, compares it with the input's digests `before`, writes and returns `out/certificate.json`.
+def write_certificate(out: Path, source: Path, before: Facts, after: Facts, work: Work) -> dict[str, Any]:
+    """Writes and returns `out/certificate.json`; `before` are the tensors of `source`, `after` those of `out`.
 
-    Raises `UserError` when a tensor differs that `work` does not declare: the output would not be what it says.
+    Raises `UserError` when a tensor differs in a way that `work` does not declare, as the output would not be what it
+    says, and when `source` is no longer what its own certificate says.
     """
-    with HFFolder(out, quantized=True) as target:
-        after = tensor_digests(target)
-        tensors = {
-            name: _line(name, source, target, before, after, work) for name in sorted(before.keys() | after.keys())
-        }
+    previous = previous_certificate(source, before)
+    tensors = {name: _line(name, before, after, work) for name in sorted(before.keys() | after.keys())}
+    found = content_hash(before)
     content = {
         "format": FORMAT,
         "kind": work.kind,
-        "input": {"sha256": combine(source, before), "tensors": len(before)},
-        "output": {"sha256": combine(target, after), "tensors": len(after)},
+        "base": previous["base"] if previous else {"sha256": found, **base_revision(source)},
+        "input": {"sha256": found, "tensors": len(before)},
+        "output": {"sha256": content_hash(after), "tensors": len(after)},
         **work.facts,
-        "totals": {what: sum(line["what"] == what for line in tensors.values()) for what in WHAT},
-        "tools": {name: found for name in _TOOLS if (found := _version(name))},
+        "totals": count_lines(tensors),
+        "tools": {name: release for name in _TOOLS if (release := _version(name))},
+        "files": side_digests(out),
         "tensors": tensors,
+        "previous": previous,
     }
     (out / CERTIFICATE).write_text(json.dumps(content, indent=1) + "\n")
     return content
 
 
+def previous_certificate(source: Path, facts: Facts) -> dict[str, Any] | None:
+    """The certificate of an input folder, None where it has none. `facts` are its tensors as they are now.
+
+    Raises `UserError` when they are not those that it certifies.
+    """
+    if not (source / CERTIFICATE).is_file():
+        return None
+    content = read_certificate(source)
+    if content["output"]["sha256"] != content_hash(facts):
+        raise UserError(
+            f"{source} is not what its {CERTIFICATE} says: python conversion/certify.py verify names the tensors; "
+            "get it again, or remove the certificate to begin a new one here"
+        )
+    return content
+
+
+def chain(certificate: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A certificate and those before it, the newest first."""
+    link: dict[str, Any] | None = certificate
+    while link is not None:
+        yield link
+        link = link["previous"]
+
+
+def side_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of what tells readers how to use the tensors: config.json, tokenizer, template, whatever lies beside."""
+    side = folder / SIDE if (folder / SIDE).is_dir() else folder
+    return {str(path): file_sha256(side / path) for path in side_files(side)}
+
+
+def count_lines(tensors: dict[str, Any]) -> dict[str, int]:
+    """How often each word of `WHAT` is true of a certificate's lines."""
+    words = [happened(line) for line in tensors.values()]
+    return {what: words.count(what) for what in WHAT}
+
+
 def folder_sha256(folder: Path) -> str:
-    """SHA-256 over the names and contents of all files of a small folder, an adapter's."""
+    """SHA-256 over the names and contents of all files of a folder, an adapter's."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{path.relative_to(folder)}\n{file_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of one file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def norm_ratio(part: float, whole: float) -> float | None:
@@ -101,31 +167,37 @@ def _well_formed(content: Any) -> bool:
     """Whether a certificate has every part that is read; it may be anybody's file."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return False
-    parts = all(isinstance(content.get(name), dict) for name in ("input", "output", "totals", "tools", "tensors"))
-    if not parts or not isinstance(content.get("kind"), str):
+    parts = ("base", "input", "output", "totals", "tools", "files", "tensors")
+    if not all(isinstance(content.get(name), dict) for name in parts) or content.get("kind") not in MAY:
         return False
-    hashes = all(isinstance(content[side].get("sha256"), str) for side in ("input", "output"))
-    sides = ("input", "output")
-    return hashes and all(
+    hashes = all(isinstance(content[name].get("sha256"), str) for name in ("base", *SIDES))
+    lines = hashes and all(
         isinstance(line, dict)
         and isinstance(line.get("what"), str)
-        and any(side in line for side in sides)
-        and all(isinstance(line[side], dict) for side in sides if side in line)
-        and all("dtype" in line[side] for side in sides if side in line)
+        and any(side in line for side in SIDES)
+        and all(_is_fact(line[side]) for side in SIDES if side in line)
         for line in content["tensors"].values()
+    )
+    return lines and "previous" in content and (content["previous"] is None or _well_formed(content["previous"]))
+
+
+def _is_fact(said: Any) -> bool:
+    return (
+        isinstance(said, dict)
+        and isinstance(said.get("dtype"), str)
+        and isinstance(said.get("sha256"), str)
+        and isinstance(said.get("shape"), list)
     )
 
 
-def _line(
-    name: str, source: HFFolder, target: HFFolder, before: dict[str, str], after: dict[str, str], work: Work
-) -> dict[str, Any]:
-    line: dict[str, Any] = {}
-    for side, folder, digests in (("input", source, before), ("output", target, after)):
-        if name in digests:
-            entry = folder.layout.entries[name]
-            line[side] = {"dtype": entry.dtype, "shape": list(entry.shape), "sha256": digests[name]}
+def _line(name: str, before: Facts, after: Facts, work: Work) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        side: facts[name].to_json() for side, facts in zip(SIDES, (before, after), strict=True) if name in facts
+    }
     what = happened(line)
-    if what not in ("changed", "quantized"):
+    if what not in MAY[work.kind]:
+        raise UserError(f"{name} was {what}, which no {work.kind} does: this is a bug, report it")
+    if what in ("identical", "added"):
         return {"what": what, **line}
     if name not in work.changes:
         raise UserError(f"{name} differs from the input, and nothing was to change it: this is a bug, report it")
@@ -140,7 +212,9 @@ def happened(line: dict[str, Any]) -> str:
         return "added"
     if line["input"] == line["output"]:
         return "identical"
-    return "quantized" if line["output"]["dtype"] == FP8 else "changed"
+    if line["input"]["dtype"] == line["output"]["dtype"]:
+        return "changed"
+    return "quantized" if line["output"]["dtype"] == FP8 else "cast"
 
 
 def _version(package: str) -> str | None:

@@ -14,8 +14,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from conversion.certificate import WHAT, happened, read_certificate
-from conversion.identity import combine, tensor_digests
+from conversion.certificate import count_lines, happened, read_certificate
+from conversion.identity import Facts, content_hash, hf_facts
 from conversion.layout import some
 from conversion.safetensors_io import HFFolder
 from nano3.arch import resolve_model
@@ -31,17 +31,17 @@ def verify(folder: Path, base: Path | None = None) -> list[str]:
     problems = _contradictions(certificate)
     try:
         with HFFolder(folder, quantized=True) as hf:
-            digests = tensor_digests(hf)
-            problems += _compare(hf, digests, tensors, "output", f"{folder}")
-            if combine(hf, digests) != certificate["output"]["sha256"]:
+            facts = hf_facts(hf)
+            problems += _compare(facts, tensors, "output", f"{folder}")
+            if content_hash(facts) != certificate["output"]["sha256"]:
                 problems.append(f"{folder} has not the content hash that the certificate names as its output")
     except UserError as error:
         return [*problems, str(error)]
     if base is not None:
         with HFFolder(base) as hf:
-            digests = tensor_digests(hf)
-            problems += _compare(hf, digests, tensors, "input", f"{base}")
-            if combine(hf, digests) != certificate["input"]["sha256"]:
+            facts = hf_facts(hf)
+            problems += _compare(facts, tensors, "input", f"{base}")
+            if content_hash(facts) != certificate["input"]["sha256"]:
                 problems.append(f"{base} is not the model that the certificate names as its input")
     return problems
 
@@ -54,7 +54,7 @@ def _contradictions(certificate: dict[str, Any]) -> list[str]:
         for name, line in tensors.items()
         if line["what"] != happened(line)
     ]
-    counted = {what: sum(happened(line) == what for line in tensors.values()) for what in WHAT}
+    counted = count_lines(tensors)
     if certificate["totals"] != counted:
         problems.append(f"the certificate's totals are {certificate['totals']}, its lines make {counted}")
     still = ROUTER[:1] if certificate.get("router") == "balance" else ROUTER
@@ -64,8 +64,8 @@ def _contradictions(certificate: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _compare(hf: HFFolder, found: dict[str, str], tensors: dict[str, Any], side: str, where: str) -> list[str]:
-    """How the tensors of a folder, and their digests, differ from one side of the certificate's lines."""
+def _compare(found: Facts, tensors: dict[str, Any], side: str, where: str) -> list[str]:
+    """How the tensors of a folder differ from one side of the certificate's lines."""
     told = {name: line[side] for name, line in tensors.items() if side in line}
     problems = []
     for what, names in (("lacks", told.keys() - found.keys()), ("holds", found.keys() - told.keys())):
@@ -73,8 +73,7 @@ def _compare(hf: HFFolder, found: dict[str, str], tensors: dict[str, Any], side:
             rest = "which its certificate names" if what == "lacks" else "which its certificate does not name"
             problems.append(f"{where} {what} {some(sorted(names))}, {rest}")
     for name in sorted(told.keys() & found.keys()):
-        entry = hf.layout.entries[name]
-        if told[name] != {"dtype": entry.dtype, "shape": list(entry.shape), "sha256": found[name]}:
+        if told[name] != found[name].to_json():
             problems.append(f"{where}: {name} is not what the certificate says")
     return problems
 

@@ -24,7 +24,7 @@ from conversion.folders import (
     refuse_overlap,
     require_space,
 )
-from conversion.identity import record
+from conversion.identity import hf_facts, record
 from conversion.plan import make_plan
 from conversion.safetensors_io import HFFolder, side_files
 from nano3.arch import resolve_model
@@ -48,7 +48,7 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
         with fresh_output(out, NEMO_KIND) as folder:
             copy_files(source, side, folder / SIDE)
             (folder / LAYOUT).write_text(hf.layout.to_json())
-            record(hf, folder)
+            record(hf, hf_facts(hf), folder)
             if context:
                 with quiet_imports():
                     from conversion.nemo_io import write_context

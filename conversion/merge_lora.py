@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.certificate import Work, folder_sha256, norm_ratio, write_certificate
+from conversion.certificate import Work, folder_sha256, norm_ratio, previous_certificate, write_certificate
 from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_adapter, require_space
-from conversion.identity import refuse_other_base, tensor_digests
+from conversion.identity import hf_facts, refuse_other_base
 from conversion.plan import row_steps
 from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
 from nano3.arch import resolve_model
@@ -62,15 +62,17 @@ def merge(base: Path, adapter_folder: Path, out: Path) -> Summary:
 
         adapter = Adapter(adapter_folder, hf.arch)
         same_routers = adapter.check_base(hf.rows)
-        digests = tensor_digests(hf)
-        refuse_other_base(hf, digests, adapter.info.base_sha256, adapter_folder)
+        before = hf_facts(hf)
+        refuse_other_base(base, before, adapter.info.base_sha256, adapter_folder)
+        previous_certificate(base, before)
         side = side_files(base)
         require_space(out, hf.layout.total_bytes + sum((base / path).stat().st_size for path in side))
         with fresh_output(out, HF_KIND) as folder:
             copy_files(base, side, folder)
             with SafetensorsWriter(folder, hf.layout) as writer, progress(hf.layout.total_bytes, "merge") as bar:
                 changes = _write(hf, adapter, writer, bar)
-            certificate = write_certificate(hf, digests, folder, _work(adapter, changes))
+            with HFFolder(folder) as written:
+                certificate = write_certificate(folder, base, before, hf_facts(written), _work(adapter, changes))
     changed = certificate["totals"]["changed"]
     biases = len(adapter.router_biases())
     return Summary(len(certificate["tensors"]), len(changes) - biases, same_routers, biases, changed)

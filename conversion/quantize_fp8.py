@@ -16,10 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.certificate import Work, norm_ratio, write_certificate
+from conversion.certificate import Work, norm_ratio, previous_certificate, write_certificate
 from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_space
 from conversion.fp8 import E4M3_MAX, KV_SCALES, Selection
-from conversion.identity import tensor_digests
+from conversion.identity import hf_facts
 from conversion.layout import Layout
 from conversion.plan import row_steps
 from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
@@ -76,7 +76,8 @@ def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) 
         layout = Layout.make(selection.table(hf.dtypes))
         side = side_files(source)
         require_space(out, layout.total_bytes + scratch_bytes(hf, samples))
-        digests, scales = tensor_digests(hf), weight_scales(hf, selection)
+        before, scales = hf_facts(hf), weight_scales(hf, selection)
+        previous_certificate(source, before)
         with _layers(len(hf.arch.layers)) as bar:
             found = calibrate(hf, selection, samples, out, bar.update)
         with fresh_output(out, HF_KIND) as folder:
@@ -86,7 +87,9 @@ def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) 
                 _write_scalars(selection, scales, found, writer)
                 changes = _write_tensors(hf, scales, writer, bar)
             facts = {"selection": sorted(selection.chosen), "kv_cache": selection.kv_cache, "tokens": found.tokens}
-            write_certificate(hf, digests, folder, Work("quantization", changes, {"calibration": facts}))
+            with HFFolder(folder, quantized=True) as written:
+                work = Work("quantization", changes, {"calibration": facts})
+                write_certificate(folder, source, before, hf_facts(written), work)
     return found
 
 

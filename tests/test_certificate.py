@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from conversion.certificate import read_certificate
 from conversion.certify import model_card, verify
 from conversion.fp8 import Selection
-from conversion.identity import content_sha256
+from conversion.identity import content_hash, hf_facts
 from conversion.merge_lora import merge
 from conversion.quantize_fp8 import quantize
 from conversion.safetensors_io import HFFolder
@@ -45,7 +45,14 @@ def test_a_merge_says_what_changed_and_by_how_much(folders):
     base, after = load_file(folders / "base/model.safetensors"), load_file(folders / "merged/model.safetensors")
     assert said["kind"] == "merge"
     assert said["router"] == "frozen"
-    assert said["totals"] == {"identical": len(base) - 1, "changed": 1, "quantized": 0, "added": 0, "dropped": 0}
+    assert said["totals"] == {
+        "identical": len(base) - 1,
+        "changed": 1,
+        "cast": 0,
+        "quantized": 0,
+        "added": 0,
+        "dropped": 0,
+    }
     line = said["tensors"][CHANGED]
     assert line["by"] == ["decoder.layers.0.mixer.out_proj"]
     # Every value of the (32, 64) matrix grew by 0.25.
@@ -110,7 +117,7 @@ def test_a_certificate_that_was_made_to_fit_is_found_out_by_the_base(folders, tm
     told = "\n".join(verify(tmp_path / "copy"))
     assert "has not the content hash that the certificate names as its output" in told
     with HFFolder(tmp_path / "copy") as hf:  # and the whole's hash too
-        said["output"]["sha256"] = content_sha256(hf)
+        said["output"]["sha256"] = content_hash(hf_facts(hf))
     (tmp_path / "copy/certificate.json").write_text(json.dumps(said))
     assert verify(tmp_path / "copy") == []
     assert any(name in problem for problem in verify(tmp_path / "copy", folders / "base"))
@@ -127,7 +134,7 @@ def test_words_that_the_hashes_contradict_are_found_out(folders, tmp_path):
     said = read_certificate(tmp_path / "copy")
     said["tensors"][name]["output"]["sha256"] = hashlib.sha256(tensors[name].numpy().tobytes()).hexdigest()
     with HFFolder(tmp_path / "copy") as hf:
-        said["output"]["sha256"] = content_sha256(hf)
+        said["output"]["sha256"] = content_hash(hf_facts(hf))
     (tmp_path / "copy/certificate.json").write_text(json.dumps(said))
     told = "\n".join(verify(tmp_path / "copy", folders / "base"))
     assert f"calls {name} identical, and its hashes say changed" in told
@@ -139,7 +146,7 @@ def test_a_certificate_with_parts_missing_is_refused(folders, tmp_path):
     said = read_certificate(folders / "merged")
     for change in ({"input": None}, {"tensors": {"a": 1}}, {"tensors": {"a": {"what": "added"}}}, {"kind": 3}):
         (tmp_path / "certificate.json").write_text(json.dumps(said | change))
-        with pytest.raises(UserError, match="is not of format 1"):
+        with pytest.raises(UserError, match="is not of format 2"):
             verify(tmp_path)
 
 

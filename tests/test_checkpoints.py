@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conversion.hf_to_nemo import convert
-from conversion.identity import content_sha256, holds
+from conversion.identity import content_hash, hf_facts, holds
 from conversion.safetensors_io import HFFolder
 from nano3.base_identity import recorded_sha256
 from nano3.checkpoint_folder import (
@@ -122,7 +122,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sha256(folder: Path) -> str:
     with HFFolder(folder) as hf:
-        return content_sha256(hf)
+        return content_hash(hf_facts(hf))
 
 
 def test_the_content_hash_by_hand_and_whatever_the_files(base, tmp_path):
