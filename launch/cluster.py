@@ -15,6 +15,8 @@ from launch.mounts import parse_mount
 from nano3.cli import UserError
 
 FILL_IN = "FILL IN"
+CPU = "cpu"
+"""The `hardware` of nodes without GPUs."""
 EXAMPLE = Path(__file__).parent / "cluster.example.yaml"
 
 
@@ -44,7 +46,8 @@ class Cluster:
         for name in ("account", "partition"):
             if not getattr(self, name) or getattr(self, name) == FILL_IN:
                 raise UserError(f"cluster.yaml: {name} is not filled in; {EXAMPLE} says how to find it")
-        find_gpu(self.hardware)
+        if self.hardware != CPU:
+            find_gpu(self.hardware)
         if self.mounts and self.container is None:
             raise UserError("cluster.yaml: mounts are of a container; name it in `container`, or remove them")
         if self.gpus_per_node < 0 or self.signal_seconds < 0:
@@ -59,6 +62,16 @@ class Cluster:
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise UserError(f"cluster.yaml: environment has {name!r}, which is no name of a variable; rename it")
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of a node."""
+        return 0 if self.hardware == CPU else self.gpus_per_node
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks of a node: one for each GPU; on nodes without, what `gpus_per_node` says, at least one."""
+        return max(1, self.gpus_per_node)
 
     @classmethod
     def load(cls, path: Path) -> Cluster:

@@ -116,13 +116,23 @@ def read_request(args: argparse.Namespace) -> Request:
     return request
 
 
-def look(request: Request) -> tuple[list[Finding], int | None]:
+def look(plan: Plan, arch: Arch, paths: Paths, nodes: int) -> tuple[list[Finding], int | None]:
     """Everything that is on disk; and the packs of the store."""
-    found, packs = check_store(request.plan, request.arch, request.paths)
-    found += check_model(request.paths)
-    found += check_output(request.plan, request.arch, request.paths, request.nodes)
-    found += check_mounts(request.paths)
-    return found + check_versions(request.paths.mounts is not None), packs
+    found, packs = check_store(plan, arch, paths)
+    found += check_model(paths)
+    found += check_output(plan, arch, paths, nodes)
+    found += check_mounts(paths)
+    return found + check_versions(paths.mounts is not None), packs
+
+
+def report_cpu(plan: Plan, arch: Arch, paths: Paths, nodes: int) -> tuple[int, str]:
+    """(exit code, what to print) for nodes without GPUs: the files are looked at; there is no plan of memory or speed.
+
+    The layout is the recipe's to check, which every run does.
+    """
+    found, _ = look(plan, arch, paths, nodes)
+    lines = ["CPU ranks: memory and speed are not planned; what is on disk was looked at"]
+    return int(any(finding.wrong for finding in found)), "\n".join([*lines, *map(str, found)])
 
 
 def alternatives(request: Request) -> list[Candidate]:
@@ -171,10 +181,10 @@ def report(request: Request, files: bool) -> tuple[int, str]:
         near = fitting(request.arch, _valid_batch(request), request.gpu, request.ranks, request.per_node)[:NEAREST]
         lines = [f"CANNOT BE RIGHT: {refused}", *(["  these fit:"] if near else [])]
         return 1, "\n".join([*lines, *(candidate.row(request.gpu, request.plan) for candidate in near)])
-    found, packs = look(request) if files else ([], None)
+    found, packs = look(request.plan, request.arch, request.paths, request.nodes) if files else ([], None)
     memory, speed = plan_memory(work), estimate(work, request.gpu)
     lines = verdict(request, memory, speed, packs)
-    lines += [f"  {'WRONG' if finding.wrong else 'note'}: {finding.text}" for finding in found]
+    lines += map(str, found)
     good = memory.fits(request.gpu) and not any(finding.wrong for finding in found)
     return (0 if good else 1), "\n".join(lines)
 

@@ -37,6 +37,9 @@ class Finding:
     wrong: bool
     text: str
 
+    def __str__(self) -> str:
+        return f"  {'WRONG' if self.wrong else 'note'}: {self.text}"
+
 
 @dataclass(frozen=True)
 class Paths:

@@ -19,8 +19,8 @@ from pathlib import Path
 from launch.cluster import Cluster
 from nano3.cli import UserError, run
 
-PORT = 29500
-"""Where rank 0's node listens for the others; jobs are alone on their nodes."""
+PORT = "$((20000 + SLURM_JOB_ID % 10000))"
+"""Where rank 0's node listens for the others: another port for every job, below those that the kernel gives away."""
 
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",  # logs as they happen
@@ -74,8 +74,8 @@ def sbatch_options(cluster: Cluster, job: Job) -> dict[str, str]:
         "open-mode": "append",
         "requeue": "",
     }
-    if cluster.gres and cluster.gpus_per_node:
-        options["gres"] = f"gpu:{cluster.gpus_per_node}"
+    if cluster.gres and cluster.gpus:
+        options["gres"] = f"gpu:{cluster.gpus}"
     if cluster.cpus_per_task:
         options["cpus-per-task"] = str(cluster.cpus_per_task)
     if cluster.exclusive:
@@ -104,7 +104,7 @@ def environment(cluster: Cluster) -> dict[str, str]:
 
     torch.distributed.run passes SIGTERM on to its ranks and kills them 30 s later unless it is told how long to wait.
     """
-    own = ENVIRONMENT if cluster.gpus_per_node else {"PYTHONUNBUFFERED": "1"}
+    own = ENVIRONMENT if cluster.gpus else {"PYTHONUNBUFFERED": "1"}
     if cluster.signal_seconds:
         own = own | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(cluster.signal_seconds)}
     return own | cluster.environment
@@ -122,14 +122,16 @@ def render(cluster: Cluster, job: Job) -> str:
     lines += [
         # Not head: it would end scontrol with SIGPIPE, and pipefail the job with it.
         'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"',
+        # The name is what the ranks know their own machine by. Where it means nothing to the network, Slurm's address.
+        'getent hosts "$MASTER_ADDR" > /dev/null || MASTER_ADDR="$(scontrol show node --oneliner "$MASTER_ADDR" '
+        "| sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')\"",
         "export MASTER_ADDR",
         'echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"',
     ]
     srun = " ".join(["srun", *map(shlex.quote, srun_options(cluster))])
     if job.prepare is not None:
         lines += ["", "# Once, before the ranks start.", f"{srun} --nodes=1 --ntasks=1 {_python(cluster, job.prepare)}"]
-    ranks = max(1, cluster.gpus_per_node)
-    torchrun = ["-m", "torch.distributed.run", f"--nnodes={job.nodes}", f"--nproc-per-node={ranks}"]
+    torchrun = ["-m", "torch.distributed.run", f"--nnodes={job.nodes}", f"--nproc-per-node={cluster.ranks_per_node}"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-id=$SLURM_JOB_ID", f"--rdzv-endpoint=$MASTER_ADDR:{PORT}"]
     lines += ["", "# One launcher per node, one rank per GPU. exec: signals reach it, and its exit code is the job's."]
     lines += [f"exec {srun} {_python(cluster, torchrun)} \\", f"    {_arguments(job.command)}"]

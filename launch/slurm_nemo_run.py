@@ -19,13 +19,12 @@ def executor(cluster: Cluster, job: Job) -> run.SlurmExecutor:
     logs itself, and dependencies are NeMo-Run's own (an experiment's).
     """
     options = sbatch_options(cluster, job)
-    ranks = max(1, cluster.gpus_per_node)
     return run.SlurmExecutor(
         account=cluster.account,
         partition=cluster.partition,
         time=cluster.time,
         nodes=job.nodes,
-        ntasks_per_node=ranks,
+        ntasks_per_node=cluster.ranks_per_node,
         gres=options.get("gres"),
         cpus_per_task=cluster.cpus_per_task or None,
         exclusive=cluster.exclusive or None,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from launch.cluster import EXAMPLE, Cluster
+from launch.cluster import CPU, EXAMPLE, Cluster
 from launch.hardware import find_gpu
 from launch.mounts import parse_mount
-from launch.preflight import Request, report
+from launch.preflight import Request, report, report_cpu
 from launch.preflight_checks import Paths
 from launch.slurm import Job, render
 from launch.slurm import submit as hand_over
@@ -47,27 +47,22 @@ def preflight(task: Run, cluster: Cluster, after: int | None = None) -> tuple[in
         out=Path(task.out),
         mounts=tuple(map(parse_mount, cluster.mounts)) if cluster.container is not None else None,
     )
-    request = Request(
-        find_gpu(cluster.hardware),
-        task.nodes,
-        task.ranks_per_node,
-        Arch.load(task.model),
-        plan_of(task.settings),
-        paths,
-    )
-    return report(request, files=True)
+    arch, plan = Arch.load(task.model), plan_of(task.settings)
+    if cluster.hardware == CPU:
+        return report_cpu(plan, arch, paths, task.nodes)
+    return report(Request(find_gpu(cluster.hardware), task.nodes, task.ranks_per_node, arch, plan, paths), files=True)
 
 
-def site_of(task: Run, file: Path) -> Cluster:
-    """The site in `file`; `UserError` when it cannot be used or has another number of GPUs in a node."""
+def site_of(file: Path, nodes: int, per_node: int | None) -> Cluster:
+    """The site in `file`; `UserError` when it cannot be used or its nodes have not `per_node` ranks."""
     if not file.is_file():
         raise UserError(
-            f"--nodes {task.nodes} needs a cluster, which {file} would describe: copy {EXAMPLE} there and fill in "
+            f"--nodes {nodes} needs a cluster, which {file} would describe: copy {EXAMPLE} there and fill in "
             "account and partition; or see what would run with --dry-run"
         )
     cluster = Cluster.load(file)
-    if task.ranks_per_node != max(1, cluster.gpus_per_node):
-        raise UserError(f"--gpus-per-node {task.ranks_per_node}, but {file} has gpus_per_node: {cluster.gpus_per_node}")
+    if per_node not in (None, cluster.ranks_per_node):
+        raise UserError(f"--gpus-per-node {per_node}, but {file} has gpus_per_node: {cluster.gpus_per_node}")
     return cluster
 
 

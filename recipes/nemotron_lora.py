@@ -18,12 +18,13 @@ from typing import Any
 
 from conversion.folders import refuse_overlap
 from conversion.names import adaptable, adapter_shapes
+from launch.cluster import CPU, Cluster
 from launch.overrides import apply_overrides, flatten
 from launch.plan_settings import default_layout
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError, check_output, run
 from nano3.targets import select, sizes
-from recipes import local_run
+from recipes import cluster_run, local_run
 from recipes.checks import check_run
 from recipes.eval_only import evaluate, evaluation_task
 from recipes.local_run import KIND, refuse_finished
@@ -98,9 +99,12 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
         )
     if args.ranks is not None and not args.local:
         raise UserError("--ranks counts CPU ranks; give --local too, or --gpus-per-node for GPUs")
-    ranks = (args.ranks or 1) if args.local else (args.gpus_per_node or GPUS_PER_NODE)
+    site = _site(args)
+    cpu = args.local or (site is not None and site.hardware == CPU)
+    per_node = args.gpus_per_node or (GPUS_PER_NODE if site is None else site.ranks_per_node)
+    ranks = (args.ranks or 1) if args.local else per_node
     settings = Settings()
-    if not args.local:
+    if not cpu:
         settings.layout = default_layout(arch, ranks)
     apply_overrides(settings, args.settings)
     task = Run(
@@ -111,7 +115,7 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
         out=str(args.out.resolve()),
         nodes=args.nodes,
         ranks_per_node=ranks,
-        cpu=args.local,
+        cpu=cpu,
         settings=settings,
     )
     if args.eval_only and args.overwrite:
@@ -124,6 +128,13 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
     sources = [model, base, args.data, args.validation]
     refuse_overlap(args.out, *(Path(source) for source in sources if source is not None))
     return task, arch
+
+
+def _site(args: argparse.Namespace) -> Cluster | None:
+    """The cluster that the run goes to; None for this machine, and for a recipe that is only printed."""
+    if args.cluster is None and (args.nodes == 1 or args.dry_run or args.local):
+        return None
+    return cluster_run.site_of(args.cluster or Path("cluster.yaml"), args.nodes, args.gpus_per_node)
 
 
 def _model(name: str) -> tuple[Path, Path | None]:
@@ -185,14 +196,11 @@ def train(task: Run, arch: Arch, overwrite: bool = False) -> int:
     return local_run.train(task, overwrite)
 
 
-def _on_cluster(args: argparse.Namespace, task: Run, arch: Arch) -> int:
+def _on_cluster(args: argparse.Namespace, site: Cluster, task: Run, arch: Arch) -> int:
     """Checks the run and submits it to Slurm; with --dry-run prints what preflight says and the script."""
-    from recipes import cluster_run
-
     for flag, given in (("--local", args.local), ("--eval-only", args.eval_only), ("--overwrite", args.overwrite)):
         if given:
             raise UserError(f"{flag} is for runs on this machine; leave it out with --cluster or --nodes above 1")
-    site = cluster_run.site_of(task, args.cluster or Path("cluster.yaml"))
     if not args.dry_run and args.after is None:
         check_data(task, arch)
     return cluster_run.submit(task, site, args.dry_run, args.after)
@@ -202,15 +210,16 @@ def main() -> int:
     args = parser().parse_intermixed_args()
     task, arch = resolve(args)
     check_output(task.out, KIND)
-    if args.after is not None and not (args.cluster or task.nodes > 1):
+    site = _site(args)
+    if args.after is not None and site is None:
         raise UserError("--after names a job of Slurm; give --cluster too")
     if args.dry_run:
         if args.data and args.after is None:
             check_data(task, arch)
         print(describe(task, arch))
-        return _on_cluster(args, task, arch) if args.cluster else 0
-    if args.cluster or task.nodes > 1:
-        return _on_cluster(args, task, arch)
+        return _on_cluster(args, site, task, arch) if site is not None else 0
+    if site is not None:
+        return _on_cluster(args, site, task, arch)
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if not task.cpu and gpus < task.ranks_per_node:
         raise UserError(

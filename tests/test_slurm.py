@@ -73,7 +73,7 @@ def fake_slurm(folder: Path, number: str = "4711") -> dict[str, str]:
     """A PATH whose srun runs its command, whose scontrol names two nodes, and whose sbatch keeps what it is given."""
     tools = {
         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
-        "scontrol": "echo node7; echo node8",
+        "scontrol": '[[ $2 == node ]] && echo "NodeName=$4 NodeAddr=10.0.0.7 Port=1" || printf "node7\\nnode8\\n"',
         "python": f'printf "%s|" "$@" >> {folder}/ran; echo >> {folder}/ran',
         "sbatch": f"cat > {folder}/submitted; echo {number}",
         "scancel": f"echo $1 > {folder}/cancelled",
@@ -96,7 +96,7 @@ def test_a_job_prepares_once_and_starts_a_launcher_that_finds_the_first_node(tmp
     assert done.returncode == 0, done.stderr
     prepare, ranks = (tmp_path / "ran").read_text().splitlines()
     assert prepare == "-m|recipes.cluster_run|runs/lora/run.json|"
-    assert "--rdzv-endpoint=node7:29500|" in ranks
+    assert "--rdzv-endpoint=10.0.0.7:24711|" in ranks  # nothing knows the name node7 here
     assert "--rdzv-id=4711|" in ranks
     assert "--nnodes=2|--nproc-per-node=8|" in ranks
     assert ranks.endswith("-m|recipes.worker|runs/lora/run.json|")
