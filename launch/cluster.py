@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ class Cluster:
     gpus_per_node: int = 8
     gres: bool = True
     cpus_per_task: int = 0
+    cpu_partition: str = ""
+    cpu_cores: int = 0
+    cpu_time: str = ""
+    cpu_options: list[str] = field(default_factory=list)
     exclusive: bool = True
     signal_seconds: int = 300
     logs: str = "runs/slurm"
@@ -54,7 +58,7 @@ class Cluster:
             raise UserError("cluster.yaml: gpus_per_node and signal_seconds must be at least 0")
         for text in self.mounts:
             parse_mount(text)
-        for option in self.options:
+        for option in [*self.options, *self.cpu_options]:
             if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", option):
                 raise UserError(
                     f"cluster.yaml: options has {option!r}; write sbatch's long names without dashes, such as qos=high"
@@ -72,6 +76,21 @@ class Cluster:
     def ranks_per_node(self) -> int:
         """Ranks of a node: one for each GPU; on nodes without, what `gpus_per_node` says, at least one."""
         return max(1, self.gpus_per_node)
+
+    def for_one_process(self, gpu: bool) -> Cluster:
+        """The site for a job of one process, which saves nothing when time is up: on a GPU, or on nodes without."""
+        one = replace(self, exclusive=False, signal_seconds=0)
+        if gpu:
+            return replace(one, gpus_per_node=min(1, self.gpus))
+        return replace(
+            one,
+            partition=self.cpu_partition or self.partition,
+            time=self.cpu_time or self.time,
+            hardware=CPU,
+            gpus_per_node=0,
+            cpus_per_task=self.cpu_cores,
+            options=self.cpu_options,
+        )
 
     @classmethod
     def load(cls, path: Path) -> Cluster:

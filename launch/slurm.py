@@ -48,6 +48,8 @@ class Job:
     """One job of an array for each; `{seed}` in the command is replaced."""
     after: int | None = None
     """Job that must have succeeded before."""
+    ranks: bool = True
+    """False: one process of the command, without torch.distributed.run."""
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
@@ -86,6 +88,7 @@ def sbatch_options(cluster: Cluster, job: Job) -> dict[str, str]:
         options["array"] = ",".join(map(str, job.seeds))
     if job.after is not None:
         options["dependency"] = f"afterok:{job.after}"
+        options["kill-on-invalid-dep"] = "yes"  # or it would wait forever for what has failed
     options.update(dict(item.partition("=")[::2] for item in cluster.options))
     return options
 
@@ -119,6 +122,9 @@ def render(cluster: Cluster, job: Job) -> str:
     ]
     lines += ["", "set -euo pipefail", f"cd {shlex.quote(cluster.workdir)}", *cluster.setup]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment(cluster).items()]
+    if not job.ranks:
+        one = shlex.join(["srun", *srun_options(cluster), "--nodes=1", "--ntasks=1"])
+        return "\n".join([*lines, "", f"exec {one} {_python(cluster, job.command)}"]) + "\n"
     lines += [
         # Not head: it would end scontrol with SIGPIPE, and pipefail the job with it.
         'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"',
@@ -174,6 +180,14 @@ def _slurm(command: list[str], text: str | None = None) -> str:
 def status(number: int) -> str:
     """State, nodes and reason of a job that is queued or runs."""
     return _slurm(["squeue", "--noheader", f"--jobs={number}", "--format=%i %T %M of %l on %D nodes %R"])
+
+
+def queue() -> dict[int, str]:
+    """State and reason of all my jobs that are queued or run, by their number."""
+    rows = (
+        line.split(maxsplit=1) for line in _slurm(["squeue", "--me", "--noheader", "--format=%A %T %R"]).splitlines()
+    )
+    return {int(number): text for number, text in rows}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from launch.cluster import Cluster
 from launch.slurm import Job, environment, sbatch_options, srun_options
 
 _OWN = {"job-name", "account", "partition", "time", "nodes", "ntasks-per-node", "output", "open-mode", "gres", "array"}
-_OWN |= {"exclusive", "signal", "cpus-per-task", "dependency"}
+_OWN |= {"exclusive", "signal", "cpus-per-task", "dependency", "kill-on-invalid-dep"}
 """Options that the executor has fields for."""
 
 

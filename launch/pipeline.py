@@ -1,0 +1,253 @@
+"""From questions to a scored FP8 checkpoint: prepare, import, train, merge, quantize, evaluate; here or on Slurm.
+
+    python launch/pipeline.py run --model FOLDER --input TRAIN.jsonl --questions HELD.jsonl --out OUT --nodes 2
+    python launch/pipeline.py run --model pico ... --out OUT --local --ranks 2 layout.ep=2 train.steps=200
+    python launch/pipeline.py status OUT
+
+On Slurm every stage is a job that waits for the one before (afterok), on CPU nodes where no GPU is needed; the site is
+in cluster.yaml. Key=value are the recipe's. The same command again goes on: finished stages are not repeated, a
+training that was interrupted resumes. Stages are command lines (launch/stages.py): nothing here imports what they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from launch.cluster import Cluster
+from launch.slurm import Job, queue, render, submit
+from launch.stage_records import KIND, Records
+from launch.stages import NAMES, TRAIN, Chain, Stage, model_folder
+from nano3.cli import UserError, check_output, fresh_output, run
+
+ROOT = Path(__file__).resolve().parents[1]
+RESOURCES = ("nodes", "gpus_per_node", "ranks")
+"""Flags that are the recipe's own and go there as they are."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of `run`."""
+    parse = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        prog="pipeline.py run",
+    )
+    parse.add_argument("--model", required=True, help="Hugging Face folder of the base, or pico")
+    parse.add_argument("--input", type=Path, required=True, action="append", help="chat JSONL to train on; repeatable")
+    parse.add_argument("--questions", type=Path, required=True, help="held-out chat JSONL to score")
+    parse.add_argument("--out", type=Path, required=True, help="folder for everything that is made")
+    parse.add_argument("--local", action="store_true", help="run here, training on CPU ranks")
+    parse.add_argument("--ranks", type=int, help="CPU ranks with --local (default: 1)")
+    parse.add_argument("--cluster", type=Path, help="site file (default without --local: cluster.yaml)")
+    parse.add_argument("--nodes", type=int, help="machines that train (default: 1)")
+    parse.add_argument("--gpus-per-node", type=int, help="GPUs of each (default: the recipe's)")
+    parse.add_argument(
+        "--with",
+        dest="extra",
+        action="append",
+        default=[],
+        metavar='STAGE="FLAGS"',
+        help='more flags of prepare, quantize or evaluate, such as quantize="--samples 256"; repeatable',
+    )
+    parse.add_argument("--again", choices=NAMES, help="do this stage and what follows it over; old adapters are kept")
+    parse.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")
+    parse.add_argument("settings", nargs="*", metavar="key=value", help="the recipe's, such as train.steps=300")
+    return parse
+
+
+def chain_of(args: argparse.Namespace) -> Chain:
+    """The chain that the arguments describe. Raises `UserError`."""
+    extra: dict[str, str] = {}
+    for item in args.extra:
+        name, equals, flags = item.partition("=")
+        if not equals or name in extra:
+            raise UserError(f"--with {item!r}: write STAGE=FLAGS, once for each stage")
+        extra[name] = flags
+    resources = ["--local"] if args.local else []
+    for name in RESOURCES:
+        value = getattr(args, name)
+        resources += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
+    inputs = tuple(path.resolve() for path in args.input)
+    return Chain(
+        model_folder(args.model), inputs, args.questions.resolve(), args.out.resolve(),
+        tuple(args.settings), tuple(resources), extra,
+    )  # fmt: skip
+
+
+def ask_recipe(chain: Chain, site: Path | None) -> None:
+    """Has the recipe check its whole command before anything runs; for a cluster it also plans memory.
+
+    Raises `UserError` when it refuses; it has said why.
+    """
+    command = [sys.executable, *chain.recipe(stored=False), "--dry-run"]
+    command += ["--cluster", str(site), "--after", "1"] if site is not None else []
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise UserError("the training would not start, see above; nothing was run")
+
+
+def run_here(stages: tuple[Stage, ...], records: Records) -> int:
+    """Runs the stages one after the other on this machine; the exit code of the first that fails."""
+    for stage in stages:
+        print(f"[{NAMES.index(stage.name) + 1}/{len(NAMES)}] {stage.name}", file=sys.stderr)
+        code = run_stage(stage, records)
+        if code:
+            print(
+                f"error: stage {stage.name} ended with exit code {code}; the same command goes on from there",
+                file=sys.stderr,
+            )
+            return code
+    return 0
+
+
+def run_stage(stage: Stage, records: Records) -> int:
+    """Runs a stage's commands in this repository and records how they ended; the exit code."""
+    with records.timed(stage) as result:
+        for command in stage.commands:
+            print(f"$ python {shlex.join(command)}", file=sys.stderr, flush=True)
+            result.code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+            if result.code:
+                break
+    return result.code
+
+
+def script_of(stage: Stage, cluster: Cluster, out: Path, after: int | None) -> str:
+    """The sbatch script of a stage but the training, whose script is the recipe's own."""
+    site = cluster.for_one_process(stage.gpu)
+    command = ["launch/pipeline.py", "stage", str(out), stage.name]
+    return render(site, Job(f"{out.name}-{stage.name}", command, after=after, ranks=False))
+
+
+def submit_all(stages: tuple[Stage, ...], records: Records, cluster: Cluster, site: Path) -> None:
+    """Hands the stages to Slurm, each after the one before; those that are queued already stay."""
+    alive, before = queue(), None
+    for stage in stages:
+        number = records.job(stage)
+        if number in alive:
+            print(f"{stage.name:<9} job {number} is queued already: {alive[number]}")
+        elif stage.name == TRAIN:
+            number = _submit_training(stage, site, before)
+        else:
+            number = submit(script_of(stage, cluster, records.out, before), Path(cluster.logs))
+        if number not in alive:
+            records.submitted(stage, number)
+            print(f"{stage.name:<9} job {number}" + (f", after {before}" if before else ""), flush=True)
+        before = number
+    print(f"logs in {cluster.logs}; look with: python launch/pipeline.py status {records.out}")
+
+
+def _submit_training(stage: Stage, site: Path, after: int | None) -> int:
+    """Has the recipe submit itself; the job's number."""
+    command = [sys.executable, *stage.commands[0], "--cluster", str(site)]
+    command += ["--after", str(after)] if after is not None else []
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = re.search(r"submitted job (\d+)", done.stdout)
+    if done.returncode or not found:
+        print(done.stderr, file=sys.stderr)
+        raise UserError("the training was not submitted, see above; the stages before it stay queued")
+    return int(found[1])
+
+
+def print_scripts(chain: Chain, stages: tuple[Stage, ...], cluster: Cluster, site: Path) -> None:
+    """Prints every job's script as if Slurm numbered them from 1."""
+    for number, stage in enumerate(stages, 1):
+        after = number - 1 or None
+        print(f"# ---- job {number}: {stage.name}")
+        if stage.name != TRAIN:
+            print(script_of(stage, cluster, chain.out, after))
+            continue
+        words = [sys.executable, *stage.commands[0], "--cluster", str(site), "--dry-run"]
+        words += ["--after", str(after or 1)]
+        done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+        print(done.stdout[done.stdout.index("#!/bin/bash") :])
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Refuses a second `run` on the same folder while one is alive."""
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another pipeline is at work on {out}; wait for it, or choose another --out") from None
+        yield
+
+
+def start(arguments: list[str]) -> int:
+    """`run`: checks everything, then runs or submits what is not finished."""
+    args = parser().parse_intermixed_args(arguments)
+    if args.local and args.cluster:
+        raise UserError("--local runs here and --cluster on Slurm; leave one of them out")
+    chain, site = chain_of(args), (args.cluster or Path("cluster.yaml")).resolve()
+    check_output(chain.out, KIND)
+    os.chdir(ROOT)  # where stages run; a site file's relative paths mean the same for all of them then
+    cluster = None if args.local else Cluster.load(site)
+    ask_recipe(chain, None if cluster is None else site)
+    records = Records(chain.out)
+    if args.dry_run:
+        todo = records.unfinished(chain.stages(), args.again)
+        if cluster is not None:
+            print_scripts(chain, todo, cluster, site)
+        else:
+            print("\n".join(f"python {shlex.join(command)}" for stage in todo for command in stage.commands))
+        return 0
+    if not chain.out.exists():
+        with fresh_output(chain.out, KIND):
+            pass
+    with _alone(chain.out):
+        if args.again:
+            records.forget(args.again, queue() if cluster is not None else {})
+        todo = records.unfinished(chain.stages())
+        records.plan(chain.stages())
+        for stage in chain.stages()[: len(NAMES) - len(todo)]:
+            print(f"{stage.name:<9} finished before: {stage.output}", file=sys.stderr)
+        if cluster is None:
+            return run_here(todo, records)
+        submit_all(todo, records, cluster, site)
+    return 0
+
+
+def status(arguments: list[str]) -> int:
+    """`status OUT`: a line for each stage."""
+    parse = argparse.ArgumentParser(description="Where a pipeline is.", prog="pipeline.py status")
+    parse.add_argument("out", metavar="OUT", type=Path, help="folder of the pipeline")
+    records = Records(parse.parse_args(arguments).out.resolve())
+    stages = records.planned()
+    alive = queue() if any(records.job(stage) for stage in stages) else {}
+    for stage in stages:
+        print(f"{stage.name:<9} {records.describe(stage, alive)}")
+    return 0
+
+
+def one_stage(arguments: list[str]) -> int:
+    """`stage OUT NAME`: what a job runs."""
+    parse = argparse.ArgumentParser(description="Run one stage of a planned pipeline, here.", prog="pipeline.py stage")
+    parse.add_argument("out", metavar="OUT", type=Path, help="folder of the pipeline")
+    parse.add_argument("name", choices=NAMES)
+    args = parse.parse_args(arguments)
+    records = Records(args.out.resolve())
+    (stage,) = [stage for stage in records.planned() if stage.name == args.name]
+    return run_stage(stage, records)
+
+
+def main() -> int:
+    actions = {"run": start, "status": status, "stage": one_stage}
+    name, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if name in actions:
+        return actions[name](rest)
+    print(__doc__)
+    if name in ("-h", "--help"):
+        return 0
+    raise UserError(f"{name or 'nothing'!r} is no action; write run, status or stage (run --help lists the flags)")
+
+
+if __name__ == "__main__":
+    run(main)
