@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_space
+from conversion.folders import HF_KIND, copy_files, refuse_overlap
 from conversion.fp8 import scale_problem
+from conversion.identity import source_files
 from conversion.layout import FP8, Layout
-from conversion.plan import row_steps
-from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
-from nano3.cli import UserError, check_output, fresh_output, run
+from conversion.rewrite import STEP_BYTES, Passage, rewrite
+from conversion.safetensors_io import HFFolder, side_files
+from conversion.work import work_folder
+from nano3.cli import UserError, check_output, run
 
 if TYPE_CHECKING:
     import torch
@@ -46,15 +49,13 @@ def dequantize(source: Path, out: Path) -> int:
             _check_scale(hf, f"{name}_scale")
         dtypes = {name: "BF16" if name in coded else dtype for name, dtype in hf.dtypes.items()}
         layout = Layout.make({name: (dtypes[name], spec.shape) for name, spec in hf.arch.tensors().items()})
-        require_space(out, layout.total_bytes)
-        with fresh_output(out, HF_KIND) as folder:
+        job = {"tool": "dequantize", "source": str(source.resolve()), "files": source_files(hf)}
+        with work_folder(out, HF_KIND, job | {"layout": layout.to_json()}, layout.total_bytes) as work:
             side = [path for path in side_files(source) if path.name not in ("config.json", QUANT_CONFIG)]
-            copy_files(source, side, folder)
-            (folder / "config.json").write_text(json.dumps(hf.config, indent=2) + "\n")
-            with SafetensorsWriter(folder, layout) as writer, progress(layout.total_bytes, "dequantize") as bar:
-                for name, entry in layout.entries.items():
-                    _copy(hf, name, writer)
-                    bar.update(entry.stop - entry.start)
+            copy_files(source, side, work.folder)
+            (work.folder / "config.json").write_text(json.dumps(hf.config, indent=2) + "\n")
+            changes = {name: partial(_decode, hf.rows(f"{name}_scale", 0, 1)) for name in coded}
+            rewrite(hf, work, layout, changes, {}, "dequantize")
     return len(coded)
 
 
@@ -67,11 +68,11 @@ def _check_scale(hf: HFFolder, name: str) -> None:
         raise UserError(f"{hf.path}: {name} {problem}; this reads one scale for each tensor: export it again")
 
 
-def _copy(hf: HFFolder, name: str, writer: SafetensorsWriter) -> None:
-    entry = hf.layout.entries[name]
-    for start, count in row_steps(entry.rows, 4 * entry.row_bytes):
-        rows = hf.rows(name, start, count)
-        writer.write(name, start, values(rows, hf.rows(f"{name}_scale", 0, 1)) if entry.dtype == FP8 else rows)
+def _decode(scale: torch.Tensor, passage: Passage) -> None:
+    rows, width = passage.entry.shape
+    step = max(1, STEP_BYTES // (4 * width))  # in FP32
+    for start in range(0, rows, step):
+        passage.write(start, values(passage.read(start, min(step, rows - start)), scale))
 
 
 def main() -> int:

@@ -63,3 +63,8 @@ def progress(total: int, what: str) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1000, mininterval=0.5, disable=None)
+
+
+def rate(size: int, seconds: float) -> str:
+    """What was done, in words: bytes of weights, time and speed."""
+    return f"{size / 1e9:.3f} GB of weights in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s"

@@ -11,29 +11,24 @@ conversion/identity.py). `conversion/nemo_to_hf.py` gives SRC back, bit for bit.
 from __future__ import annotations
 
 import argparse
+import shutil
+import time
 from pathlib import Path
 
-from conversion.folders import (
-    CONTEXT,
-    LAYOUT,
-    NEMO_KIND,
-    SIDE,
-    WEIGHTS,
-    copy_files,
-    progress,
-    refuse_overlap,
-    require_space,
-)
-from conversion.identity import hf_facts, record
-from conversion.plan import make_plan
+from conversion.certificate import Work as Certified
+from conversion.certificate import write_certificate
+from conversion.folders import CONTEXT, LAYOUT, NEMO_KIND, SIDE, copy_files, progress, rate, refuse_overlap
+from conversion.identity import record, source_files
+from conversion.plan import CHUNK_BYTES, make_plan
 from conversion.safetensors_io import HFFolder, side_files
+from conversion.work import work_folder
 from nano3.arch import resolve_model
-from nano3.cli import check_output, fresh_output, run
+from nano3.cli import check_output, run
 from nano3.quiet import quiet_imports
 
 
 def convert(source: Path, out: Path, context: bool = True) -> int:
-    """Writes the NeMo checkpoint `out`; returns the bytes of its weights. `UserError` before anything is written.
+    """Writes the NeMo checkpoint `out`; returns the bytes of its weights. Raises `UserError`, and then leaves nothing.
 
     `context=False` leaves NeMo's `context/` out: the weights load with plain megatron-core, and NeMo is not imported.
     """
@@ -42,21 +37,23 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
     with HFFolder(source) as hf:
         plan = make_plan(hf.arch, hf.dtypes)
         side = side_files(source)
-        require_space(out, plan.total_bytes + sum((source / path).stat().st_size for path in side))
-        from conversion.torch_dist import write_weights
+        needed = plan.total_bytes + sum((source / path).stat().st_size for path in side)
+        job = {"tool": "import", "source": str(source.resolve()), "files": source_files(hf), "chunk": CHUNK_BYTES}
+        with work_folder(out, NEMO_KIND, job | {"layout": hf.layout.to_json()}, needed) as work:
+            from conversion.torch_dist_writer import write_weights
 
-        with fresh_output(out, NEMO_KIND) as folder:
-            copy_files(source, side, folder / SIDE)
-            (folder / LAYOUT).write_text(hf.layout.to_json())
-            record(hf, hf_facts(hf), folder)
+            with progress(plan.total_bytes, "weights") as bar:
+                facts = write_weights(work, plan, hf, bar.update)
+            copy_files(source, side, work.folder / SIDE)
+            (work.folder / LAYOUT).write_text(hf.layout.to_json())
+            record(hf, facts, work.folder)
             if context:
                 with quiet_imports():
                     from conversion.nemo_io import write_context
 
-                write_context(folder / CONTEXT, folder / SIDE)
-            (folder / WEIGHTS).mkdir()
-            with progress(plan.total_bytes, "weights") as bar:
-                write_weights(folder / WEIGHTS, plan, hf.rows, bar.update)
+                shutil.rmtree(work.folder / CONTEXT, ignore_errors=True)
+                write_context(work.folder / CONTEXT, work.folder / SIDE)
+            write_certificate(work.folder, source, facts, facts, Certified("import"))
     return plan.total_bytes
 
 
@@ -70,8 +67,9 @@ def main() -> int:
         "--no-context", action="store_true", help="leave out context/ and do not import NeMo (saves about 15 s)"
     )
     args = parser.parse_args()
+    begin = time.monotonic()
     size = convert(resolve_model(args.source), args.out, context=not args.no_context)
-    print(f"{args.out}: NeMo checkpoint, {size / 1e9:.3f} GB of weights")
+    print(f"{args.out}: NeMo checkpoint, {rate(size, time.monotonic() - begin)}")
     return 0
 
 

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.certificate import Work, folder_sha256, norm_ratio, previous_certificate, write_certificate
-from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_adapter, require_space
-from conversion.identity import hf_facts, refuse_other_base
-from conversion.plan import row_steps
-from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
+from conversion.folders import HF_KIND, copy_files, refuse_overlap, require_adapter
+from conversion.identity import refuse_other_base
+from conversion.rewrite import STEP_BYTES, Change, Passage, rewrite
+from conversion.safetensors_io import HFFolder, side_files
+from conversion.scan import scan
+from conversion.work import check_room, work_folder
 from nano3.arch import resolve_model
-from nano3.cli import check_output, fresh_output, run
+from nano3.cli import check_output, run
 
 if TYPE_CHECKING:
     import torch
@@ -62,17 +65,19 @@ def merge(base: Path, adapter_folder: Path, out: Path) -> Summary:
 
         adapter = Adapter(adapter_folder, hf.arch)
         same_routers = adapter.check_base(hf.rows)
-        before = hf_facts(hf)
+        side = side_files(base)
+        needed = hf.layout.total_bytes + sum((base / path).stat().st_size for path in side)
+        check_room(out, needed)
+        before, _ = scan(hf)
         refuse_other_base(base, before, adapter.info.base_sha256, adapter_folder)
         previous_certificate(base, before)
-        side = side_files(base)
-        require_space(out, hf.layout.total_bytes + sum((base / path).stat().st_size for path in side))
-        with fresh_output(out, HF_KIND) as folder:
-            copy_files(base, side, folder)
-            with SafetensorsWriter(folder, hf.layout) as writer, progress(hf.layout.total_bytes, "merge") as bar:
-                changes = _write(hf, adapter, writer, bar)
-            with HFFolder(folder) as written:
-                certificate = write_certificate(folder, base, before, hf_facts(written), _work(adapter, changes))
+        declared = _work(adapter, {})
+        job = {"tool": "merge", "base": {name: fact.sha256 for name, fact in before.items()}, **declared.facts}
+        with work_folder(out, HF_KIND, job | {"layout": hf.layout.to_json()}, needed) as work:
+            copy_files(base, side, work.folder)
+            written = rewrite(hf, work, hf.layout, _changes(adapter), {}, "merge")
+            changes = {name: note for name, note in written.notes.items() if note is not None}
+            certificate = write_certificate(work.folder, base, before, written.facts, _work(adapter, changes))
     changed = certificate["totals"]["changed"]
     biases = len(adapter.router_biases())
     return Summary(len(certificate["tensors"]), len(changes) - biases, same_routers, biases, changed)
@@ -84,44 +89,34 @@ def _work(adapter: Adapter, changes: dict[str, dict[str, Any]]) -> Work:
     return Work("merge", changes, {"adapter": facts, "router": info.router})
 
 
-def _write(hf: HFFolder, adapter: Adapter, writer: SafetensorsWriter, bar: Any) -> dict[str, dict[str, Any]]:
-    """Writes every tensor; returns what the certificate says of those that the adapter targets."""
-    parts, biases = adapter.contributions(), adapter.router_biases()
-    changes: dict[str, dict[str, Any]] = {}
-    for name, entry in hf.layout.entries.items():
-        if name in parts:
-            size = _adapt(hf, name, parts[name], adapter, writer)
-            modules = sorted({part.path for part in parts[name]})
-            changes[name] = {"by": modules, "relative_change": size}
-        elif name in biases:
-            old = hf.rows(name, 0, entry.shape[0])
-            new = biases[name].to(old.dtype)
-            writer.write(name, 0, new)
-            changes[name] = {
-                "by": ["router=balance"],
-                "relative_change": norm_ratio(_squares(new - old), _squares(old)),
-            }
-        else:
-            for start, count in row_steps(entry.shape[0], entry.row_bytes):
-                writer.write(name, start, hf.rows(name, start, count))
-        bar.update(entry.stop - entry.start)
-    return changes
+def _changes(adapter: Adapter) -> dict[str, Change]:
+    """What becomes of every tensor that the adapter targets."""
+    changes: dict[str, Change] = {
+        name: partial(_adapt, adapter, parts) for name, parts in adapter.contributions().items()
+    }
+    return changes | {name: partial(_replace, bias) for name, bias in adapter.router_biases().items()}
 
 
-def _adapt(
-    hf: HFFolder, name: str, parts: list[Contribution], adapter: Adapter, writer: SafetensorsWriter
-) -> float | None:
-    """Writes one targeted tensor with its new values; returns the norm of the change over that of the tensor."""
+def _replace(bias: torch.Tensor, passage: Passage) -> dict[str, Any]:
+    """Writes a correction bias that training moved."""
+    old = passage.read(0, len(bias))
+    new = bias.to(old.dtype)
+    passage.write(0, new)
+    return {"by": ["router=balance"], "relative_change": norm_ratio(_squares(new - old), _squares(old))}
+
+
+def _adapt(adapter: Adapter, parts: list[Contribution], passage: Passage) -> dict[str, Any]:
+    """Writes one targeted tensor with its new values; says which modules and how large the change is."""
     change = whole = 0.0
-    row_bytes = 4 * hf.layout.entries[name].shape[1]  # in FP32
+    step = max(1, STEP_BYTES // (4 * passage.entry.shape[1]))  # in FP32
     for part in parts:
-        for begin, count in row_steps(part.count, row_bytes):
-            old = hf.rows(name, part.start + begin, count)
+        for begin in range(0, part.count, step):
+            old = passage.read(part.start + begin, min(step, part.count - begin))
             new = adapter.merged(replace(part, first=part.first + begin), old).to(old.dtype)
-            writer.write(name, part.start + begin, new)
+            passage.write(part.start + begin, new)
             change += _squares(new.float() - old.float())
             whole += _squares(old)
-    return norm_ratio(change, whole)
+    return {"by": sorted({part.path for part in parts}), "relative_change": norm_ratio(change, whole)}
 
 
 def _squares(value: torch.Tensor) -> float:

@@ -10,23 +10,33 @@ checkpoint, the vocabulary's padding is cut off, config.json and tokenizer come 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.folders import HF_KIND, LAYOUT, SIDE, WEIGHTS, copy_files, progress, refuse_overlap, require_space
+from conversion.certificate import Work as Certified
+from conversion.certificate import write_certificate
+from conversion.folders import HF_KIND, LAYOUT, SIDE, WEIGHTS, copy_files, progress, rate, refuse_overlap
 from conversion.layout import Layout, TensorTable, check_tensors, some
+from conversion.magnitude import largest_magnitude, refuse_not_finite
 from conversion.names import VOCABULARY_KEYS, MegatronTensor, megatron_tensors
-from conversion.plan import PREFIX, row_steps
-from conversion.safetensors_io import SafetensorsWriter, side_files
+from conversion.parallel import in_parallel, scratch
+from conversion.plan import PREFIX, Planned
+from conversion.safetensors_io import side_files
+from conversion.safetensors_writer import SafetensorsWriter
+from conversion.units import Unit, names, units
+from conversion.work import check_room, work_folder
 from nano3.arch import Arch, resolve_model
-from nano3.cli import UserError, check_output, fresh_output, run
+from nano3.cli import UserError, check_output, run
 
 if TYPE_CHECKING:
     from conversion.torch_dist import TorchDistReader
 
 
 def convert(source: Path, out: Path, hf: Path | None = None) -> int:
-    """Writes the Hugging Face folder `out`; returns the bytes of its weights. `UserError` before anything is written.
+    """Writes the Hugging Face folder `out`; returns the bytes of its weights.
+
+    Raises `UserError`, and then leaves nothing.
 
     `hf` is a Hugging Face folder whose config.json and side files are taken when `source` has no `hf/` of its own.
     """
@@ -40,12 +50,13 @@ def convert(source: Path, out: Path, hf: Path | None = None) -> int:
     tensors = list(megatron_tensors(arch))
     check_weights(reader, tensors)
     layout = _layout(source, _table(arch, reader, tensors))
-    require_space(out, layout.total_bytes)
-    with fresh_output(out, HF_KIND) as folder:
-        copy_files(side, side_files(side), folder)
-        with SafetensorsWriter(folder, layout) as writer, progress(layout.total_bytes, "weights") as bar:
-            for tensor in tensors:
-                _copy(reader, tensor, writer, bar)
+    check_room(out, layout.total_bytes)
+    job = {"tool": "export", "source": str(source.resolve()), "files": _stamps(reader), "side": str(side.resolve())}
+    with work_folder(out, HF_KIND, job | {"layout": layout.to_json()}, layout.total_bytes) as work:
+        copy_files(side, side_files(side), work.folder)
+        with SafetensorsWriter(work, layout) as writer, progress(layout.total_bytes, "weights") as bar:
+            _write(reader, tensors, writer, bar)
+        write_certificate(work.folder, source, writer.facts, writer.facts, Certified("export"))
     return layout.total_bytes
 
 
@@ -92,16 +103,41 @@ def _layout(source: Path, table: TensorTable) -> Layout:
     return Layout.make(table)
 
 
-def _copy(reader: TorchDistReader, tensor: MegatronTensor, writer: SafetensorsWriter, bar: Any) -> None:
-    """Copies the row blocks of one Megatron tensor to where they belong, in steps of at most a chunk."""
-    begin = 0
-    for block in tensor.blocks:
-        for start, count in row_steps(block.count, writer.layout.entries[block.name].row_bytes):
-            offset, size = tensor.box(begin + start, count)
-            rows = reader.read(PREFIX + tensor.key, offset, size).view(count, *tensor.row_shape)
-            writer.write(block.name, block.start + start, rows)
-            bar.update(rows.nbytes)
-        begin += block.count
+def _stamps(reader: TorchDistReader) -> dict[str, list[int]]:
+    """Size and time of last change of every file of the source."""
+    stats = {path.name: path.stat() for path in reader.files}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def _write(reader: TorchDistReader, tensors: list[MegatronTensor], writer: SafetensorsWriter, bar: Any) -> None:
+    """Copies every tensor to where it belongs, unit by unit, file by file."""
+    entries, todo = writer.layout.entries, writer.todo
+    order = {name: number for number, name in enumerate(todo)}
+    planned = [Planned(tensor, tensor.shape, entries[tensor.blocks[0].name].dtype) for tensor in tensors]
+    tasks = [
+        unit
+        for unit in units(planned, {name: entry.rows for name, entry in entries.items()})
+        if not order.keys().isdisjoint(names(unit))
+    ]
+    bar.update(sum(entry.stop - entry.start for name, entry in entries.items() if name not in order))
+
+    def do(unit: Unit) -> None:
+        # Of tensors that are one in Megatron, those in a file that is finished already are left out.
+        left = [name for name in names(unit) if name in order]
+        for box in unit:
+            buffer = scratch(box.nbytes)
+            reader.read_into(buffer, box.planned.key, *box.tensor.box(box.first, box.count))
+            for begin, part in box.parts():
+                if part.name in left:
+                    entry = entries[part.name]
+                    piece = buffer[begin : begin + part.count * entry.row_bytes]
+                    refuse_not_finite(largest_magnitude(piece, entry.dtype), part.name, reader.folder)
+                    writer.put(part.name, piece)
+                    bar.update(len(piece))
+        for name in left:
+            writer.done(name)
+
+    in_parallel(sorted(tasks, key=lambda unit: min(order.get(name, len(order)) for name in names(unit))), do)
 
 
 def main() -> int:
@@ -114,8 +150,9 @@ def main() -> int:
         "--hf", metavar="FOLDER", help="folder (or preset) whose config.json and tokenizer belong to SRC"
     )
     args = parser.parse_args()
+    begin = time.monotonic()
     size = convert(args.source, args.out, resolve_model(args.hf) if args.hf else None)
-    print(f"{args.out}: Hugging Face model, {size / 1e9:.3f} GB of weights")
+    print(f"{args.out}: Hugging Face model, {rate(size, time.monotonic() - begin)}")
     return 0
 
 

@@ -18,8 +18,8 @@ from nano3.cli import UserError
 PREFIX = "module."
 """What NeMo and Megatron put before the keys of the model itself."""
 
-CHUNK_BYTES = 256 << 20
-"""Upper bound of a chunk, in bytes: every reader loads whole chunks."""
+CHUNK_BYTES = 64 << 20
+"""Upper bound of a chunk, in bytes: what a thread holds in memory, and the least that other readers load."""
 
 
 def row_steps(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
@@ -45,12 +45,15 @@ class Planned:
     def total_bytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.tensor.row_shape) * ITEM_BYTES[self.dtype]
+
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(first row, number of rows) of every chunk; a chunk of an expert tensor lies within one expert."""
-        row_bytes = math.prod(self.tensor.row_shape) * ITEM_BYTES[self.dtype]
         stacks, rows = self.shape[:2] if self.tensor.experts else (1, self.shape[0])
         for begin in range(0, stacks * rows, rows):
-            for start, count in row_steps(rows, row_bytes):
+            for start, count in row_steps(rows, self.row_bytes):
                 yield begin + start, count
 
 

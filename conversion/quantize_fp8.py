@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.certificate import Work, norm_ratio, previous_certificate, write_certificate
-from conversion.folders import HF_KIND, copy_files, progress, refuse_overlap, require_space
+from conversion.folders import HF_KIND, copy_files, refuse_overlap
 from conversion.fp8 import E4M3_MAX, KV_SCALES, Selection
-from conversion.identity import hf_facts
+from conversion.identity import Fact
 from conversion.layout import Layout
-from conversion.plan import row_steps
-from conversion.safetensors_io import HFFolder, SafetensorsWriter, side_files
+from conversion.rewrite import STEP_BYTES, Change, Passage, rewrite
+from conversion.safetensors_io import HFFolder, side_files
+from conversion.scan import scan
+from conversion.work import check_room, work_folder
 from nano3.arch import Arch, resolve_model
-from nano3.cli import UserError, check_output, fresh_output, run
+from nano3.cli import UserError, check_output, run
 from nano3.token_store import TokenStore
 
 if TYPE_CHECKING:
@@ -44,26 +47,12 @@ def to_codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (weight / scale).to(torch.float8_e4m3fn)
 
 
-def weight_scales(hf: HFFolder, selection: Selection) -> dict[str, torch.Tensor]:
-    """amax / 448 of every chosen matrix, FP32; 1 for a matrix of zeros. Every tensor of the model is read on the way.
-
-    Raises `UserError` naming a tensor with NaN or infinity.
-    """
+def weight_scales(largest: dict[str, float], selection: Selection) -> dict[str, torch.Tensor]:
+    """amax / 448 of every chosen matrix, FP32; 1 for a matrix of zeros. `largest` has every tensor's amax."""
     import torch
 
-    scales = {}
-    with progress(hf.layout.total_bytes, "check") as bar:
-        for name, entry in hf.layout.entries.items():
-            amax = torch.zeros(())
-            for start, count in row_steps(entry.rows, entry.row_bytes):
-                largest = hf.rows(name, start, count).abs().amax().float()
-                if not torch.isfinite(largest):
-                    raise UserError(f"{hf.path}: {name} holds NaN or infinity; the training or the merge went wrong")
-                amax = torch.maximum(amax, largest)
-            bar.update(entry.stop - entry.start)
-            if name.removesuffix(".weight") in selection.chosen and name.endswith(".weight"):
-                scales[name] = amax / E4M3_MAX if amax > 0 else torch.ones(())
-    return scales
+    names = [name for name in largest if name.endswith(".weight") and name.removesuffix(".weight") in selection.chosen]
+    return {name: torch.tensor(largest[name] or E4M3_MAX) / E4M3_MAX for name in names}
 
 
 def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) -> Activations:
@@ -74,23 +63,38 @@ def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) 
     check_output(out, HF_KIND)
     with HFFolder(source) as hf:
         layout = Layout.make(selection.table(hf.dtypes))
-        side = side_files(source)
-        require_space(out, layout.total_bytes + scratch_bytes(hf, samples))
-        before, scales = hf_facts(hf), weight_scales(hf, selection)
+        check_room(out, layout.total_bytes + scratch_bytes(hf, samples))
+        before, largest = scan(hf)
+        scales = weight_scales(largest, selection)
         previous_certificate(source, before)
         with _layers(len(hf.arch.layers)) as bar:
             found = calibrate(hf, selection, samples, out, bar.update)
-        with fresh_output(out, HF_KIND) as folder:
-            copy_files(source, side, folder)
-            _write_configs(source, folder, selection)
-            with SafetensorsWriter(folder, layout) as writer, progress(hf.layout.total_bytes, "quantize") as bar:
-                _write_scalars(selection, scales, found, writer)
-                changes = _write_tensors(hf, scales, writer, bar)
-            facts = {"selection": sorted(selection.chosen), "kv_cache": selection.kv_cache, "tokens": found.tokens}
-            with HFFolder(folder, quantized=True) as written:
-                work = Work("quantization", changes, {"calibration": facts})
-                write_certificate(folder, source, before, hf_facts(written), work)
+        write(hf, before, scales, selection, found, out)
     return found
+
+
+def write(
+    hf: HFFolder,
+    before: dict[str, Fact],
+    scales: dict[str, torch.Tensor],
+    selection: Selection,
+    found: Activations,
+    out: Path,
+) -> None:
+    """Writes the FP8 checkpoint `out` of `hf`, whose tensors are `before`, with its certificate."""
+    layout, side = Layout.make(selection.table(hf.dtypes)), side_files(hf.path)
+    added = _scalars(selection, scales, found)
+    job = {"tool": "quantize", "source": {name: fact.sha256 for name, fact in before.items()}}
+    job |= {"layout": layout.to_json(), "scales": {name: float(value) for name, value in added.items()}}
+    with work_folder(out, HF_KIND, job, layout.total_bytes) as work:
+        copy_files(hf.path, side, work.folder)
+        _write_configs(hf.path, work.folder, selection)
+        changes: dict[str, Change] = {name: partial(_quantize, scale) for name, scale in scales.items()}
+        written = rewrite(hf, work, layout, changes, added, "quantize")
+        notes = {name: note for name, note in written.notes.items() if note is not None}
+        facts = {"selection": sorted(selection.chosen), "kv_cache": selection.kv_cache, "tokens": found.tokens}
+        certified = Work("quantization", notes, {"calibration": facts})
+        write_certificate(work.folder, hf.path, before, written.facts, certified)
 
 
 def _layers(count: int) -> Any:
@@ -99,39 +103,33 @@ def _layers(count: int) -> Any:
     return tqdm(total=count, desc="calibrate", unit="layer", mininterval=0.5, disable=None)
 
 
-def _write_tensors(
-    hf: HFFolder, scales: dict[str, torch.Tensor], writer: SafetensorsWriter, bar: Any
-) -> dict[str, Any]:
-    """Writes every tensor; returns the scale of the quantized ones and the norm of their error over their own."""
-    changes: dict[str, Any] = {}
-    for name, entry in hf.layout.entries.items():
-        error = whole = 0.0
-        for start, count in row_steps(entry.rows, entry.row_bytes):
-            rows = hf.rows(name, start, count)
-            if name in scales:
-                codes = to_codes(rows, scales[name])
-                error += float((codes.float() * scales[name] - rows.float()).square().sum())
-                whole += float(rows.float().square().sum())
-                rows = codes
-            writer.write(name, start, rows)
-        if name in scales:
-            changes[name] = {"scale": float(scales[name]), "relative_error": norm_ratio(error, whole)}
-        bar.update(entry.stop - entry.start)
-    return changes
+def _quantize(scale: torch.Tensor, passage: Passage) -> dict[str, Any]:
+    """Writes the codes of one matrix; returns its scale and the norm of the error over its own."""
+    error = whole = 0.0
+    rows, width = passage.entry.shape
+    step = max(1, STEP_BYTES // (4 * width))  # in FP32
+    for start in range(0, rows, step):
+        old = passage.read(start, min(step, rows - start))
+        codes = to_codes(old, scale)
+        passage.write(start, codes)
+        values = old.float()
+        error += float((codes.float() * scale - values).square().sum())
+        whole += float(values.square().sum())
+    return {"scale": float(scale), "relative_error": norm_ratio(error, whole)}
 
 
-def _write_scalars(
-    selection: Selection, scales: dict[str, torch.Tensor], found: Activations, writer: SafetensorsWriter
-) -> None:
+def _scalars(selection: Selection, scales: dict[str, torch.Tensor], found: Activations) -> dict[str, torch.Tensor]:
+    """All scales of the checkpoint, one value each."""
     import torch
 
+    result = {}
     for module in selection.chosen:
-        writer.write(f"{module}.weight_scale", 0, scales[f"{module}.weight"].view(1))
-        writer.write(f"{module}.input_scale", 0, torch.tensor([found.inputs[module]]) / E4M3_MAX)
+        result[f"{module}.weight_scale"] = scales[f"{module}.weight"].view(1)
+        result[f"{module}.input_scale"] = torch.tensor([found.inputs[module]]) / E4M3_MAX
     for number in selection.kv_layers:
         for part, name in zip("kv", KV_SCALES, strict=True):
-            scale = torch.tensor([found.cache[number, part]]) / E4M3_MAX
-            writer.write(f"backbone.layers.{number}.mixer.{name}", 0, scale)
+            result[f"backbone.layers.{number}.mixer.{name}"] = torch.tensor([found.cache[number, part]]) / E4M3_MAX
+    return result
 
 
 def _write_configs(source: Path, folder: Path, selection: Selection) -> None:

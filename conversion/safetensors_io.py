@@ -1,15 +1,14 @@
-"""Hugging Face folders, a few rows at a time: a checked reader and a writer, both with flat memory.
+"""Hugging Face folders, a few rows at a time: a checked reader with flat memory.
 
-Only `HFFolder.rows` and `SafetensorsWriter.write` touch torch: bad input is refused before it loads.
+Only `HFFolder.rows` touches torch: bad input is refused before it loads.
 """
 
 from __future__ import annotations
 
 import os
-import struct
+import threading
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from conversion.folders import CERTIFICATE
 from conversion.layout import FP8, INDEX, Layout, check_tensors
@@ -60,6 +59,7 @@ class HFFolder:
             shapes = {name: shape for name, shape in shapes.items() if not name.endswith("_scale")}
         check_tensors(str(self.path), shapes, {name: spec.shape for name, spec in self.arch.tensors().items()})
         self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -68,19 +68,25 @@ class HFFolder:
 
     def rows(self, name: str, start: int, count: int) -> torch.Tensor:
         """Rows `start` to `start + count` of a tensor, in its dtype, from the file."""
+        buffer = bytearray(count * self.layout.entries[name].row_bytes)
+        return self.rows_into(memoryview(buffer), name, start, count)
+
+    def rows_into(self, buffer: memoryview, name: str, start: int, count: int) -> torch.Tensor:
+        """The same in memory of the caller, who has `buffer` as large as the rows; the tensor is a view of it."""
         import torch
 
         entry = self.layout.entries[name]
-        if entry.file not in self._files:
-            self._files[entry.file] = os.open(self.path / entry.file, os.O_RDONLY)
-        buffer = bytearray(count * entry.row_bytes)
-        view, position = memoryview(buffer), entry.start + start * entry.row_bytes
-        while view:
-            got = os.preadv(self._files[entry.file], [view], position)
-            if got == 0:
-                raise UserError(f"{self.path / entry.file} ended while {name} was read; it changed under our hands")
-            view, position = view[got:], position + got
+        self.read_into(buffer, name, start * entry.row_bytes)
         return torch.frombuffer(buffer, dtype=torch_dtype(entry.dtype)).view(count, *entry.shape[1:])
+
+    def read_into(self, buffer: memoryview, name: str, begin: int) -> None:
+        """Fills `buffer` with the bytes of a tensor from byte `begin` on. Several threads may call it at once."""
+        entry = self.layout.entries[name]
+        with self._lock:
+            if entry.file not in self._files:
+                self._files[entry.file] = os.open(self.path / entry.file, os.O_RDONLY)
+        if not read_exactly(self._files[entry.file], buffer, entry.start + begin):
+            raise UserError(f"{self.path / entry.file} ended while {name} was read; it changed under our hands")
 
     def __enter__(self) -> HFFolder:
         return self
@@ -91,48 +97,14 @@ class HFFolder:
         self._files.clear()
 
 
-class SafetensorsWriter:
-    """Writes the files of a layout: headers at once, rows in any order, each exactly once. Use as a context manager."""
-
-    def __init__(self, folder: Path, layout: Layout) -> None:
-        self.folder, self.layout = folder, layout
-        self._missing = {name: entry.stop - entry.start for name, entry in layout.entries.items()}
-        self._files: dict[str, int] = {}
-
-    def __enter__(self) -> SafetensorsWriter:
-        for file, header in self.layout.headers.items():
-            descriptor = os.open(self.folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            self._files[file] = descriptor
-            os.pwrite(descriptor, struct.pack("<Q", len(header)) + header, 0)
-            os.ftruncate(descriptor, self.layout.sizes[file])
-        if self.layout.index is not None:
-            (self.folder / INDEX).write_bytes(self.layout.index)
-        return self
-
-    def write(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Writes `rows` as rows `start` and following of the tensor `name`."""
-        import torch
-
-        entry = self.layout.entries[name]
-        assert rows.dtype == torch_dtype(entry.dtype), (name, rows.dtype, entry.dtype)
-        assert tuple(rows.shape[1:]) == entry.shape[1:], (name, rows.shape, entry.shape)
-        assert start + rows.shape[0] <= entry.rows, (name, start, rows.shape, entry.shape)
-        array: Any = rows.contiguous().view(-1).view(torch.uint8).numpy()
-        view = memoryview(array)
-        self._missing[name] -= len(view)
-        position = entry.start + start * entry.row_bytes
-        while view:
-            put = os.pwrite(self._files[entry.file], view, position)
-            view, position = view[put:], position + put
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for file in self._files.values():
-            if error is None:
-                os.fsync(file)
-            os.close(file)
-        if error is None:
-            unwritten = [name for name, count in self._missing.items() if count]
-            assert not unwritten, f"not written exactly once: {unwritten[:3]}"
+def read_exactly(file: int, buffer: memoryview, position: int) -> bool:
+    """Fills `buffer` from `position` of an open file on; False when the file ends before."""
+    while buffer:
+        got = os.preadv(file, [buffer], position)
+        if got == 0:
+            return False
+        buffer, position = buffer[got:], position + got
+    return True
 
 
 def _is_weights(relative: Path) -> bool:

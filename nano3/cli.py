@@ -90,23 +90,28 @@ def fresh_output(out: Path | str, kind: str) -> Iterator[Path]:
     """
     out = check_output(out, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _tidy(out)
-    mine = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary, old = out.parent / f".{out.name}.partial-{mine}", out.parent / f".{out.name}.old-{mine}"
+    tidy(out)
+    temporary = out.parent / f".{out.name}.partial-{_mine()}"
     temporary.mkdir()
     try:
         yield temporary
         (temporary / MARKER).write_text(json.dumps({"kind": kind, "format": 1}) + "\n")
-        if out.exists():
-            os.rename(out, old)
-        try:
-            os.rename(temporary, out)
-        except BaseException:
-            if old.exists():
-                os.rename(old, out)
-            raise
+        replace_folder(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def replace_folder(new: Path, out: Path) -> None:
+    """Renames `new` to `out`, in place of the folder there; that one comes back when the renaming fails."""
+    old = out.parent / f".{out.name}.old-{_mine()}"
+    if out.exists():
+        os.rename(out, old)
+    try:
+        os.rename(new, out)
+    except BaseException:
+        if old.exists():
+            os.rename(old, out)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -116,8 +121,8 @@ def fresh_file(out: Path | str) -> Iterator[Path]:
     """Gives a temporary file name beside `out`; on success the file replaces `out`, on an error nothing of it stays."""
     out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    _tidy(out)
-    temporary = out.parent / f".{out.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    tidy(out)
+    temporary = out.parent / f".{out.name}.partial-{_mine()}"
     try:
         yield temporary
         os.replace(temporary, out)
@@ -125,7 +130,12 @@ def fresh_file(out: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _tidy(out: Path) -> None:
+def _mine() -> str:
+    """The end of a hidden name: our process, and a number of its own."""
+    return f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def tidy(out: Path) -> None:
     """Puts back what a killed run left half-replaced and removes what it left half-written; a live run's stays."""
     for old in out.parent.glob(f".{out.name}.old-*"):
         if _ended(old):
