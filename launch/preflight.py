@@ -30,6 +30,7 @@ from launch.preflight_checks import (
     check_mounts,
     check_output,
     check_store,
+    check_validation,
     check_versions,
 )
 from launch.search import Candidate, fitting, refuse_layout
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--gpus-per-node", type=int, help="GPUs of each that are used (default: all)")
     parse.add_argument("--model", default="nano", help="nano, pico, a Hugging Face folder or a NeMo checkpoint")
     parse.add_argument("--data", type=Path, help="token store")
+    parse.add_argument("--validation", type=Path, help="token store to validate on")
     parse.add_argument("--out", type=Path, help="folder that the run will write")
     parse.add_argument("--seq", type=int, help="tokens of a pack, short for train.seq_length")
     parse.add_argument("--container", action="store_true", help="the run is in a container; --mount says what it sees")
@@ -105,6 +107,7 @@ def read_request(args: argparse.Namespace) -> Request:
     paths = Paths(
         model=folder if nemo else resolve_model(args.model),
         data=args.data,
+        validation=args.validation,
         out=args.out,
         mounts=mounts if args.container else None,
     )
@@ -119,6 +122,7 @@ def read_request(args: argparse.Namespace) -> Request:
 def look(plan: Plan, arch: Arch, paths: Paths, nodes: int) -> tuple[list[Finding], int | None]:
     """Everything that is on disk; and the packs of the store."""
     found, packs = check_store(plan, arch, paths)
+    found += check_validation(plan, arch, paths)
     found += check_model(paths)
     found += check_output(plan, arch, paths, nodes)
     found += check_mounts(paths)

@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.hardware import GIB
@@ -47,6 +47,7 @@ class Paths:
 
     model: Path
     data: Path | None = None
+    validation: Path | None = None
     out: Path | None = None
     mounts: tuple[Mount, ...] | None = None
 
@@ -66,6 +67,16 @@ def check_store(plan: Plan, arch: Arch, paths: Paths) -> tuple[list[Finding], in
         text = f"{paths.data} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}"
         return [Finding(True, text)], None
     return _packs(plan, store)
+
+
+def check_validation(plan: Plan, arch: Arch, paths: Paths) -> list[Finding]:
+    """The same of the validation store, where there is one."""
+    if paths.validation is None:
+        return []
+    found, packs = check_store(plan, arch, replace(paths, data=paths.validation))
+    if packs is None:
+        return [Finding(True, f"--validation: {finding.text}") for finding in found]
+    return [Finding(False, f"{packs} packs to validate on, all of them every time")]
 
 
 def _packs(plan: Plan, store: TokenStore) -> tuple[list[Finding], int | None]:
@@ -164,7 +175,9 @@ def check_mounts(paths: Paths) -> list[Finding]:
     """Everything that a run reads or writes is mounted into the container, at its own path: run.json holds those."""
     if paths.mounts is None:
         return []
-    named = (("--model", paths.model), ("--data", paths.data), ("--out", paths.out))
+    named = (
+        ("--model", paths.model), ("--data", paths.data), ("--validation", paths.validation), ("--out", paths.out),
+    )  # fmt: skip
     return [
         Finding(True, f"{what} {problem}")
         for what, path in named

@@ -44,6 +44,7 @@ def preflight(task: Run, cluster: Cluster, after: int | None = None) -> tuple[in
     paths = Paths(
         model=Path(task.model) if own or base in made else base,
         data=Path(task.data) if task.data and Path(task.data) not in made else None,
+        validation=Path(task.validation) if task.validation else None,
         out=Path(task.out),
         mounts=tuple(map(parse_mount, cluster.mounts)) if cluster.container is not None else None,
     )

@@ -7,7 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,15 @@ from launch import preflight, preflight_checks
 from launch.hardware import HARDWARE
 from launch.mounts import parse_mount
 from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
-from launch.preflight_checks import Paths, check_model, check_mounts, check_output, check_store, disk_bytes
+from launch.preflight_checks import (
+    Paths,
+    check_model,
+    check_mounts,
+    check_output,
+    check_store,
+    check_validation,
+    disk_bytes,
+)
 from launch.recommend import row as recommend_row
 from launch.search import recommend
 from nano3.arch import Arch, resolve_model
@@ -165,7 +173,7 @@ def world(tmp_path_factory) -> Paths:
     model = tiny_hf_folder(folder / "hf")
     data = tiny_store(folder / "store", 40, 60, 128, tokenizer=tokenizer_sha256(model))
     build_packs(TokenStore(data), 64)
-    return Paths(model, data, folder / "out")
+    return Paths(model, data, out=folder / "out")
 
 
 def wrong(findings) -> list[str]:
@@ -194,6 +202,21 @@ def test_a_store_is_checked_for_packs_and_tokenizer(world, tmp_path):
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     assert "another tokenizer" in wrong(check_store(plan_of(64), arch, Paths(other, world.data))[0])[0]
     assert "is not a token store" in wrong(check_store(plan_of(64), arch, Paths(world.model, tmp_path))[0])[0]
+
+
+def test_a_validation_store_is_checked_like_the_other(world, tmp_path):
+    arch = Arch.load(world.model)
+    (note,) = check_validation(plan_of(64), arch, replace(world, validation=world.data))
+    assert (note.wrong, note.text.split()[1:5]) == (False, ["packs", "to", "validate", "on,"])
+    for store, words in ((world.data, "has no packs-48"), (tmp_path, "is not a token store")):
+        problems = wrong(check_validation(plan_of(48), arch, replace(world, validation=store)))
+        assert problems[0].startswith("--validation: ")
+        assert words in problems[0]
+    assert not check_validation(plan_of(64), arch, world)
+    arguments = ["--hardware", "h100", "--gpus-per-node", "1", "--model", str(world.model), "--data", str(world.data)]
+    code, text = preflight.report(asked(*arguments, "--validation", str(tmp_path), "train.seq_length=64"), files=True)
+    assert code == 1
+    assert "WRONG: --validation: " in text
 
 
 @pytest.mark.parametrize("broken", ["documents.bin", "packs.idx", "packs.json", "manifest.json"])
@@ -251,10 +274,10 @@ def test_disk_is_the_checkpoints_and_the_imported_base():
 
 def test_paths_that_the_container_does_not_see_are_refused(world, tmp_path):
     inside = ((tmp_path, tmp_path),)
-    assert not check_mounts(Paths(tmp_path / "model", None, tmp_path / "out", inside))
-    problems = wrong(check_mounts(Paths(tmp_path / "model", world.data, world.out, inside)))
-    assert [text.split()[0] for text in problems] == ["--data", "--out"]
-    assert not check_mounts(Paths(world.model, world.data, world.out))  # no container
+    assert not check_mounts(Paths(tmp_path / "model", None, None, tmp_path / "out", inside))
+    problems = wrong(check_mounts(Paths(tmp_path / "model", world.data, world.data, world.out, inside)))
+    assert [text.split()[0] for text in problems] == ["--data", "--validation", "--out"]
+    assert not check_mounts(Paths(world.model, world.data, world.data, world.out))  # no container
 
 
 def test_a_mount_at_another_path_is_refused_where_a_path_relies_on_it(tmp_path):
