@@ -1,175 +1,148 @@
-"""A LoRA adapter folder: read, checked against its base model, turned into new rows for Hugging Face's tensors.
+"""LoRA adapters for others, and from them: our checkpoint <-> Hugging Face PEFT. No GPU, no model in memory.
 
-`lora.json` says what kind of adapter it is (`conversion.lora_json`); `weights/` is Megatron torch_dist. Each module
-has `linear_in` A (rank, in) and `linear_out` B (out, rank), rows in Megatron's order; its delta is scale * B @ A,
-computed in FP32. One adapter serves all routed experts of a layer, or each has its own: (experts, rank, in) and
-(experts, out, rank).
-Under DoRA a row of the merged weight is the row of W + delta, scaled to the length that `magnitude` has for it.
+    python conversion/adapter.py export ADAPTER OUT --for peft
+    python conversion/adapter.py import PEFT_FOLDER OUT --base BASE_HF
+
+`export` writes adapter_config.json and adapter_model.safetensors for one reader: `peft` (PEFT on transformers 5, whose
+routed experts are stacked), `peft-legacy` (the model's own code for transformers 4: names `backbone.*`, one module for
+each expert) or `vllm`. What the reader cannot represent is an error. `import` writes an adapter folder of ours from any
+of them; it merges, and training goes on from it with lora.init_from=OUT.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from conversion.folders import WEIGHTS
-from conversion.layout import check_tensors
+from conversion.certificate import folder_sha256
+from conversion.folders import WEIGHTS, progress, refuse_overlap, require_adapter, require_space
+from conversion.identity import content_hash, hf_facts, refuse_other_base
+from conversion.layout import Layout, TensorTable, make_header
 from conversion.lora_json import read_lora_json
-from conversion.names import VOCABULARY_KEYS, Linear, adaptable, adapter_shapes
-from conversion.plan import PREFIX
-from conversion.torch_dist import RowReader, TorchDistReader
-from nano3.arch import Arch
-from nano3.cli import UserError
-from nano3.digest import combine, layer_digest
+from conversion.parallel import in_parallel
+from conversion.peft_names import CONFIG, CONSUMERS, FACTS, check_consumer
+from conversion.peft_names import WEIGHTS as PEFT_WEIGHTS
+from conversion.safetensors_io import HFFolder
+from conversion.safetensors_writer import SafetensorsWriter
+from conversion.work import work_folder
+from nano3.arch import Arch, resolve_model
+from nano3.checkpoint_folder import record_files
+from nano3.cli import UserError, check_output, fresh_output, run
 
-_ROUTER = ("weight", "e_score_correction_bias")
+if TYPE_CHECKING:
+    import torch
 
-Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""A (rank, in), B (out, rank) and the magnitude (out,), FP32."""
+    from conversion.adapter_folder import Adapter
 
-
-@dataclass(frozen=True)
-class Contribution:
-    """Rows `start` to `start + count` of a Hugging Face tensor are rows `first` and following of an adapted module, of
-    its routed expert `expert` if it is one."""
-
-    path: str
-    start: int
-    count: int
-    first: int
-    expert: int = 0
+PEFT_KIND = "peft-adapter"
+KIND = "lora-adapter"
 
 
-class Adapter:
-    """An adapter that fits `arch`. Raises `UserError` when it is incomplete, broken, or of another model."""
+def export(folder: Path, out: Path, consumer: str) -> int:
+    """Writes our adapter `folder` for `consumer`; returns the bytes of the weights. `UserError` before it writes."""
+    refuse_overlap(out, folder)
+    check_output(out, PEFT_KIND)
+    info = read_lora_json(folder)
+    assert info.base_config is not None  # `read_lora_json` demands it
+    arch = Arch.from_config(info.base_config, f"{folder}/lora.json")
+    check_consumer(consumer, arch, info, info.sizes(arch))
+    from conversion.adapter_folder import Adapter
+    from conversion.peft_export import config, pieces
 
-    def __init__(self, folder: Path, arch: Arch) -> None:
-        self.folder, self.arch = folder, arch
-        self.info = read_lora_json(folder)
-        recorded = Arch.from_config(self.info.base_config, f"{folder}/lora.json")
-        differences = recorded.differences(arch)
-        if differences:
-            raise UserError(f"adapter {folder} belongs to another model than the base: {'; '.join(differences)}")
-        self.sizes = self.info.sizes(arch)
-        linears = adaptable(arch)
-        self.modules = {path: linears[path] for path in self.sizes}
-        self._reader = TorchDistReader(folder / WEIGHTS)
-        self._check_tensors()
-        self._factors = lru_cache(maxsize=4)(self._read_factors)
+    adapter = Adapter(folder, arch)
+    made = {piece.key: piece for piece in pieces(adapter, consumer)}
+    table: TensorTable = {name: (piece.dtype, piece.shape) for name, piece in made.items()}
+    facts = json.dumps(json.loads((folder / "lora.json").read_text()))
+    layout = Layout({PEFT_WEIGHTS: make_header(list(table), table, {FACTS: facts})}, None)
 
-    def _check_tensors(self) -> None:
-        expected = {
-            self._key(path, name): self._padded(path, name, shape)
-            for path in self.modules
-            for name, shape in self._shapes(path).items()
+    def do(name: str) -> None:
+        value = made[name].make()
+        writer.write(name, 0, value)
+        writer.done(name)
+        bar.update(value.nbytes)
+
+    job = {"tool": "export", "for": consumer, "adapter": folder_sha256(folder)}
+    with work_folder(out, PEFT_KIND, job, layout.total_bytes) as work:
+        work.hide(CONFIG).write_text(json.dumps(config(adapter, consumer), indent=1) + "\n")
+        with SafetensorsWriter(work, layout) as writer, progress(layout.total_bytes, "export") as bar:
+            in_parallel(writer.todo, do)
+    return layout.total_bytes
+
+
+def import_peft(folder: Path, base: Path, out: Path) -> Adapter:
+    """Writes the PEFT adapter `folder` of the model `base` as one of ours. `UserError` before anything is written."""
+    from conversion.adapter_folder import Adapter
+    from conversion.peft_file import is_peft
+
+    refuse_overlap(out, folder, base)
+    check_output(out, KIND)
+    if not is_peft(folder):
+        raise UserError(f"{folder} has no {CONFIG}; give an adapter folder of Hugging Face PEFT")
+    with HFFolder(base) as hf:
+        adapter = Adapter(folder, hf.arch)
+        adapter.check_base(hf.rows)
+        found = hf_facts(hf)
+        refuse_other_base(base, found, adapter.info.base_sha256, folder)
+        facts = adapter.facts or {
+            "format": 2,
+            **asdict(adapter.info),
+            "base_config": hf.config,
+            "base_sha256": content_hash(found),
+            "router_sha256": adapter.routers_sha256(hf.rows),
         }
-        if self.info.router == "balance":
-            expected |= {self._bias_key(number): (self.arch.n_routed_experts,) for number in self.arch.moe_layers}
-        check_tensors(f"adapter {self.folder}", self._reader.shapes, expected)
-        for key in expected:
-            self._reader.dtype(key)  # refuses what is not floating point
-            if not torch.isfinite(self._reader.whole(key)).all():
-                raise UserError(f"adapter {self.folder}: {key} holds NaN or infinity; the training diverged")
+    tensors = {name: adapter.tensor(name) for name in adapter.tensors()}
+    require_space(out, sum(tensor.nbytes for tensor in tensors.values()))
+    with fresh_output(out, KIND) as target:
+        _write_weights(target / WEIGHTS, tensors)
+        (target / "lora.json").write_text(json.dumps(facts, indent=1) + "\n")
+        record_files(target)
+    return adapter
 
-    def check_base(self, rows: RowReader) -> bool:
-        """Compares the routers of the base, read by `rows`, with those that training recorded.
 
-        Two checkpoints of one architecture (the Base and the post-trained model) pass every check of shapes; their
-        routers tell them apart. Returns False when the adapter records none; raises `UserError` when they differ.
-        Training in BF16 holds an FP32 router's weight rounded and its bias as it is: both readings of a weight count.
-        """
-        recorded = self.info.router_sha256
-        if not recorded:
-            return False
-        experts = self.arch.n_routed_experts
-        layers = {
-            number: [rows(f"backbone.layers.{number}.mixer.gate.{name}", 0, experts) for name in _ROUTER]
-            for number in self.arch.moe_layers
-        }
-        for rounded in (False, True):
-            held = {
-                number: layer_digest(weight.bfloat16() if rounded else weight, bias)
-                for number, (weight, bias) in layers.items()
-            }
-            if combine(held) == recorded:
-                return True
-        raise UserError(
-            f"adapter {self.folder} was trained on another checkpoint of this architecture: the base's routers are not "
-            "those that it records (router_sha256); give the base that was tuned"
-        )
+def _write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """PyTorch's checkpoint of whole tensors, and the two files that make Megatron-Core read it."""
+    import torch
+    import torch.distributed.checkpoint as dcp
 
-    def contributions(self) -> dict[str, list[Contribution]]:
-        """Hugging Face tensor name -> which of its rows change, and where their new values come from."""
-        result: dict[str, list[Contribution]] = {}
-        for path, linear in self.modules.items():
-            begin = 0
-            for block in linear.blocks:  # those of routed experts follow one another
-                expert, first = divmod(begin, linear.rows)
-                part = Contribution(path, block.start, block.count, first, expert)
-                result.setdefault(block.name, []).append(part)
-                begin += block.count
-        return result
+    from conversion.torch_dist_writer import BACKENDS
 
-    def router_biases(self) -> dict[str, torch.Tensor]:
-        """Correction biases that training moved (`router=balance`), FP32, by the name of the tensor they replace."""
-        if self.info.router != "balance":
-            return {}
-        return {
-            f"backbone.layers.{number}.mixer.gate.{_ROUTER[1]}": self._reader.whole(self._bias_key(number)).float()
-            for number in self.arch.moe_layers
-        }
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True), no_dist=True)
+    torch.save({}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps(BACKENDS))
 
-    def factors(self, part: Contribution) -> Factors:
-        """A, B and magnitude of the whole module (of the one expert) that `part` belongs to."""
-        return self._factors(part.path, part.expert)
 
-    def merged(self, part: Contribution, old: torch.Tensor) -> torch.Tensor:
-        """The new values of the rows `old`, (count, in), that `part` names, FP32."""
-        low, high, magnitude = self.factors(part)
-        rows = slice(part.first, part.first + len(old))
-        old = old.float()
-        new = old + self.sizes[part.path].scale * (high[rows] @ low)
-        if magnitude is None:
-            return new
-        lengths = new.norm(dim=1)
-        scale = torch.where(old.any(dim=1), magnitude[rows] / lengths.clamp_min(torch.finfo(torch.float32).tiny), 1)
-        return new * scale[:, None]
+def parser() -> argparse.ArgumentParser:
+    """The two commands."""
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parse = argparse.ArgumentParser(description=__doc__, **style)
+    commands = parse.add_subparsers(dest="command", required=True)
+    out = commands.add_parser("export", help="our adapter -> Hugging Face PEFT or vLLM", **style)
+    out.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder that training wrote")
+    out.add_argument("out", metavar="OUT", type=Path, help="PEFT adapter folder to write")
+    out.add_argument("--for", dest="consumer", choices=CONSUMERS, required=True, help="who is to load it")
+    back = commands.add_parser("import", help="a PEFT adapter -> ours, to merge it or to train on", **style)
+    back.add_argument("peft", metavar="PEFT_FOLDER", type=Path, help="folder with adapter_config.json")
+    back.add_argument("out", metavar="OUT", type=Path, help="adapter folder to write")
+    back.add_argument(
+        "--base", required=True, metavar="BASE_HF", help="Hugging Face folder (or preset) of the base that it adapts"
+    )
+    return parse
 
-    def _read_factors(self, path: str, expert: int) -> Factors:
-        low, *rest = (self._read(path, name, expert) for name in self._shapes(path))
-        parts = max(1, len(self.modules[path].sections))
-        return low, torch.cat(rest[:parts]), torch.cat(rest[parts:]) if self.info.dora else None
 
-    def _read(self, path: str, name: str, expert: int) -> torch.Tensor:
-        """A tensor of one expert's adapter, padded rows left out; of a module with one adapter the whole tensor."""
-        shape = self._shapes(path)[name]
-        offset = (0,) * len(shape)
-        stacked = self._each(path) or (name == "magnitude" and self.modules[path].experts)
-        if stacked:
-            offset, shape = (expert, *offset[1:]), (1, *shape[1:])
-        value = self._reader.read(self._key(path, name), offset, shape).float()
-        return value[0] if stacked else value
+def main() -> int:
+    args = parser().parse_args()
+    if args.command == "export":
+        require_adapter(args.adapter)
+        size = export(args.adapter, args.out, args.consumer)
+        print(f"{args.out}: adapter for {args.consumer}, {size / 1e6:.1f} MB")
+    else:
+        adapter = import_peft(args.peft, resolve_model(args.base), args.out)
+        print(f"{args.out}: adapter of {len(adapter.sizes)} modules; train on with lora.init_from={args.out}")
+    return 0
 
-    def _each(self, path: str) -> bool:
-        return self.info.experts == "each" and self.modules[path].experts > 0
 
-    def _shapes(self, path: str) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of a module's tensors, padded rows left out: A, then B, then the magnitude."""
-        return adapter_shapes(self.modules[path], self.sizes[path].rank, self._each(path), self.info.dora)
-
-    def _key(self, path: str, name: str) -> str:
-        linear: Linear = self.modules[path]
-        return f"{PREFIX}{path.removesuffix(linear.module)}{linear.module_key}.adapter.{name}"
-
-    def _bias_key(self, number: int) -> str:
-        return f"{PREFIX}decoder.layers.{number}.mlp.router.expert_bias"
-
-    def _padded(self, path: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape as stored: tensors with a row for each token may have rows of padding behind them."""
-        stored = self._reader.shapes.get(self._key(path, name))
-        if f"{path}.weight" in VOCABULARY_KEYS and name != "linear_in.weight" and stored and stored[0] > shape[0]:
-            return stored[0], *shape[1:]
-        return shape
+if __name__ == "__main__":
+    run(main)

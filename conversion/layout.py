@@ -107,12 +107,12 @@ class Layout:
             shards[-1].append(name)
             filled += size[name]
         if len(shards) == 1:
-            return cls({SINGLE: _make_header(shards[0], tensors)}, None)
+            return cls({SINGLE: make_header(shards[0], tensors)}, None)
         headers: dict[str, bytes] = {}
         weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            headers[file] = _make_header(names, tensors)
+            headers[file] = make_header(names, tensors)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
         return cls(headers, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
@@ -223,8 +223,9 @@ def _read_header(path: Path) -> bytes:
     return header
 
 
-def _make_header(names: list[str], tensors: TensorTable) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def make_header(names: list[str], tensors: TensorTable, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The header of a safetensors file with these of `tensors`, FP32 first, and `metadata` beside the format's name."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name in sorted(names, key=lambda name: -ITEM_BYTES[tensors[name][0]]):
         dtype, shape = tensors[name]

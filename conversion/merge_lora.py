@@ -2,7 +2,8 @@
 
     python conversion/merge_lora.py BASE_HF ADAPTER OUT
 
-BASE_HF is the Hugging Face folder (or preset) that was tuned, ADAPTER the folder that training wrote. OUT becomes a
+BASE_HF is the Hugging Face folder (or preset) that was tuned, ADAPTER the folder that training wrote, or an adapter of
+Hugging Face PEFT. OUT becomes a
 Hugging Face folder that plain transformers loads, none of this project's code needed. Deltas are added in FP32 and each
 tensor keeps its dtype; what the adapter does not target is copied bit for bit, config.json and tokenizer too.
 OUT/certificate.json says so tensor by tensor; conversion/certify.py recomputes it.
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from conversion.certificate import Work, folder_sha256, norm_ratio, previous_certificate, write_certificate
 from conversion.folders import HF_KIND, copy_files, refuse_overlap, require_adapter
 from conversion.identity import refuse_other_base
+from conversion.peft_names import CONFIG as PEFT_CONFIG
 from conversion.rewrite import STEP_BYTES, Change, Passage, rewrite
 from conversion.safetensors_io import HFFolder, side_files
 from conversion.scan import scan
@@ -29,7 +31,7 @@ from nano3.cli import check_output, run
 if TYPE_CHECKING:
     import torch
 
-    from conversion.adapter import Adapter, Contribution
+    from conversion.adapter_folder import Adapter, Contribution
 
 
 @dataclass
@@ -59,9 +61,10 @@ def merge(base: Path, adapter_folder: Path, out: Path) -> Summary:
     """Writes base + adapter to `out`. Every tensor of both is checked before one is written; raises `UserError`."""
     refuse_overlap(out, base, adapter_folder)
     check_output(out, HF_KIND)
-    require_adapter(adapter_folder)
+    if not (adapter_folder / PEFT_CONFIG).is_file():
+        require_adapter(adapter_folder)
     with HFFolder(base) as hf:
-        from conversion.adapter import Adapter
+        from conversion.adapter_folder import Adapter
 
         adapter = Adapter(adapter_folder, hf.arch)
         same_routers = adapter.check_base(hf.rows)
@@ -128,7 +131,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("base", metavar="BASE_HF", help="Hugging Face model folder, or a preset name such as pico")
-    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder (lora.json and weights/)")
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", type=Path, help="adapter folder (lora.json and weights/), or one of PEFT"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="Hugging Face model folder to write")
     args = parser.parse_args()
     summary = merge(resolve_model(args.base), args.adapter, args.out)

@@ -143,6 +143,11 @@ def adapter_shapes(linear: Linear, rank: int, each: bool, dora: bool) -> dict[st
     return shapes
 
 
+def adapter_key(path: str, linear: Linear, name: str) -> str:
+    """The key of one of `adapter_shapes` in an adapter's checkpoint; `path` is the module's in `adaptable`."""
+    return f"module.{path.removesuffix(linear.module)}{linear.module_key}.adapter.{name}"
+
+
 def megatron_tensors(arch: Arch) -> Iterator[MegatronTensor]:
     """Every tensor of the Megatron checkpoint without vocabulary padding, layer after layer."""
     whole = partial(_whole, arch)

@@ -46,6 +46,14 @@ FILE_BYTES = 512 << 20
 OBJECTS = "__0_0.distcp"
 """The file of the `_extra_state` objects."""
 
+BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""`metadata.json`, by which megatron-core knows such a folder."""
+
 Place = tuple[int, int]
 """Where a chunk lies in its file: first byte, length."""
 
@@ -174,9 +182,7 @@ def _write_metadata(work: Work, plan: Plan, written: Iterable[tuple[str, Unit, l
     metadata = Metadata(entries, planner_data=None, storage_data=found, storage_meta=StorageMeta())
     metadata.version = CURRENT_DCP_VERSION
     torch.save({}, folder / "common.pt")
-    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    config |= {"common_backend": "torch", "common_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(config))
+    (folder / "metadata.json").write_text(json.dumps(BACKENDS))
     work.hide(f"{WEIGHTS}/.metadata").write_bytes(pickle.dumps(metadata))
 
 

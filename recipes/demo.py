@@ -111,7 +111,7 @@ def train(out: Path, ranks: int) -> dict[str, Any]:
 
 def router_unchanged(adapter: Path, *folders: Path) -> bool:
     """Whether the routers of these Hugging Face folders are, bit for bit, those that training hashed at its end."""
-    from conversion.adapter import Adapter
+    from conversion.adapter_folder import Adapter
     from conversion.safetensors_io import HFFolder
 
     unchanged = True

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conversion.adapter import Adapter
+from conversion.adapter_folder import Adapter
 from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
 from conversion.torch_dist import TorchDistReader
