@@ -110,7 +110,7 @@ def parse_lora_json(info: Any, where: str) -> LoraInfo:
         newer = [name for name in _FORMAT_2 if name in info]
         if newer:
             raise UserError(f"{where} is of format 1 and has {', '.join(newer)} of format 2; copy it again")
-        info |= {name: default for name, (_, default) in _FORMAT_2.items()}
+        info = info | {name: default for name, (_, default) in _FORMAT_2.items()}
     missing = [name for name in (*_ALWAYS, *_FORMAT_2) if name not in info]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}; copy the adapter again")

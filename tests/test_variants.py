@@ -10,13 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conversion.adapter_folder import Adapter
+from conversion.adapter import export
 from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
 from conversion.torch_dist import TorchDistReader
 from evaluation.hf_model import load_reference
 from launch.local import run_ranks
-from nano3.arch import Arch
 from tests.tiny import tiny_hf_folder
 from tests.variants import EVERYTHING, FAULTS, LAYOUTS, ONE_BY_ONE, VARIANTS
 
@@ -127,21 +126,13 @@ def test_what_is_broken_shows(everything, broken):
 
 
 @pytest.mark.full
-def test_peft_loads_what_its_preset_targets(one_by_one):
-    """The adapter in Hugging Face PEFT's names gives the same logits there; Mamba's out_proj it would refuse."""
+def test_peft_gives_the_logits_of_megatron(one_by_one, tmp_path):
+    """The exported adapter in Hugging Face PEFT; Mamba's out_proj it would refuse."""
     peft = pytest.importorskip("peft")
-    adapter = Adapter(one_by_one / "peft" / "initial", Arch.load(one_by_one / "hf"))
-    tensors, modules = {}, set()
-    for name, parts in adapter.contributions().items():
-        (low, high), path = adapter.factors(parts[0])[:2], parts[0].path
-        assert {part.path for part in parts} == {path}
-        module = "model." + name.removeprefix("backbone.").removesuffix(".weight")
-        rows = torch.cat([high[part.first : part.first + part.count] for part in parts])
-        tensors |= {f"base_model.model.{module}.lora_A.weight": low, f"base_model.model.{module}.lora_B.weight": rows}
-        modules.add(module)
-    config = peft.LoraConfig(r=adapter.info.rank, lora_alpha=adapter.info.alpha, target_modules=sorted(modules))
-    model = peft.get_peft_model(load_reference(one_by_one / "hf", torch.float32), config).eval()
-    assert not peft.set_peft_model_state_dict(model, tensors).unexpected_keys
+    export(one_by_one / "peft" / "initial", tmp_path / "exported", "peft")
+    model = peft.PeftModel.from_pretrained(
+        load_reference(one_by_one / "hf", torch.float32), tmp_path / "exported"
+    ).eval()
     logits = load_file(one_by_one / "logits.safetensors")
     with torch.no_grad():
         found = torch.cat([model(document[None]).logits[0] for document in logits["tokens"].split(LENGTHS)])
