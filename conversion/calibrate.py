@@ -11,7 +11,6 @@ hidden states of all samples, 2 * tokens * hidden_size bytes (22.5 GB for Nano a
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -22,12 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from conversion.fp8 import Selection, matrices
+from conversion.layerwise import Hidden, build_layer, count_tokens, hidden_bytes
 from conversion.safetensors_io import HFFolder
 from nano3.cli import UserError
-from nano3.hf_config import BLOCK_TYPES, DT_RANGE
 from nano3.imports import hidden
 
 
@@ -46,8 +44,8 @@ class Activations:
 
 
 def scratch_bytes(hf: HFFolder, samples: list[np.ndarray]) -> int:
-    """Disk that `calibrate` takes while it runs: the hidden states of all samples in BF16, and their files' headers."""
-    return sum(2 * len(sample) * hf.arch.hidden_size + 128 for sample in samples)
+    """Disk that `calibrate` takes while it runs."""
+    return hidden_bytes(hf, samples, torch.bfloat16)
 
 
 def calibrate(
@@ -55,18 +53,13 @@ def calibrate(
 ) -> Activations:
     """Runs `samples`, token ids (n,) each, through the model of `hf`; calls `step` after every layer.
 
-    Hidden states lie in a hidden folder beside the path `beside` meanwhile.
-
-    The model is what `from_pretrained(dtype=bfloat16)` makes of the folder, less its clamped time step: BF16 but for
-    the router's correction bias. Raises `UserError` when a quantizer saw nothing, or something that is no number.
+    Hidden states lie in a hidden folder beside the path `beside` meanwhile. The model is in BF16, as it will be served.
+    Raises `UserError` when a quantizer saw nothing, or something that is no number.
     """
     found = Activations(tokens=sum(len(sample) for sample in samples))
     beside.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{beside.name}.calibration-", dir=beside.parent) as scratch:
-        hidden = [Path(scratch) / f"{number}.npy" for number in range(len(samples))]
-        for sample, path in zip(samples, hidden, strict=True):
-            rows = torch.cat([hf.rows("backbone.embeddings.weight", int(token), 1) for token in sample])
-            _store(path, rows.bfloat16())
+        hidden = Hidden(hf, samples, Path(scratch), torch.bfloat16)
         for number in range(len(hf.arch.layers)):
             _calibrate_layer(hf, selection, number, hidden, found)
             step()
@@ -74,21 +67,14 @@ def calibrate(
     return found
 
 
-def _calibrate_layer(hf: HFFolder, selection: Selection, number: int, hidden: list[Path], found: Activations) -> None:
-    model = _layer(hf, number)
+def _calibrate_layer(hf: HFFolder, selection: Selection, number: int, hidden: Hidden, found: Activations) -> None:
+    model = build_layer(hf, number, torch.bfloat16)
     counts = torch.zeros(hf.arch.n_routed_experts, dtype=torch.long)
-
-    def forward(module: Any) -> None:
-        with torch.no_grad():
-            for path in hidden:
-                output = module(inputs_embeds=_load(path)[None], use_cache=False)
-                _store(path, output.last_hidden_state[0])
-
     with ExitStack() as stack:
         if hf.arch.layers[number] == "E":
-            stack.callback(_count_tokens(model, counts).remove)
+            stack.callback(count_tokens(model, counts))
         stack.enter_context(redirect_stdout(io.StringIO()))  # "Inserted 27 quantizers", for every layer
-        _modelopt().quantize(model, _config(selection, number), forward)
+        _modelopt().quantize(model, _config(selection, number), hidden.pass_through)
     prefix = f"backbone.layers.{number}."
     for name in (module for module in selection.chosen if module.startswith(prefix)):
         found.inputs[name] = _amax(model, _quantizer(name.removeprefix(prefix)))
@@ -97,47 +83,6 @@ def _calibrate_layer(hf: HFFolder, selection: Selection, number: int, hidden: li
             found.cache[number, part] = _amax(model, f"mixer.{part}_bmm_quantizer")
     if hf.arch.layers[number] == "E":
         found.idle[number] = int((counts == 0).sum())
-
-
-def _layer(hf: HFFolder, number: int) -> Any:
-    """transformers' model with this layer as its only one: hidden states go in, the layer's output comes out."""
-    from transformers import NemotronHConfig, NemotronHModel
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # it says for every layer that the plain formulas are slow
-
-    raw = json.loads((hf.path / "config.json").read_text())
-    letter = hf.arch.layers[number]
-    kind = next(word for word, known in BLOCK_TYPES.items() if known == letter)
-    raw = {key: value for key, value in raw.items() if key not in ("hybrid_override_pattern", "num_hidden_layers")}
-    config = NemotronHConfig(**{**raw, "layers_block_type": [kind], "num_hidden_layers": 1})
-    config._experts_implementation = "eager"  # the only one that ModelOpt can look into
-    with torch.device("meta"):
-        model: Any = NemotronHModel(config)
-    model.norm_f = nn.Identity()
-    model.layers[0].load_state_dict(_weights(hf, number), assign=True)
-    for module in model.modules():
-        if hasattr(module, "time_step_limit"):
-            module.time_step_limit = DT_RANGE
-    return model.eval()
-
-
-def _weights(hf: HFFolder, number: int) -> dict[str, torch.Tensor]:
-    """The layer's state in transformers' names: experts stacked, all in BF16 but the router's correction bias."""
-    prefix, state = f"backbone.layers.{number}.", {}
-    stacks: dict[str, list[torch.Tensor]] = {}
-    for name, spec in hf.arch.tensors().items():
-        if not name.startswith(prefix):
-            continue
-        value = hf.rows(name, 0, spec.shape[0])
-        if not name.endswith("e_score_correction_bias"):
-            value = value.bfloat16()
-        short = name.removeprefix(prefix)
-        if ".experts." in short:
-            stacks.setdefault(f"mixer.experts.{short.split('.')[-2]}", []).append(value)
-        else:
-            state[short] = value
-    return state | {name: torch.stack(parts) for name, parts in stacks.items()}
 
 
 def _config(selection: Selection, number: int) -> dict[str, Any]:
@@ -177,13 +122,6 @@ def _amax(model: Any, path: str) -> float:
     return float("nan") if amax is None else float(amax.float())
 
 
-def _count_tokens(model: Any, counts: torch.Tensor) -> Any:
-    def hook(_module: nn.Module, arguments: tuple[Any, ...], _output: Any) -> None:
-        counts.add_(torch.bincount(arguments[1].flatten(), minlength=len(counts)))
-
-    return model.layers[0].mixer.experts.register_forward_hook(hook)
-
-
 def _check(selection: Selection, found: Activations) -> None:
     """Every scale that the selection promises has a positive finite value behind it."""
     everything = {**found.inputs, **{f"layer {n} {part} cache": value for (n, part), value in found.cache.items()}}
@@ -194,11 +132,3 @@ def _check(selection: Selection, found: Activations) -> None:
             f"({everything[min(bad)]}); are the model's weights finite, and are there enough samples?"
         )
     assert set(found.inputs) == set(selection.chosen) <= set(matrices(selection.arch))
-
-
-def _store(path: Path, value: torch.Tensor) -> None:
-    np.save(path, value.contiguous().view(torch.int16).numpy())
-
-
-def _load(path: Path) -> torch.Tensor:
-    return torch.from_numpy(np.load(path)).view(torch.bfloat16)

@@ -3,8 +3,9 @@
     python conversion/dequantize.py FP8 OUT
 
 transformers does not read ModelOpt's FP8: it takes the codes for numbers. OUT holds code * scale, rounded to BF16,
-which any tool reads: so the cost of FP8 in the weights is measured before a GPU sees the checkpoint. What FP8 does to
-the activations and to the cache is not in it.
+which any tool reads, and the scales of activations and cache in fp8_activations.json: evaluation/evaluate.py rounds
+both as a server would (nano3/fp8_emulation.py). So the cost of FP8 is measured before a GPU sees the checkpoint.
+--weights-only leaves that file out: what is measured then is FP8's cost in the weights alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from nano3.cli import UserError, check_output, run
 if TYPE_CHECKING:
     import torch
 
+    from nano3.fp8_emulation import ActivationScales
+
 QUANT_CONFIG = "hf_quant_config.json"
 
 
@@ -37,8 +40,11 @@ def values(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (codes.float() * scale).to(torch.bfloat16)
 
 
-def dequantize(source: Path, out: Path) -> int:
-    """Writes the plain folder `out`; returns how many matrices were FP8. Raises `UserError`."""
+def dequantize(source: Path, out: Path, activations: bool = True) -> int:
+    """Writes the plain folder `out`; returns how many matrices were FP8. Raises `UserError`.
+
+    With `activations` the scales of activations and cache go along, and evaluation rounds both.
+    """
     refuse_overlap(out, source)
     check_output(out, HF_KIND)
     with HFFolder(source, quantized=True) as hf:
@@ -46,26 +52,45 @@ def dequantize(source: Path, out: Path) -> int:
         if not coded:
             raise UserError(f"{source} has no FP8 tensor; it can be used as it is")
         for name in coded:
-            _check_scale(hf, f"{name}_scale")
+            scale_of(hf, f"{name}_scale")
+        scales = activation_scales(hf) if activations else None
         dtypes = {name: "BF16" if name in coded else dtype for name, dtype in hf.dtypes.items()}
         layout = Layout.make({name: (dtypes[name], spec.shape) for name, spec in hf.arch.tensors().items()})
         job = {"tool": "dequantize", "source": str(source.resolve()), "files": source_files(hf)}
+        job["activations"] = activations
         with work_folder(out, HF_KIND, job | {"layout": layout.to_json()}, layout.total_bytes) as work:
             side = [path for path in side_files(source) if path.name not in ("config.json", QUANT_CONFIG)]
             copy_files(source, side, work.folder)
+            if scales is not None:
+                scales.write(work.folder)
             (work.folder / "config.json").write_text(json.dumps(hf.config, indent=2) + "\n")
             changes = {name: partial(_decode, hf.rows(f"{name}_scale", 0, 1)) for name in coded}
             rewrite(hf, work, layout, changes, {}, "dequantize")
     return len(coded)
 
 
-def _check_scale(hf: HFFolder, name: str) -> None:
+def activation_scales(hf: HFFolder) -> ActivationScales:
+    """Scales of every FP8 matrix's input and of the cache. Raises `UserError` for one that is missing or no scale."""
+    from nano3.fp8_emulation import ActivationScales
+
+    coded = [name.removesuffix(".weight") for name, entry in hf.layout.entries.items() if entry.dtype == FP8]
+    cached = [name for name in hf.layout.entries if name.endswith((".k_scale", ".v_scale"))]
+    return ActivationScales.shared(
+        {name: scale_of(hf, f"{name}.input_scale") for name in coded},
+        {name.rpartition(".")[0]: scale_of(hf, name) for name in cached},
+    )
+
+
+def scale_of(hf: HFFolder, name: str) -> float:
+    """A scale of the checkpoint. Raises `UserError` when it is missing or not one positive FP32 value."""
     entry = hf.layout.entries.get(name)
     if entry is None:
         raise UserError(f"{hf.path} lacks {name}: export it again")
-    problem = scale_problem(entry.dtype, entry.shape, float(hf.rows(name, 0, 1).view(-1)[0]))
+    value = float(hf.rows(name, 0, 1).view(-1)[0])
+    problem = scale_problem(entry.dtype, entry.shape, value)
     if problem is not None:
         raise UserError(f"{hf.path}: {name} {problem}; this reads one scale for each tensor: export it again")
+    return value
 
 
 def _decode(scale: torch.Tensor, passage: Passage) -> None:
@@ -81,9 +106,11 @@ def main() -> int:
     )
     parser.add_argument("source", metavar="FP8", type=Path, help="folder that conversion/quantize_fp8.py wrote")
     parser.add_argument("out", metavar="OUT", type=Path, help="Hugging Face model folder to write")
+    parser.add_argument("--weights-only", action="store_true", help="leave out the scales of activations and cache")
     args = parser.parse_args()
-    count = dequantize(args.source, args.out)
-    print(f"{args.out}: {count} FP8 matrices as BF16; their activations and the cache are not quantized")
+    count = dequantize(args.source, args.out, activations=not args.weights_only)
+    rest = "are not quantized" if args.weights_only else "are rounded by evaluation/evaluate.py as a server would"
+    print(f"{args.out}: {count} FP8 matrices as BF16; their activations and the cache {rest}")
     return 0
 
 

@@ -150,11 +150,8 @@ def _model(source: Path, config_suffices: bool) -> tuple[Arch, dict[str, str]]:
         return hf.arch, hf.dtypes
 
 
-def _samples(store: TokenStore, count: int, longest: int, vocabulary: int) -> list[Any]:
-    """The first tokens of documents spread evenly over the store."""
-    largest = store.manifest["max_token_id"]
-    if largest >= vocabulary:
-        raise UserError(f"{store.folder} has token {largest}, but the model's vocabulary ends at {vocabulary - 1}")
+def calibration_samples(store: TokenStore, count: int, longest: int = 4096) -> list[Any]:
+    """Token ids of `count` documents spread evenly over the store, the first `longest` of each."""
     count = min(count, len(store))
     return [store.document(number * len(store) // count)[0][:longest] for number in range(count)]
 
@@ -188,7 +185,10 @@ def main() -> int:
         return 0
     store = TokenStore(args.calibration)
     store.check_tokenizer(source)
-    found = quantize(source, args.out, selection, _samples(store, args.samples, args.tokens, arch.vocab_size))
+    largest = store.manifest["max_token_id"]
+    if largest >= arch.vocab_size:
+        raise UserError(f"{store.folder} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}")
+    found = quantize(source, args.out, selection, calibration_samples(store, args.samples, args.tokens))
     idle = sum(found.idle.values())
     print(
         f"calibrated on {found.tokens:,} tokens; {idle} of {arch.n_routed_experts * len(found.idle)} experts saw none"

@@ -14,7 +14,7 @@ from conversion.folders import CERTIFICATE
 from conversion.layout import FP8, INDEX, Layout, check_tensors
 from nano3.arch import Arch
 from nano3.cli import MARKER, UserError
-from nano3.hf_config import read_config
+from nano3.hf_config import FP8_ACTIVATIONS, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +108,11 @@ def read_exactly(file: int, buffer: memoryview, position: int) -> bool:
 
 
 def _is_weights(relative: Path) -> bool:
-    """Weights in any form, their index, our marker and certificate; a stale copy of those must not travel."""
+    """Weights in any form, what describes them, our marker and certificate; a stale copy of those must not travel."""
     name = relative.name
-    return name.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth")) or name in (CERTIFICATE, INDEX, MARKER)
+    return name.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth")) or name in (
+        CERTIFICATE,
+        FP8_ACTIVATIONS,
+        INDEX,
+        MARKER,
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from evaluation.questions import Question, load_questions
 from evaluation.score import is_correct, wilson_interval
 from nano3.arch import resolve_model
 from nano3.cli import UserError, fresh_file, run
-from nano3.hf_config import read_config
+from nano3.hf_config import FP8_ACTIVATIONS, read_config
 
 THINK_END = "</think>"
 KIND = "evaluation-result"
@@ -34,13 +34,15 @@ def evaluate_model(
     thinking: bool = False,
     threads: int = 1,
     progress: bool = True,
+    prepare: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
     """Scores the model in `folder` (FP32 on the CPU, BF16 on a GPU) and returns the result that `main` writes.
 
     Fields: n, correct, accuracy, ci95 (Wilson), unfinished (answers cut at `max_new_tokens`), by_source, seconds,
     settings, and answers: one row per question with its text, the expected and the given answer. With `thinking` the
     model reasons first, and what follows its `</think>` is the answer; ask in the mode that was trained. `threads` is
-    PyTorch's number of CPU threads for the whole process; more than one slows small models down.
+    PyTorch's number of CPU threads for the whole process; more than one slows small models down. `prepare` is called
+    with the loaded model, to change it first.
     """
     import torch
     from transformers.utils import logging
@@ -56,6 +58,8 @@ def evaluate_model(
     tokenizer = load_tokenizer(str(folder))
     prompts = encode_prompts(tokenizer, [question.messages for question in questions], thinking)
     model = load_reference(folder, dtype).to(device)
+    if prepare is not None:
+        prepare(model)
     answers = greedy_answers(model, prompts, max_new_tokens, batch_size, progress)
     rows: list[dict[str, Any]] = []
     for question, answer in zip(questions, answers, strict=True):
@@ -86,6 +90,7 @@ def evaluate_model(
             "device": device,
             "dtype": str(dtype),
             "greedy": True,
+            "fp8_activations": (Path(folder) / FP8_ACTIVATIONS).exists(),
         },
         "answers": rows,
     }

@@ -27,8 +27,10 @@ def load_reference(folder: Path | str, dtype: torch.dtype) -> Any:
     """The model of a Hugging Face folder in evaluation mode on the CPU, weights in `dtype`, dt not clamped.
 
     Returns a transformers `PreTrainedModel`. With a 16-bit `dtype` transformers rounds A_log and D too and keeps only
-    the router's correction bias in FP32; compare in FP32. Raises `UserError` when the folder is no model, a file is
-    damaged, tensors are missing or left over, or the weights are quantized (transformers would read their raw codes).
+    the router's correction bias in FP32; compare in FP32. A folder that conversion/dequantize.py made has FP8's scales
+    of activations and cache, and its model rounds both (`nano3.fp8_emulation`). Raises `UserError` when the folder is
+    no model, a file is damaged, tensors are missing or left over, or the weights are quantized (transformers would
+    read their raw codes).
     """
     quantized = read_config(folder).get("quantization_config")
     if quantized:
@@ -41,7 +43,19 @@ def load_reference(folder: Path | str, dtype: torch.dtype) -> Any:
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
             module.time_step_limit = DT_RANGE
+    _emulate_fp8(model, Path(folder))
     return model.eval()
+
+
+def _emulate_fp8(model: Any, folder: Path) -> None:
+    from nano3.fp8_emulation import ActivationScales
+
+    scales = ActivationScales.read(folder)
+    if scales is not None:
+        try:
+            scales.attach(model)
+        except ValueError as error:
+            raise UserError(f"{folder} has FP8 scales of another model: {error}") from None
 
 
 def _load(folder: Path | str, dtype: torch.dtype) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,20 @@ REQUIRED = (
 )
 """Fields of every report. `seconds` maps stage to seconds, `layout` group to size, `ci95_gain` is [low, high]."""
 
-_SHOWN = {*REQUIRED, "gain", "ci95_base", "ci95_tuned", "task", "forgetting", "settings", "overlap", "router_sha256"}
+MODELS = {
+    "base": "base",
+    "tuned": "tuned",
+    "merged": "merged",
+    "fp8": "FP8",
+}
+"""Models that a report may compare, in order, and what the page calls them: the base, the adapter beside its weights,
+the merged folder, and that folder in FP8. The first two are in every report."""
+
+_SHOWN = {
+    *REQUIRED,
+    *(field for model in MODELS for field in (f"{model}_accuracy", f"ci95_{model}")),
+    *("gain", "task", "forgetting", "settings", "overlap", "router_sha256"),
+}
 """Fields that have their own place on the page; all others are listed under "More"."""
 
 Examples = Sequence[Mapping[str, str]]
@@ -36,9 +50,9 @@ def write_report(
 ) -> tuple[Path, Path]:
     """Writes `report.json` and `report.html` into `folder` and returns their paths.
 
-    `report` has the fields of `REQUIRED`, and may have gain, ci95_base, ci95_tuned (see `evaluation.score.compare`),
-    task (a sentence), overlap (name -> count), forgetting (old task -> {"base": accuracy, "tuned": accuracy,
-    "n": questions}), router_sha256, settings (name -> value), and anything else that JSON can hold. `curve` maps a
+    `report` has the fields of `REQUIRED`, and may have gain, merged_accuracy, fp8_accuracy and ci95_MODEL (see
+    `evaluation.score.compare`), task (a sentence), overlap (name -> count), forgetting (old task -> {MODEL: accuracy,
+    ..., "n": questions}), router_sha256, settings (name -> value), and anything else that JSON can hold. `curve` maps a
     series' name to its (step, loss) points. For `examples` see `examples_from`. Raises `ValueError` when a required
     field is missing.
     """
@@ -110,18 +124,35 @@ def _headline(report: Mapping[str, Any]) -> str:
         f"<span class='after'>{tuned:.1%}</span></p>"
         f"<p>{_points(tuned - base)} points on {report['n']:,} held-out questions "
         f"(95% interval {_points(low)} to {_points(high)}), {report['train_tokens']:,} training tokens, "
-        f"<span class='{'good' if report['router_unchanged'] else 'bad'}'>{router}</span></p></header>"
+        f"<span class='{'good' if report['router_unchanged'] else 'bad'}'>{router}</span></p>"
+        f"{_exported(report)}</header>"
     )
+
+
+def _exported(report: Mapping[str, Any]) -> str:
+    """What is left of the accuracy in the folders that are handed on: each against the interval of the one before."""
+    words, models = [], [model for model in MODELS if f"{model}_accuracy" in report]
+    for before, model in pairwise(models[1:]):
+        share, (low, high) = report[f"{model}_accuracy"], report[f"ci95_{before}"]
+        kept = low <= share <= high
+        words.append(
+            f"{MODELS[model]} {share:.1%}, <span class='{'good' if kept else 'bad'}'>"
+            f"{'within' if kept else 'OUTSIDE'} the interval of {MODELS[before]}</span>"
+        )
+    return f"<p>{'; '.join(words)}</p>" if words else ""
 
 
 def _scores(report: Mapping[str, Any]) -> str:
     bars = {
-        name: (report[f"{name}_accuracy"], tuple(report[f"ci95_{name}"]) if f"ci95_{name}" in report else None)
-        for name in ("base", "tuned")
+        name: (report[f"{model}_accuracy"], tuple(report[f"ci95_{model}"]) if f"ci95_{model}" in report else None)
+        for model, name in MODELS.items()
+        if f"{model}_accuracy" in report
     }
-    return bar_chart(bars, "accuracy before and after") + (
+    return bar_chart(bars, "accuracy of each model") + (
         "<p class='fine'>Greedy answers by plain transformers, exact match. 95% intervals: Wilson; "
-        "of the gain: paired, Newcombe 1998.</p>"
+        "of the gain: paired, Newcombe 1998. Tuned: the adapter beside the base's weights, in FP32; merged: added to "
+        "them, each tensor in its own dtype; FP8: of the merged folder, weights, activations and cache rounded to "
+        "E4M3.</p>"
     )
 
 
@@ -141,14 +172,16 @@ def _examples(examples: Examples) -> str:
 
 
 def _forgetting(tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{task['base']:.1%}</td><td>{task['tuned']:.1%}</td>"
-        f"<td class='{'bad' if task['tuned'] < task['base'] else 'good'}'>{_points(task['tuned'] - task['base'])}</td>"
-        f"<td>{task['n']:,}</td></tr>"
-        for name, task in tasks.items()
-    )
-    head = "<tr><th>task of the pretraining</th><th>before</th><th>after</th><th>points</th><th>questions</th></tr>"
-    return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+    models = [model for model in MODELS if all(model in task for task in tasks.values())]
+    rows = []
+    for name, task in tasks.items():
+        change = task[models[-1]] - task[models[0]]
+        cells = [f"<td>{task[model]:.1%}</td>" for model in models]
+        cells += [f"<td class='{'bad' if change < 0 else 'good'}'>{_points(change)}</td>", f"<td>{task['n']:,}</td>"]
+        rows.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
+    names = "".join(f"<th>{MODELS[model]}</th>" for model in models)
+    head = f"<tr><th>task of the pretraining</th>{names}<th>points, first to last</th><th>questions</th></tr>"
+    return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _facts(report: Mapping[str, Any]) -> str:

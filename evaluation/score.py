@@ -71,26 +71,27 @@ def _combine(first: float, second: float, phi: float) -> float:
     return sqrt(max(0.0, first * first - 2 * phi * first * second + second * second))
 
 
-def compare(base: dict[str, Any], tuned: dict[str, Any]) -> dict[str, Any]:
-    """Base and tuned model side by side, from two results of `evaluation.evaluate`: the report's score fields.
+def compare(base: dict[str, Any], tuned: dict[str, Any], **others: dict[str, Any]) -> dict[str, Any]:
+    """Models side by side, from results of `evaluation.evaluate`: the report's score fields.
 
-    Answers are paired by question id; `UserError` when the two results do not answer the same questions.
+    Every model has NAME_accuracy and ci95_NAME (Wilson); the gain is that of tuned over base. Answers are paired by
+    question id; `UserError` when the results do not answer the same questions.
     """
-    before = {row["id"]: row["correct"] for row in base["answers"]}
-    after = {row["id"]: row["correct"] for row in tuned["answers"]}
-    if before.keys() != after.keys():
-        odd = sorted(before.keys() ^ after.keys())
-        raise UserError(
-            f"the two results answer different questions ({len(odd)} differ, first {odd[0]}); score both anew"
-        )
-    pairs = [before[key] for key in before], [after[key] for key in before]
-    n, right_base, right_tuned = len(before), sum(pairs[0]), sum(pairs[1])
+    results = {"base": base, "tuned": tuned, **others}
+    correct = {name: {row["id"]: row["correct"] for row in result["answers"]} for name, result in results.items()}
+    for answers in correct.values():
+        odd = sorted(correct["base"].keys() ^ answers.keys())
+        if odd:
+            raise UserError(
+                f"the results answer different questions ({len(odd)} differ, first {odd[0]}); score all of them anew"
+            )
+    ids = list(correct["base"])
+    verdicts = {name: [answers[key] for key in ids] for name, answers in correct.items()}
+    n, right = len(ids), {name: sum(answers) for name, answers in verdicts.items()}
     return {
         "n": n,
-        "base_accuracy": right_base / n,
-        "tuned_accuracy": right_tuned / n,
-        "gain": (right_tuned - right_base) / n,
-        "ci95_base": list(wilson_interval(right_base, n)),
-        "ci95_tuned": list(wilson_interval(right_tuned, n)),
-        "ci95_gain": list(gain_interval(*pairs)),
+        **{f"{name}_accuracy": count / n for name, count in right.items()},
+        "gain": (right["tuned"] - right["base"]) / n,
+        **{f"ci95_{name}": list(wilson_interval(count, n)) for name, count in right.items()},
+        "ci95_gain": list(gain_interval(verdicts["base"], verdicts["tuned"])),
     }

@@ -13,6 +13,9 @@ from typing import Any
 
 from nano3.cli import UserError
 
+FP8_ACTIVATIONS = "fp8_activations.json"
+"""File beside dequantized weights with FP8's scales of activations and cache (nano3/fp8_emulation.py)."""
+
 BLOCK_TYPES = {
     "linear_attention": "M",
     "mamba": "M",

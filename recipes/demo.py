@@ -1,11 +1,12 @@
-"""From raw questions to a merged Hugging Face checkpoint, on two CPU ranks, in minutes.
+"""From raw questions to a merged Hugging Face checkpoint and its FP8 form, on two CPU ranks, in minutes.
 
     python recipes/demo.py
 
 Teaches pico, the small model of this repository, a task that its pretraining did not contain: held-out and training
 questions from reasoning-gym, an overlap check, packed stores, HF -> NeMo, the LoRA recipe with expert parallel 2, merge
-into a Hugging Face folder, and greedy answers of the base and the tuned model by plain transformers. Writes
-OUT/report.json and OUT/report.html.
+into a Hugging Face folder, FP8 by the published recipe, and greedy answers by plain transformers: of the base, of the
+tuned model (the adapter beside the base's weights), of the merged one and of the FP8 one, whose weights, activations
+and cache are rounded as a server would. Writes OUT/report.json and OUT/report.html. Exit code 1 for a broken promise.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ TITLE = "Teach pico to sort 8 to 10 numbers"
 OLD_QUESTIONS = 60
 """Held-out questions of each old task, for what the tuning made the model forget."""
 HELD_OUT_SEED, TRAINING_SEED = 101, 202
+CALIBRATION_SAMPLES = 256
+"""Training documents that set FP8's scales."""
 LEAST_GAIN, LEAST_LOW = 0.30, 0.15
 """What the demo promises: below this it fails, since then something on the path is broken."""
 RECIPE = [
@@ -125,23 +128,50 @@ def router_unchanged(adapter: Path, *folders: Path) -> bool:
     return unchanged
 
 
-def score(out: Path, base: Path, merged: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Results of the base and the tuned model on the held-out questions, and accuracies on the old tasks."""
+def export_fp8(out: Path, base: Path, merged: Path) -> dict[str, Any]:
+    """Writes OUT/fp8, checks it and reads it back to OUT/fp8-plain; returns what the report says about it."""
+    from conversion.certify import verify
+    from conversion.dequantize import dequantize
+    from conversion.fp8 import Selection
+    from conversion.lint_export import lint
+    from conversion.quantize_fp8 import calibration_samples, quantize
+    from nano3.arch import Arch
+    from nano3.token_store import TokenStore
+
+    samples = calibration_samples(TokenStore(out / "train"), CALIBRATION_SAMPLES)
+    found = quantize(merged, out / "fp8", Selection.published(Arch.load(merged)), samples)
+    problems = [f"{reader}: {problem}" for reader, problem in lint(out / "fp8")]
+    problems += verify(merged, base) + verify(out / "fp8", merged)
+    for problem in problems:
+        print(problem, flush=True)
+    return {
+        "matrices": dequantize(out / "fp8", out / "fp8-plain"),
+        "calibration tokens": found.tokens,
+        "experts without tokens": sum(found.idle.values()),
+        "problems": problems,
+    }
+
+
+def score(out: Path, base: Path, adapter: Path, merged: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results of the four models on the held-out questions, and their accuracies on the old tasks."""
     from evaluation.evaluate import evaluate_model, write_result
     from evaluation.questions import load_questions
+    from recipes.unmerged import with_adapter
 
-    results = {}
-    for name, folder in (("base", base), ("tuned", merged)):
+    models = {"base": base, "tuned": base, "merged": merged, "fp8": out / "fp8-plain"}
+    results: dict[str, Any] = {}
+    old: dict[str, Any] = {}
+    for name, folder in models.items():
+        prepare = with_adapter(adapter, base) if name == "tuned" else None
         for questions in ("held_out", "old_tasks"):
-            result = evaluate_model(folder, load_questions(out / f"{questions}.jsonl"))
+            result = evaluate_model(folder, load_questions(out / f"{questions}.jsonl"), prepare=prepare)
             write_result(result, out / f"{name}_{questions}.json")
-            results[name, questions] = result
-    old = {
-        task: {"base": part["accuracy"], "tuned": results["tuned", "old_tasks"]["by_source"][task]["accuracy"]}
-        | {"n": part["n"]}
-        for task, part in results["base", "old_tasks"]["by_source"].items()
-    }
-    return results["base", "held_out"], results["tuned", "held_out"], old
+            if questions == "held_out":
+                results[name] = result
+            else:
+                for task, part in result["by_source"].items():
+                    old.setdefault(task, {"n": part["n"]})[name] = part["accuracy"]
+    return results, old
 
 
 def git_commit() -> str:
@@ -157,16 +187,17 @@ def git_commit() -> str:
     return commit + ("+changes" if changes else "")
 
 
-def report(out: Path, stages: Stages, facts: dict[str, Any], scores: tuple[Any, Any, Any]) -> dict[str, Any]:
+def report(
+    out: Path, stages: Stages, facts: dict[str, Any], results: dict[str, Any], old: dict[str, Any]
+) -> dict[str, Any]:
     """Writes report.json and report.html; returns the report."""
     from evaluation.report import examples_from, write_report
     from evaluation.score import compare
 
-    base, tuned, old = scores
     metrics = facts.pop("metrics")
     content = {
         "task": TITLE,
-        **compare(base, tuned),
+        **compare(**results),
         **facts,
         "seconds": stages.seconds,
         "git_commit": git_commit(),
@@ -179,7 +210,7 @@ def report(out: Path, stages: Stages, facts: dict[str, Any], scores: tuple[Any, 
         "training": [(row["step"], row["loss"]) for row in metrics if "loss" in row],
         "validation": [(row["step"], row["validation_loss"]) for row in metrics if "validation_loss" in row],
     }
-    write_report(out, content, curve, examples_from(base, tuned))
+    write_report(out, content, curve, examples_from(results["base"], results["tuned"]))
     return content
 
 
@@ -194,25 +225,35 @@ def demo(out: Path, ranks: int, held_out: int, training: int, old_training: int)
         overlap = prepare_data(out, held_out, training, old_training)
     with stages.stage("train"):
         facts = train(out, ranks)
+    adapter, merged = out / "lora" / "adapter", out / "merged"
     with stages.stage("merge"):
-        print(merge(base, out / "lora" / "adapter", out / "merged"))
+        print(merge(base, adapter, merged))
+    with stages.stage("FP8"):
+        facts["fp8"] = export_fp8(out, base, merged)
     with stages.stage("score"):
-        scores = score(out, base, out / "merged")
-    adapter = out / "lora" / "adapter"
+        results, old = score(out, base, adapter, merged)
     facts |= {
         "overlap": overlap,
         "router_sha256": json.loads((adapter / "lora.json").read_text())["router_sha256"],
-        "router_unchanged": router_unchanged(adapter, base, out / "merged"),
+        "router_unchanged": router_unchanged(adapter, base, merged),
     }
-    return report(out, stages, facts, scores)
+    return report(out, stages, facts, results, old)
 
 
 def broken_promises(result: dict[str, Any]) -> list[str]:
     """What the demo promises and this result does not keep."""
+
+    def within(model: str, other: str) -> bool:
+        low, high = result[f"ci95_{other}"]
+        return low <= result[f"{model}_accuracy"] <= high
+
     kept = {
         "the router is what it was": result["router_unchanged"],
         f"the gain is at least {LEAST_GAIN:.0%}": result["gain"] >= LEAST_GAIN,
         f"the lower end of its 95 % interval is above {LEAST_LOW:.0%}": result["ci95_gain"][0] > LEAST_LOW,
+        "the merged model's accuracy lies within the tuned one's interval": within("merged", "tuned"),
+        "the FP8 model's accuracy lies within the merged one's interval": within("fp8", "merged"),
+        "every reader reads the FP8 folder right, and the certificates hold": not result["fp8"]["problems"],
     }
     return [promise for promise, holds in kept.items() if not holds]
 
@@ -234,6 +275,7 @@ def main() -> int:
     print(
         f"\n{result['task']}: {result['base_accuracy']:.1%} -> {result['tuned_accuracy']:.1%} on {result['n']} "
         f"held-out questions (95 % interval of the gain {low:+.1%} to {high:+.1%}), "
+        f"merged {result['merged_accuracy']:.1%}, FP8 {result['fp8_accuracy']:.1%}, "
         f"{time.monotonic() - started:.0f} s\n"
         f"{args.out / 'report.json'}\n{args.out / 'report.html'}"
     )
