@@ -14,7 +14,7 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conversion.folders import HF_KIND, copy_files, refuse_overlap
 from conversion.fp8 import scale_problem
@@ -56,7 +56,7 @@ def dequantize(source: Path, out: Path, activations: bool = True) -> int:
         scales = activation_scales(hf) if activations else None
         dtypes = {name: "BF16" if name in coded else dtype for name, dtype in hf.dtypes.items()}
         layout = Layout.make({name: (dtypes[name], spec.shape) for name, spec in hf.arch.tensors().items()})
-        job = {"tool": "dequantize", "source": str(source.resolve()), "files": source_files(hf)}
+        job: dict[str, Any] = {"tool": "dequantize", "source": str(source.resolve()), "files": source_files(hf)}
         job["activations"] = activations
         with work_folder(out, HF_KIND, job | {"layout": layout.to_json()}, layout.total_bytes) as work:
             side = [path for path in side_files(source) if path.name not in ("config.json", QUANT_CONFIG)]
