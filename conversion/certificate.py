@@ -9,7 +9,7 @@ receives the model can recompute it back to the published base (conversion/certi
 
 A tool that writes a folder calls, inside `fresh_output` and last of all:
 
-    write_certificate(folder, source, before, after, Work("import"))
+    write_certificate(folder, source, before, after, Claim("import"))
 
 `before` and `after` are the facts of all tensors of input and output: name -> `Fact(dtype, shape, sha256)`. Whoever
 streams computes them in the same pass: `RowDigests(table).update(name, first_row, rows)`, at the end `.facts()`, both
@@ -22,35 +22,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from conversion.folders import CERTIFICATE, SIDE
+from conversion.certificate_json import FORMAT, MAY, SIDES, count_lines, happened, read_certificate
+from conversion.folders import CARD, CERTIFICATE, SIDE
 from conversion.identity import Facts, content_hash
-from conversion.layout import FP8
+from conversion.model_card import model_card, read_readme
 from conversion.revision import base_revision
 from conversion.safetensors_io import side_files
 from nano3.cli import UserError
 
-FORMAT = 2
-WHAT = ("identical", "changed", "cast", "quantized", "added", "dropped")
-MAY = {
-    "import": {"identical"},
-    "export": {"identical"},
-    "merge": {"identical", "changed"},
-    "quantization": {"identical", "quantized", "added"},
-}
-"""Kind of certificate -> what may happen to a tensor. Nothing casts or drops: an expert that is gone is an error."""
-
-SIDES = ("input", "output")
 _TOOLS = ("nano3-lora", "torch", "safetensors", "megatron-core", "nvidia-modelopt")
 
 
 @dataclass
-class Work:
+class Claim:
     """What a tool declares about its output before it is certified.
 
     Args:
@@ -65,22 +54,24 @@ class Work:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def write_certificate(out: Path, source: Path, before: Facts, after: Facts, work: Work) -> dict[str, Any]:
-    """Writes and returns `out/certificate.json`; `before` are the tensors of `source`, `after` those of `out`.
+def write_certificate(out: Path, source: Path, before: Facts, after: Facts, claim: Claim) -> dict[str, Any]:
+    """Writes `out/certificate.json`, which it returns, and the card for people.
 
-    Raises `UserError` when a tensor differs in a way that `work` does not declare, as the output would not be what it
+    `before` are the tensors of the folder `source`, `after` those of `out`.
+
+    Raises `UserError` when a tensor differs in a way that `claim` does not declare, as the output would not be what it
     says, and when `source` is no longer what its own certificate says.
     """
     previous = previous_certificate(source, before)
-    tensors = {name: _line(name, before, after, work) for name in sorted(before.keys() | after.keys())}
+    tensors = {name: _line(name, before, after, claim) for name in sorted(before.keys() | after.keys())}
     found = content_hash(before)
     content = {
         "format": FORMAT,
-        "kind": work.kind,
+        "kind": claim.kind,
         "base": previous["base"] if previous else {"sha256": found, **base_revision(source)},
         "input": {"sha256": found, "tensors": len(before)},
         "output": {"sha256": content_hash(after), "tensors": len(after)},
-        **work.facts,
+        **claim.facts,
         "totals": count_lines(tensors),
         "tools": {name: release for name in _TOOLS if (release := _version(name))},
         "files": side_digests(out),
@@ -88,6 +79,7 @@ def write_certificate(out: Path, source: Path, before: Facts, after: Facts, work
         "previous": previous,
     }
     (out / CERTIFICATE).write_text(json.dumps(content, indent=1) + "\n")
+    (out / CARD).write_text(model_card(content, read_readme(out)))
     return content
 
 
@@ -107,24 +99,13 @@ def previous_certificate(source: Path, facts: Facts) -> dict[str, Any] | None:
     return content
 
 
-def chain(certificate: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A certificate and those before it, the newest first."""
-    link: dict[str, Any] | None = certificate
-    while link is not None:
-        yield link
-        link = link["previous"]
-
-
 def side_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of what tells readers how to use the tensors: config.json, tokenizer, template, whatever lies beside."""
+    """SHA-256 of what tells readers how to use the tensors: config.json, tokenizer, template, whatever lies beside.
+
+    Not README.md: the base's gives way to the model card when the folder is uploaded.
+    """
     side = folder / SIDE if (folder / SIDE).is_dir() else folder
-    return {str(path): file_sha256(side / path) for path in side_files(side)}
-
-
-def count_lines(tensors: dict[str, Any]) -> dict[str, int]:
-    """How often each word of `WHAT` is true of a certificate's lines."""
-    words = [happened(line) for line in tensors.values()]
-    return {what: words.count(what) for what in WHAT}
+    return {str(path): file_sha256(side / path) for path in side_files(side) if str(path) != "README.md"}
 
 
 def folder_sha256(folder: Path) -> str:
@@ -146,75 +127,18 @@ def norm_ratio(part: float, whole: float) -> float | None:
     return math.sqrt(part / whole) if whole else None
 
 
-def read_certificate(folder: Path) -> dict[str, Any]:
-    """The certificate of a folder; `UserError` when there is none, or it is not one of this format."""
-    try:
-        content = json.loads((folder / CERTIFICATE).read_text())
-    except OSError:
-        raise UserError(
-            f"{folder} has no {CERTIFICATE}; it was not written by this project, or the file was lost"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{folder / CERTIFICATE} is not valid JSON ({error}); get it again") from None
-    if not _well_formed(content):
-        raise UserError(
-            f"{folder / CERTIFICATE} is not of format {FORMAT}; use the version of this project that wrote it"
-        )
-    return content
-
-
-def _well_formed(content: Any) -> bool:
-    """Whether a certificate has every part that is read; it may be anybody's file."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        return False
-    parts = ("base", "input", "output", "totals", "tools", "files", "tensors")
-    if not all(isinstance(content.get(name), dict) for name in parts) or content.get("kind") not in MAY:
-        return False
-    hashes = all(isinstance(content[name].get("sha256"), str) for name in ("base", *SIDES))
-    lines = hashes and all(
-        isinstance(line, dict)
-        and isinstance(line.get("what"), str)
-        and any(side in line for side in SIDES)
-        and all(_is_fact(line[side]) for side in SIDES if side in line)
-        for line in content["tensors"].values()
-    )
-    return lines and "previous" in content and (content["previous"] is None or _well_formed(content["previous"]))
-
-
-def _is_fact(said: Any) -> bool:
-    return (
-        isinstance(said, dict)
-        and isinstance(said.get("dtype"), str)
-        and isinstance(said.get("sha256"), str)
-        and isinstance(said.get("shape"), list)
-    )
-
-
-def _line(name: str, before: Facts, after: Facts, work: Work) -> dict[str, Any]:
+def _line(name: str, before: Facts, after: Facts, claim: Claim) -> dict[str, Any]:
     line: dict[str, Any] = {
         side: facts[name].to_json() for side, facts in zip(SIDES, (before, after), strict=True) if name in facts
     }
     what = happened(line)
-    if what not in MAY[work.kind]:
-        raise UserError(f"{name} was {what}, which no {work.kind} does: this is a bug, report it")
+    if what not in MAY[claim.kind]:
+        raise UserError(f"{name} was {what}, which no {claim.kind} does: this is a bug, report it")
     if what in ("identical", "added"):
         return {"what": what, **line}
-    if name not in work.changes:
+    if name not in claim.changes:
         raise UserError(f"{name} differs from the input, and nothing was to change it: this is a bug, report it")
-    return {"what": what, **line, **work.changes[name]}
-
-
-def happened(line: dict[str, Any]) -> str:
-    """What a line's two sides say that happened to the tensor."""
-    if "output" not in line:
-        return "dropped"
-    if "input" not in line:
-        return "added"
-    if line["input"] == line["output"]:
-        return "identical"
-    if line["input"]["dtype"] == line["output"]["dtype"]:
-        return "changed"
-    return "quantized" if line["output"]["dtype"] == FP8 else "cast"
+    return {"what": what, **line, **claim.changes[name]}
 
 
 def _version(package: str) -> str | None:

@@ -1,108 +1,98 @@
-"""Verifies a checkpoint that somebody hands over: recomputes its certificate, line by line.
+"""Verifies a model that somebody hands over: recomputes its certificate, line by line, back to the base.
 
     python conversion/certify.py verify DIR [--against BASE]
     python conversion/certify.py card DIR
 
-Every tensor of DIR is hashed and compared with certificate.json: nothing altered since, nothing missing, every expert
-there, the routers as the certificate says. --against also hashes BASE, the model that DIR says it was made from, so
-that "identical" and "changed" are known and not believed. `card` prints a model card. Exit code 1 for a difference.
+DIR is a Hugging Face folder or a NeMo checkpoint. Every tensor of it is hashed and compared with certificate.json:
+nothing altered since, nothing swapped or missing, every expert there, config.json and tokenizer as they were; every
+step of the chain (a merge, then a quantization) begins with what the one before ended with, changed what it may, and
+left the routers alone. --against also hashes BASE, the model before the last step or before any earlier one, so that
+"identical" is known and not believed; from the last step's input the norms of the changes and errors are recomputed.
+`card` prints the model card. Exit code 1 for a difference.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
-from conversion.certificate import count_lines, happened, read_certificate
-from conversion.identity import Facts, content_hash, hf_facts
-from conversion.layout import some
-from conversion.safetensors_io import HFFolder
-from nano3.arch import resolve_model
+from conversion.certificate import side_digests
+from conversion.certificate_json import chain, read_certificate, said
+from conversion.consistency import contradictions
+from conversion.folders import SIDE
+from conversion.identity import Facts
+from conversion.model_card import model_card, read_readme
+from conversion.nemo_folder import NemoFolder, model_facts, open_model
+from conversion.recompute import wrong_numbers, wrong_scales
+from nano3.arch import Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError, run
-
-ROUTER = (".gate.weight", ".gate.e_score_correction_bias")
 
 
 def verify(folder: Path, base: Path | None = None) -> list[str]:
     """Every difference between DIR, its certificate and BASE. Raises `UserError` when there is no certificate."""
     certificate = read_certificate(folder)
-    tensors: dict[str, Any] = certificate["tensors"]
-    problems = _contradictions(certificate)
+    side = folder / SIDE if is_nemo_checkpoint(folder) else folder
+    problems = _other_files(folder, certificate)
     try:
-        with HFFolder(folder, quantized=True) as hf:
-            facts = hf_facts(hf)
-            problems += _compare(facts, tensors, "output", f"{folder}")
-            if content_hash(facts) != certificate["output"]["sha256"]:
-                problems.append(f"{folder} has not the content hash that the certificate names as its output")
-    except UserError as error:
+        config = json.loads((side / "config.json").read_text())
+        config.pop("quantization_config", None)
+        problems += contradictions(certificate, Arch.from_config(config, str(side)))
+        with open_model(folder, quantized=True) as model:
+            found = model_facts(model)
+            problems += differences(found, said(certificate, "output"), f"{folder}")
+            if isinstance(model, NemoFolder):
+                problems += model.padding_problems()
+            else:
+                problems += wrong_scales(model, certificate)
+    except (UserError, OSError, ValueError) as error:
         return [*problems, str(error)]
-    if base is not None:
-        with HFFolder(base) as hf:
-            facts = hf_facts(hf)
-            problems += _compare(facts, tensors, "input", f"{base}")
-            if content_hash(facts) != certificate["input"]["sha256"]:
-                problems.append(f"{base} is not the model that the certificate names as its input")
-    return problems
+    return problems if base is None else [*problems, *_against(certificate, folder, base, bool(problems))]
 
 
-def _contradictions(certificate: dict[str, Any]) -> list[str]:
-    """Where a certificate's words are not what its own hashes say."""
-    tensors: dict[str, Any] = certificate["tensors"]
-    problems = [
-        f"the certificate calls {name} {line['what']}, and its hashes say {happened(line)}"
-        for name, line in tensors.items()
-        if line["what"] != happened(line)
-    ]
-    counted = count_lines(tensors)
-    if certificate["totals"] != counted:
-        problems.append(f"the certificate's totals are {certificate['totals']}, its lines make {counted}")
-    still = ROUTER[:1] if certificate.get("router") == "balance" else ROUTER
-    moved = [name for name, line in tensors.items() if name.endswith(still) and happened(line) != "identical"]
-    if moved:
-        problems.append(f"the router is not that of the input: {some(moved)}")
-    return problems
+def _against(certificate: dict[str, Any], folder: Path, base: Path, altered: bool) -> list[str]:
+    """How BASE differs from the input of the step that it is closest to; and whether that step's numbers are true."""
+    with open_model(base, quantized=True) as model:
+        found = model_facts(model)
+        links = list(chain(certificate))
+        best = min(links, key=lambda link: len(_unequal(found, said(link, "input"))))
+        problems = differences(found, said(best, "input"), f"{base}")
+        if problems:
+            return [f"{base} is not the model that the certificate names as input of the {best['kind']}", *problems]
+        if best is certificate and not altered:
+            with open_model(folder, quantized=True) as made:
+                return wrong_numbers(made, model, certificate)
+    return []
 
 
-def _compare(found: Facts, tensors: dict[str, Any], side: str, where: str) -> list[str]:
-    """How the tensors of a folder differ from one side of the certificate's lines."""
-    told = {name: line[side] for name, line in tensors.items() if side in line}
+def differences(found: Facts, told: Facts, where: str) -> list[str]:
+    """How tensors differ from what a certificate tells, by name; one that lies in another's place is said so."""
     problems = []
     for what, names in (("lacks", told.keys() - found.keys()), ("holds", found.keys() - told.keys())):
-        if names:
-            rest = "which its certificate names" if what == "lacks" else "which its certificate does not name"
-            problems.append(f"{where} {what} {some(sorted(names))}, {rest}")
-    for name in sorted(told.keys() & found.keys()):
-        if told[name] != found[name].to_json():
-            problems.append(f"{where}: {name} is not what the certificate says")
+        rest = "which its certificate names" if what == "lacks" else "which its certificate does not name"
+        problems += [f"{where} {what} {name}, {rest}" for name in sorted(names)]
+    owners = {fact: name for name, fact in told.items()}
+    for name in _unequal(found, told):
+        if name in found and name in told:
+            owner = owners.get(found[name])
+            here = f"it is what {owner} was" if owner else f"it is {found[name].dtype} {list(found[name].shape)}"
+            problems.append(f"{where}: {name} is not what the certificate says; {here}")
     return problems
 
 
-def model_card(certificate: dict[str, Any]) -> str:
-    """Markdown for the people who receive the model: what it was made from, and what exactly changed."""
-    totals = ", ".join(f"{count} {what}" for what, count in certificate["totals"].items() if count)
-    lines = [
-        f"# {certificate['kind'].capitalize()} of {certificate['input']['sha256'][:16]}",
-        "",
-        *(f"- {side}: SHA-256 of the content `{certificate[side]['sha256']}`" for side in ("input", "output")),
-        f"- tensors: {totals}",
+def _unequal(found: Facts, told: Facts) -> list[str]:
+    return [name for name in sorted(found.keys() | told.keys()) if found.get(name) != told.get(name)]
+
+
+def _other_files(folder: Path, certificate: dict[str, Any]) -> list[str]:
+    """Files beside the tensors that are not what they were. Ones that came later are nobody's concern."""
+    found = side_digests(folder)
+    return [
+        f"{folder}: {name} is {'not what the certificate says' if name in found else 'missing'}"
+        for name, digest in certificate["files"].items()
+        if found.get(name) != digest
     ]
-    if "adapter" in certificate:
-        facts = certificate["adapter"]
-        lines.append(f"- adapter: {', '.join(f'{name} {value}' for name, value in facts.items())}")
-    lines.append(f"- router: {certificate.get('router', 'frozen')}")
-    changes = _numbers(certificate, "relative_change")
-    if changes:
-        lines.append(f"- size of the changes, norm over norm: {min(changes):.2e} to {max(changes):.2e}")
-    errors = _numbers(certificate, "relative_error")
-    if errors:
-        lines.append(f"- error of FP8, norm over norm: {min(errors):.2e} to {max(errors):.2e}")
-    tools = ", ".join(f"{name} {found}" for name, found in certificate["tools"].items())
-    return "\n".join([*lines, f"- tools: {tools}", "", "Check it: `python conversion/certify.py verify DIR`", ""])
-
-
-def _numbers(certificate: dict[str, Any], name: str) -> list[float]:
-    return [line[name] for line in certificate["tensors"].values() if isinstance(line.get(name), float)]
 
 
 def main() -> int:
@@ -111,19 +101,25 @@ def main() -> int:
     )
     parser.add_argument("command", choices=("verify", "card"), help="what to do")
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder with certificate.json")
-    parser.add_argument("--against", metavar="BASE", help="model folder that it was made from")
+    parser.add_argument("--against", metavar="BASE", help="model folder (or preset) that it was made from")
     args = parser.parse_args()
+    certificate = read_certificate(args.folder)
     if args.command == "card":
-        print(model_card(read_certificate(args.folder)), end="")
+        print(model_card(certificate, read_readme(args.folder)), end="")
         return 0
-    problems = verify(args.folder, resolve_model(args.against) if args.against else None)
+    base = Path(args.against) if args.against else None
+    if base is not None and not is_nemo_checkpoint(base):
+        base = resolve_model(args.against)
+    problems = verify(args.folder, base)
     for problem in problems:
         print(problem)
-    totals = read_certificate(args.folder)["totals"]
-    if not problems:
-        checked = "tensors and input" if args.against else "tensors (the input was not given: --against BASE)"
-        print(f"{args.folder}: {checked} are what the certificate says: {totals}")
-    return 1 if problems else 0
+    if problems:
+        print(f"{args.folder}: {len(problems)} differences from its certificate; do not use it for what it says it is")
+        return 1
+    steps = " -> ".join(link["kind"] for link in reversed(list(chain(certificate))))
+    checked = f"tensors and {args.against}" if base else "tensors (nothing to compare with: --against BASE)"
+    print(f"{args.folder}: {checked} are what the certificate says ({steps}): {certificate['totals']}")
+    return 0
 
 
 if __name__ == "__main__":

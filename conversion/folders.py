@@ -23,6 +23,9 @@ safetensors files were laid out."""
 CERTIFICATE = "certificate.json"
 """What the writer of a folder certifies about its tensors (conversion/certificate.py)."""
 
+CARD = "model_card.md"
+"""The same for people (conversion/model_card.py)."""
+
 
 def refuse_overlap(out: Path, *sources: Path) -> None:
     """Refuses an output that is one of the sources, holds one, or lies in one: replacing it would eat the source."""

@@ -15,8 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
-from conversion.certificate import Work as Certified
-from conversion.certificate import write_certificate
+from conversion.certificate import Claim, write_certificate
 from conversion.folders import CONTEXT, LAYOUT, NEMO_KIND, SIDE, copy_files, progress, rate, refuse_overlap
 from conversion.identity import record, source_files
 from conversion.plan import CHUNK_BYTES, make_plan
@@ -53,7 +52,7 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
 
                 shutil.rmtree(work.folder / CONTEXT, ignore_errors=True)
                 write_context(work.folder / CONTEXT, work.folder / SIDE)
-            write_certificate(work.folder, source, facts, facts, Certified("import"))
+            write_certificate(work.folder, source, facts, facts, Claim("import"))
     return plan.total_bytes
 
 

@@ -17,13 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.certificate import Work, folder_sha256, norm_ratio, previous_certificate, write_certificate
+from conversion.certificate import Claim, folder_sha256, norm_ratio, previous_certificate, write_certificate
+from conversion.certificate_json import BALANCE
 from conversion.folders import HF_KIND, copy_files, refuse_overlap, require_adapter
 from conversion.identity import refuse_other_base
 from conversion.peft_names import CONFIG as PEFT_CONFIG
 from conversion.rewrite import STEP_BYTES, Change, Passage, rewrite
 from conversion.safetensors_io import HFFolder, side_files
 from conversion.scan import scan
+from conversion.training_run import training_facts
 from conversion.work import check_room, work_folder
 from nano3.arch import resolve_model
 from nano3.cli import check_output, run
@@ -74,22 +76,25 @@ def merge(base: Path, adapter_folder: Path, out: Path) -> Summary:
         before, _ = scan(hf)
         refuse_other_base(base, before, adapter.info.base_sha256, adapter_folder)
         previous_certificate(base, before)
-        declared = _work(adapter, {})
+        declared = _claim(adapter, {})
         job = {"tool": "merge", "base": {name: fact.sha256 for name, fact in before.items()}, **declared.facts}
         with work_folder(out, HF_KIND, job | {"layout": hf.layout.to_json()}, needed) as work:
             copy_files(base, side, work.folder)
             written = rewrite(hf, work, hf.layout, _changes(adapter), {}, "merge")
             changes = {name: note for name, note in written.notes.items() if note is not None}
-            certificate = write_certificate(work.folder, base, before, written.facts, _work(adapter, changes))
+            certificate = write_certificate(work.folder, base, before, written.facts, _claim(adapter, changes))
     changed = certificate["totals"]["changed"]
     biases = len(adapter.router_biases())
     return Summary(len(certificate["tensors"]), len(changes) - biases, same_routers, biases, changed)
 
 
-def _work(adapter: Adapter, changes: dict[str, dict[str, Any]]) -> Work:
+def _claim(adapter: Adapter, changes: dict[str, dict[str, Any]]) -> Claim:
     info = adapter.info
-    facts = {"sha256": folder_sha256(adapter.folder), "rank": info.rank, "targets": info.targets}
-    return Work("merge", changes, {"adapter": facts, "router": info.router})
+    facts: dict[str, Any] = {"sha256": folder_sha256(adapter.folder)}
+    facts |= {name: getattr(info, name) for name in ("rank", "alpha", "targets", "experts", "rslora", "dora")}
+    facts["modules"] = sorted(adapter.modules)
+    run = training_facts(adapter.folder)
+    return Claim("merge", changes, {"adapter": facts, "router": info.router, "training": run})
 
 
 def _changes(adapter: Adapter) -> dict[str, Change]:
@@ -105,7 +110,7 @@ def _replace(bias: torch.Tensor, passage: Passage) -> dict[str, Any]:
     old = passage.read(0, len(bias))
     new = bias.to(old.dtype)
     passage.write(0, new)
-    return {"by": ["router=balance"], "relative_change": norm_ratio(_squares(new - old), _squares(old))}
+    return {"by": [BALANCE], "relative_change": norm_ratio(_squares(new - old), _squares(old))}
 
 
 def _adapt(adapter: Adapter, parts: list[Contribution], passage: Passage) -> dict[str, Any]:

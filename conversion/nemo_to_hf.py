@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.certificate import Work as Certified
-from conversion.certificate import write_certificate
+from conversion.certificate import Claim, write_certificate
 from conversion.folders import HF_KIND, LAYOUT, SIDE, WEIGHTS, copy_files, progress, rate, refuse_overlap
 from conversion.layout import Layout, TensorTable, check_tensors, some
 from conversion.magnitude import largest_magnitude, refuse_not_finite
@@ -56,7 +55,7 @@ def convert(source: Path, out: Path, hf: Path | None = None) -> int:
         copy_files(side, side_files(side), work.folder)
         with SafetensorsWriter(work, layout) as writer, progress(layout.total_bytes, "weights") as bar:
             _write(reader, tensors, writer, bar)
-        write_certificate(work.folder, source, writer.facts, writer.facts, Certified("export"))
+        write_certificate(work.folder, source, writer.facts, writer.facts, Claim("export"))
     return layout.total_bytes
 
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.certificate import Work, norm_ratio, previous_certificate, write_certificate
+from conversion.certificate import Claim, norm_ratio, previous_certificate, write_certificate
 from conversion.folders import HF_KIND, copy_files, refuse_overlap
 from conversion.fp8 import E4M3_MAX, KV_SCALES, Selection
 from conversion.identity import Fact
@@ -93,7 +93,7 @@ def write(
         written = rewrite(hf, work, layout, changes, added, "quantize")
         notes = {name: note for name, note in written.notes.items() if note is not None}
         facts = {"selection": sorted(selection.chosen), "kv_cache": selection.kv_cache, "tokens": found.tokens}
-        certified = Work("quantization", notes, {"calibration": facts})
+        certified = Claim("quantization", notes, {"calibration": facts})
         write_certificate(work.folder, hf.path, before, written.facts, certified)
 
 

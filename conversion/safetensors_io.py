@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conversion.folders import CERTIFICATE
+from conversion.folders import CARD, CERTIFICATE
 from conversion.layout import FP8, INDEX, Layout, check_tensors
 from nano3.arch import Arch
 from nano3.cli import MARKER, UserError
@@ -47,7 +47,7 @@ class HFFolder:
     """
 
     def __init__(self, path: Path | str, quantized: bool = False) -> None:
-        self.path = Path(path)
+        self.path = self.side = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{path} is not a folder; give a Hugging Face model folder")
         self.config = read_config(self.path)
@@ -108,9 +108,10 @@ def read_exactly(file: int, buffer: memoryview, position: int) -> bool:
 
 
 def _is_weights(relative: Path) -> bool:
-    """Weights in any form, what describes them, our marker and certificate; a stale copy of those must not travel."""
+    """Weights in any form, what describes them, our marker, certificate and card; a stale copy must not travel."""
     name = relative.name
     return name.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth")) or name in (
+        CARD,
         CERTIFICATE,
         FP8_ACTIVATIONS,
         INDEX,

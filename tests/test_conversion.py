@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from conversion import hf_to_nemo, nemo_to_hf
 from conversion import plan as planning
-from conversion.folders import CERTIFICATE
+from conversion.folders import CARD, CERTIFICATE
 from conversion.layout import INDEX, Layout
 from conversion.names import RowBlock, linears, megatron_tensors
 from conversion.plan import make_plan
@@ -33,11 +33,11 @@ def to_nemo(source: Path, out: Path) -> None:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, byte for byte, without our marker and certificate."""
+    """Every file of a folder, byte for byte, without our marker, certificate and card."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in (MARKER, CERTIFICATE)
+        if path.is_file() and path.name not in (CARD, CERTIFICATE, MARKER)
     }
 
 

@@ -1,0 +1,45 @@
+"""What is known of the training run that wrote an adapter: its steps, its data, its settings. Torch-free.
+
+An adapter lies in its run's folder (OUT/adapter, OUT/best, OUT/checkpoints/step-N), whose run.json has the settings.
+Paths are left out: they say more of a machine than of a model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_COUNTS = ("documents", "tokens", "supervised_tokens")
+
+
+def training_facts(adapter: Path) -> dict[str, Any]:
+    """Facts for a certificate; {} of an adapter that came without its run and says nothing itself."""
+    facts: dict[str, Any] = {}
+    steps = _read(adapter / "lora.json").get("steps")
+    if isinstance(steps, int):
+        facts["steps"] = steps
+    folder = adapter.resolve()
+    run = next((found for parent in (*folder.parents[:2],) if (found := _read(parent / "run.json"))), {})
+    if "settings" in run and "data" in run:
+        facts["data"] = _data(Path(str(run["data"])))
+        facts["settings"] = run["settings"]
+        facts["ranks"] = run.get("nodes", 1) * run.get("ranks_per_node", 1)
+    return facts
+
+
+def _data(store: Path) -> dict[str, Any]:
+    """Name of the token store, and from its manifest, if it still is there, sizes and sources."""
+    manifest = _read(store / "manifest.json")
+    facts: dict[str, Any] = {"name": store.name} | {key: manifest[key] for key in _COUNTS if key in manifest}
+    if isinstance(manifest.get("sources"), dict):
+        facts["sources"] = sorted(manifest["sources"])
+    return facts
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
