@@ -33,6 +33,7 @@ from conversion.identity import Facts, content_hash
 from conversion.model_card import model_card, read_readme
 from conversion.revision import base_revision
 from conversion.safetensors_io import side_files
+from conversion.work import PART
 from nano3.cli import UserError
 
 _TOOLS = ("nano3-lora", "torch", "safetensors", "megatron-core", "nvidia-modelopt")
@@ -102,10 +103,12 @@ def previous_certificate(source: Path, facts: Facts) -> dict[str, Any] | None:
 def side_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of what tells readers how to use the tensors: config.json, tokenizer, template, whatever lies beside.
 
-    Not README.md: the base's gives way to the model card when the folder is uploaded.
+    Not README.md: the base's gives way to the model card when the folder is uploaded. Nor weights that are hidden until
+    the folder is complete.
     """
     side = folder / SIDE if (folder / SIDE).is_dir() else folder
-    return {str(path): file_sha256(side / path) for path in side_files(side) if str(path) != "README.md"}
+    names = {str(path) for path in side_files(side)} - {"README.md"}
+    return {name: file_sha256(side / name) for name in sorted(names) if not name.endswith(PART)}
 
 
 def folder_sha256(folder: Path) -> str:
