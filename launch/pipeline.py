@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.cluster import Cluster
+from launch.mounts import parse_mount
+from launch.preflight_checks import unmounted
 from launch.slurm import Job, queue, render, submit
 from launch.stage_records import KIND, Records
 from launch.stages import NAMES, TRAIN, Chain, Stage, model_folder
@@ -92,6 +94,14 @@ def ask_recipe(chain: Chain, site: Path | None) -> None:
     command += ["--cluster", str(site), "--after", "1"] if site is not None else []
     if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
         raise UserError("the training would not start, see above; nothing was run")
+
+
+def check_container(chain: Chain, cluster: Cluster) -> None:
+    """Raises `UserError` for questions that the jobs' container does not see; the recipe checks the other paths."""
+    named = {"--questions": chain.questions} | {f"--input {path.name}:": path for path in chain.inputs}
+    problems = unmounted(named, tuple(map(parse_mount, cluster.mounts)))
+    if problems:
+        raise UserError(problems[0].text)
 
 
 def run_here(stages: tuple[Stage, ...], records: Records) -> int:
@@ -190,6 +200,8 @@ def start(arguments: list[str]) -> int:
     check_output(chain.out, KIND)
     os.chdir(ROOT)  # where stages run; a site file's relative paths mean the same for all of them then
     cluster = None if args.local else Cluster.load(site)
+    if cluster is not None and cluster.container is not None:
+        check_container(chain, cluster)
     ask_recipe(chain, None if cluster is None else site)
     records = Records(chain.out)
     if args.dry_run:

@@ -21,6 +21,7 @@ from launch.layout import Layout, nearest
 from launch.memory import MemoryPlan, plan_memory
 from launch.mounts import parse_mount
 from launch.overrides import apply_overrides
+from launch.plan_export import table as export_table
 from launch.plan_rules import check_settings
 from launch.plan_settings import Plan, default_layout
 from launch.preflight_checks import (
@@ -189,6 +190,7 @@ def report(request: Request, files: bool) -> tuple[int, str]:
     memory, speed = plan_memory(work), estimate(work, request.gpu)
     lines = verdict(request, memory, speed, packs)
     lines += map(str, found)
+    lines.append(export_table(request.arch))
     good = memory.fits(request.gpu) and not any(finding.wrong for finding in found)
     return (0 if good else 1), "\n".join(lines)
 

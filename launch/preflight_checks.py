@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -175,14 +175,14 @@ def check_mounts(paths: Paths) -> list[Finding]:
     """Everything that a run reads or writes is mounted into the container, at its own path: run.json holds those."""
     if paths.mounts is None:
         return []
-    named = (
-        ("--model", paths.model), ("--data", paths.data), ("--validation", paths.validation), ("--out", paths.out),
-    )  # fmt: skip
-    return [
-        Finding(True, f"{what} {problem}")
-        for what, path in named
-        if path is not None and (problem := _unseen(path.resolve(), paths.mounts))
-    ]
+    named = {"--model": paths.model, "--data": paths.data, "--validation": paths.validation, "--out": paths.out}
+    return unmounted({what: path for what, path in named.items() if path is not None}, paths.mounts)
+
+
+def unmounted(named: Mapping[str, Path], mounts: tuple[Mount, ...]) -> list[Finding]:
+    """Which of the paths a container with these mounts does not see at their own place."""
+    found = ((what, _unseen(path.resolve(), mounts)) for what, path in named.items())
+    return [Finding(True, f"{what} {problem}") for what, problem in found if problem]
 
 
 def _unseen(path: Path, mounts: tuple[Mount, ...]) -> str | None:

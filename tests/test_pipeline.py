@@ -175,6 +175,14 @@ def test_a_training_that_would_not_start_stops_everything(tmp_path, asked):
     assert not (tmp_path / "out").exists()
 
 
+def test_questions_that_the_container_does_not_see_are_refused(tmp_path, asked):
+    site = tmp_path / "cluster.yaml"
+    site.write_text(site.read_text().replace(f"{tmp_path}:{tmp_path}", f"{tmp_path}/out:{tmp_path}/out"))
+    done = script(*asked, "--dry-run")
+    assert done.returncode == 2
+    assert f"--questions {tmp_path}/held.jsonl is not mounted into the container" in done.stderr
+
+
 def test_refused_with_the_remedy(tmp_path, asked):
     local = ["--model", "pico", *asked[3:9]]
     for wrong, words in (
