@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from conversion.adapter import Adapter, Contribution
+from conversion.adapter_folder import Adapter, Contribution
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.reference_linears import tap_model
@@ -44,7 +44,7 @@ def _added(adapter: Adapter, parts: list[Contribution]) -> Callable[[torch.Tenso
     """Input and output of one matrix -> the output with the adapter's part of it."""
     factors = []
     for part in parts:
-        low, high, _ = adapter.factors(part)
+        low, high, _ = adapter.factors(part.path, part.expert)
         rows = slice(part.start, part.start + part.count)
         factors.append((rows, low, adapter.sizes[part.path].scale * high[part.first : part.first + part.count]))
 
