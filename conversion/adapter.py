@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.certificate import folder_sha256
+from conversion.facts import content_hash
 from conversion.folders import WEIGHTS, progress, refuse_overlap, require_adapter, require_space
-from conversion.identity import content_hash, hf_facts, refuse_other_base
+from conversion.identity import refuse_other_base
 from conversion.layout import Layout, TensorTable, make_header
 from conversion.lora_json import read_lora_json
 from conversion.parallel import in_parallel
@@ -27,6 +28,7 @@ from conversion.peft_names import CONFIG, CONSUMERS, FACTS, check_consumer
 from conversion.peft_names import WEIGHTS as PEFT_WEIGHTS
 from conversion.safetensors_io import HFFolder
 from conversion.safetensors_writer import SafetensorsWriter
+from conversion.scan import facts_of
 from conversion.work import work_folder
 from nano3.arch import Arch, resolve_model
 from nano3.checkpoint_folder import record_files
@@ -84,7 +86,7 @@ def import_peft(folder: Path, base: Path, out: Path) -> Adapter:
     with HFFolder(base) as hf:
         adapter = Adapter(folder, hf.arch)
         adapter.check_base(hf.rows)
-        found = hf_facts(hf)
+        found = facts_of(hf)
         refuse_other_base(base, found, adapter.info.base_sha256, folder)
         facts = adapter.facts or {
             "format": 2,

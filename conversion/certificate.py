@@ -4,16 +4,16 @@
 NeMo's; tensors have Hugging Face's names in both. A tensor is `identical` (the same bytes), `changed` (by an adapter,
 with the relative size of the change), `cast`, `quantized` (with its scale and relative error), `added` (a scale) or
 `dropped`; there is no other way, and a difference that nobody declared is not certified. Input, base and adapter are
-named by content hash (conversion/identity.py), the certificate of the input travels inside (`previous`), so whoever
+named by content hash (conversion/facts.py), the certificate of the input travels inside (`previous`), so whoever
 receives the model can recompute it back to the published base (conversion/certify.py).
 
 A tool that writes a folder calls, inside `fresh_output` and last of all:
 
     write_certificate(folder, source, before, after, Claim("import"))
 
-`before` and `after` are the facts of all tensors of input and output: name -> `Fact(dtype, shape, sha256)`. Whoever
-streams computes them in the same pass: `RowDigests(table).update(name, first_row, rows)`, at the end `.facts()`, both
-in conversion/identity.py. What is copied without a change from one buffer needs one digest: pass the same facts twice.
+`before` and `after` are the facts of all tensors of input and output (conversion/facts.py). Who streams has them from
+the same pass: `scan` of the input, `facts` of the writer. What is copied from one buffer needs one digest: the same
+facts twice.
 `previous_certificate(source, before)` says early whether the input still is what its own certificate says.
 """
 
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from conversion.certificate_json import FORMAT, MAY, SIDES, count_lines, happened, read_certificate
+from conversion.facts import Facts, content_hash
 from conversion.folders import CARD, CERTIFICATE, SIDE
-from conversion.identity import Facts, content_hash
 from conversion.model_card import model_card, read_readme
 from conversion.revision import base_revision
 from conversion.safetensors_io import side_files

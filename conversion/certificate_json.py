@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from conversion.facts import Fact, Facts
 from conversion.folders import CERTIFICATE
-from conversion.identity import Fact, Facts
 from conversion.layout import FP8
 from nano3.cli import UserError
 

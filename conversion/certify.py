@@ -21,12 +21,13 @@ from typing import Any
 from conversion.certificate import side_digests
 from conversion.certificate_json import chain, read_certificate, said
 from conversion.consistency import contradictions
+from conversion.facts import Facts
 from conversion.folders import SIDE
-from conversion.identity import Facts
 from conversion.model_card import model_card, read_readme
-from conversion.nemo_folder import NemoFolder, model_facts, open_model
+from conversion.nemo_folder import NemoFolder, named_model, open_model
 from conversion.recompute import wrong_numbers, wrong_scales
-from nano3.arch import Arch, is_nemo_checkpoint, resolve_model
+from conversion.scan import facts_of
+from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.cli import UserError, run
 
 
@@ -40,7 +41,7 @@ def verify(folder: Path, base: Path | None = None) -> list[str]:
         config.pop("quantization_config", None)
         problems += contradictions(certificate, Arch.from_config(config, str(side)))
         with open_model(folder, quantized=True) as model:
-            found = model_facts(model)
+            found = facts_of(model)
             problems += differences(found, said(certificate, "output"), f"{folder}")
             if isinstance(model, NemoFolder):
                 problems += model.padding_problems()
@@ -54,7 +55,7 @@ def verify(folder: Path, base: Path | None = None) -> list[str]:
 def _against(certificate: dict[str, Any], folder: Path, base: Path, altered: bool) -> list[str]:
     """How BASE differs from the input of the step that it is closest to; and whether that step's numbers are true."""
     with open_model(base, quantized=True) as model:
-        found = model_facts(model)
+        found = facts_of(model)
         links = list(chain(certificate))
         best = min(links, key=lambda link: len(_unequal(found, said(link, "input"))))
         problems = differences(found, said(best, "input"), f"{base}")
@@ -107,9 +108,7 @@ def main() -> int:
     if args.command == "card":
         print(model_card(certificate, read_readme(args.folder)), end="")
         return 0
-    base = Path(args.against) if args.against else None
-    if base is not None and not is_nemo_checkpoint(base):
-        base = resolve_model(args.against)
+    base = named_model(args.against) if args.against else None
     problems = verify(args.folder, base)
     for problem in problems:
         print(problem)

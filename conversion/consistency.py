@@ -12,8 +12,8 @@ from itertools import pairwise
 from typing import Any
 
 from conversion.certificate_json import BALANCE, MAY, SIDES, chain, count_lines, happened, said
+from conversion.facts import content_hash
 from conversion.fp8 import KV_SCALES, SCALES
-from conversion.identity import content_hash
 from conversion.layout import some
 from conversion.names import adaptable
 from nano3.arch import Arch

@@ -19,6 +19,7 @@ from conversion.certificate import Claim, write_certificate
 from conversion.folders import CONTEXT, LAYOUT, NEMO_KIND, SIDE, copy_files, progress, rate, refuse_overlap
 from conversion.identity import record, source_files
 from conversion.plan import CHUNK_BYTES, make_plan
+from conversion.revision import base_revision
 from conversion.safetensors_io import HFFolder, side_files
 from conversion.work import work_folder
 from nano3.arch import resolve_model
@@ -45,7 +46,7 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
                 facts = write_weights(work, plan, hf, bar.update)
             copy_files(source, side, work.folder / SIDE)
             (work.folder / LAYOUT).write_text(hf.layout.to_json())
-            record(hf, facts, work.folder)
+            record(work.folder, facts, base_revision(source), hf)
             if context:
                 with quiet_imports():
                     from conversion.nemo_io import write_context

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from conversion.adapter_folder import Adapter
+from conversion.model_folder import torch_dtype
 from conversion.names import Linear
 from conversion.peft_file import MAGNITUDE, A, B
 from conversion.peft_names import PARAMETERS, Part, fused_name, key, module_name, parts
-from conversion.safetensors_io import torch_dtype
 from nano3.targets import EMBEDDING
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.certificate import Claim, norm_ratio, previous_certificate, write_certificate
+from conversion.facts import Fact
 from conversion.folders import HF_KIND, copy_files, refuse_overlap
 from conversion.fp8 import E4M3_MAX, KV_SCALES, Selection
-from conversion.identity import Fact
 from conversion.layout import Layout
 from conversion.rewrite import STEP_BYTES, Change, Passage, rewrite
 from conversion.safetensors_io import HFFolder, side_files

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from conversion.facts import raw_bytes
 from conversion.folders import progress
-from conversion.identity import raw_bytes
 from conversion.layout import PLAIN_BYTES, Entry, Layout
 from conversion.magnitude import largest_magnitude, refuse_not_finite
 from conversion.parallel import in_parallel, scratch

@@ -8,23 +8,13 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from conversion.folders import CARD, CERTIFICATE
-from conversion.layout import FP8, INDEX, Layout, check_tensors
+from conversion.layout import INDEX, Layout, check_tensors
+from conversion.model_folder import ModelFolder
 from nano3.arch import Arch
 from nano3.cli import MARKER, UserError
 from nano3.hf_config import FP8_ACTIVATIONS, read_config
-
-if TYPE_CHECKING:
-    import torch
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype for a safetensors word."""
-    import torch
-
-    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, FP8: torch.float8_e4m3fn}[name]
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -37,7 +27,7 @@ def side_files(folder: Path) -> list[Path]:
     return found
 
 
-class HFFolder:
+class HFFolder(ModelFolder):
     """A Hugging Face model folder that holds exactly the tensors of its config.json. Use as a context manager.
 
     `quantized` ones may have FP8 tensors and, beyond the model's own, tensors named `..._scale`.
@@ -61,24 +51,6 @@ class HFFolder:
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    @property
-    def dtypes(self) -> dict[str, str]:
-        """The dtype of every tensor as its file says."""
-        return {name: entry.dtype for name, entry in self.layout.entries.items()}
-
-    def rows(self, name: str, start: int, count: int) -> torch.Tensor:
-        """Rows `start` to `start + count` of a tensor, in its dtype, from the file."""
-        buffer = bytearray(count * self.layout.entries[name].row_bytes)
-        return self.rows_into(memoryview(buffer), name, start, count)
-
-    def rows_into(self, buffer: memoryview, name: str, start: int, count: int) -> torch.Tensor:
-        """The same in memory of the caller, who has `buffer` as large as the rows; the tensor is a view of it."""
-        import torch
-
-        entry = self.layout.entries[name]
-        self.read_into(buffer, name, start * entry.row_bytes)
-        return torch.frombuffer(buffer, dtype=torch_dtype(entry.dtype)).view(count, *entry.shape[1:])
-
     def read_into(self, buffer: memoryview, name: str, begin: int) -> None:
         """Fills `buffer` with the bytes of a tensor from byte `begin` on. Several threads may call it at once."""
         entry = self.layout.entries[name]
@@ -87,9 +59,6 @@ class HFFolder:
                 self._files[entry.file] = os.open(self.path / entry.file, os.O_RDONLY)
         if not read_exactly(self._files[entry.file], buffer, entry.start + begin):
             raise UserError(f"{self.path / entry.file} ended while {name} was read; it changed under our hands")
-
-    def __enter__(self) -> HFFolder:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():

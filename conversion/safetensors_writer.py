@@ -9,10 +9,11 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from conversion.identity import Fact, raw_bytes
+from conversion.facts import Fact, raw_bytes
 from conversion.layout import INDEX, Layout
+from conversion.model_folder import torch_dtype
 from conversion.parallel import in_parallel, scratch
-from conversion.safetensors_io import read_exactly, torch_dtype
+from conversion.safetensors_io import read_exactly
 from conversion.work import PART, Work
 
 if TYPE_CHECKING:

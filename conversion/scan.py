@@ -1,39 +1,55 @@
-"""The first pass over a model that is to be changed: every tensor is hashed and checked before one is written."""
+"""Passes over a whole model on all cores: every tensor hashed, and checked before one is written."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
+from conversion.facts import Fact
 from conversion.folders import progress
-from conversion.identity import Fact
 from conversion.magnitude import largest_magnitude, refuse_not_finite
+from conversion.model_folder import ModelFolder
 from conversion.parallel import in_parallel, scratch
-from conversion.safetensors_io import HFFolder
 from conversion.safetensors_writer import PIECE
 
 
-def scan(hf: HFFolder) -> tuple[dict[str, Fact], dict[str, float]]:
+def facts_of(model: ModelFolder) -> dict[str, Fact]:
+    """The facts of every tensor by name, with a progress bar on stderr."""
+    return _hash(model, "hash", lambda _name, _piece: None)
+
+
+def scan(model: ModelFolder) -> tuple[dict[str, Fact], dict[str, float]]:
     """Facts and largest magnitude of every tensor, by name; with a progress bar on stderr.
 
     Raises `UserError` naming a tensor with NaN or infinity.
     """
-    entries = hf.layout.entries
+    largest = dict.fromkeys(model.layout.entries, 0.0)
+
+    def see(name: str, piece: memoryview) -> None:
+        found = largest_magnitude(piece, model.layout.entries[name].dtype)
+        refuse_not_finite(found, name, model.path)
+        largest[name] = max(largest[name], found)
+
+    return _hash(model, "check", see), largest
+
+
+def _hash(model: ModelFolder, what: str, see: Callable[[str, memoryview], Any]) -> dict[str, Fact]:
+    """Reads every tensor in pieces, from its first byte to its last on one thread; `see` is shown each piece."""
+    entries = model.layout.entries
     facts: dict[str, Fact] = {}
-    largest = dict.fromkeys(entries, 0.0)
 
     def do(name: str) -> None:
         entry, digest = entries[name], hashlib.sha256()
         size = entry.stop - entry.start
         for begin in range(0, size, PIECE):
             piece = scratch(min(PIECE, size - begin))
-            hf.read_into(piece, name, begin)
-            found = largest_magnitude(piece, entry.dtype)
-            refuse_not_finite(found, name, hf.path)
-            largest[name] = max(largest[name], found)
+            model.read_into(piece, name, begin)
+            see(name, piece)
             digest.update(piece)
             bar.update(len(piece))
         facts[name] = Fact(entry.dtype, entry.shape, digest.hexdigest())
 
-    with progress(hf.layout.total_bytes, "check") as bar:
+    with progress(model.layout.total_bytes, what) as bar:
         in_parallel(sorted(entries, key=lambda name: (entries[name].file, entries[name].start)), do)
-    return {name: facts[name] for name in entries}, largest
+    return {name: facts[name] for name in entries}

@@ -29,13 +29,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from conversion.facts import Fact
 from conversion.folders import WEIGHTS
-from conversion.identity import Fact
 from conversion.layout import Entry
 from conversion.magnitude import largest_magnitude, refuse_not_finite
+from conversion.model_folder import torch_dtype
 from conversion.parallel import in_parallel, scratch
 from conversion.plan import Plan, is_native
-from conversion.safetensors_io import HFFolder, read_exactly, torch_dtype
+from conversion.safetensors_io import HFFolder, read_exactly
 from conversion.torch_dist import data_begin
 from conversion.units import Box, Unit, files, units
 from conversion.work import Work

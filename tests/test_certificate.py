@@ -17,11 +17,12 @@ from conversion.certificate import Claim, write_certificate
 from conversion.certificate_json import count_lines, read_certificate
 from conversion.certificate_json import said as lines_of
 from conversion.certify import verify
+from conversion.facts import content_hash
 from conversion.fp8 import Selection
-from conversion.identity import content_hash, hf_facts
 from conversion.merge_lora import merge
 from conversion.quantize_fp8 import quantize
 from conversion.safetensors_io import HFFolder
+from conversion.scan import facts_of
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.targets import PRESETS, select
@@ -283,7 +284,7 @@ def test_an_altered_input_is_refused_before_anything_is_written(folders, tmp_pat
 def test_only_what_was_declared_is_certified(folders, tmp_path):
     """A tool that changes a tensor without saying so, or loses one, gets no certificate for it."""
     with HFFolder(folders / "base") as base, HFFolder(folders / "merged") as merged:
-        before, after = hf_facts(base), hf_facts(merged)
+        before, after = facts_of(base), facts_of(merged)
     with pytest.raises(UserError, match=f"{CHANGED} differs from the input, and nothing was to change it"):
         write_certificate(tmp_path, folders / "base", before, after, Claim("merge"))
     lost = {name: fact for name, fact in before.items() if name != "lm_head.weight"}

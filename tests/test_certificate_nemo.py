@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from conversion.certificate import Claim, write_certificate
 from conversion.certify import verify
+from conversion.facts import content_hash
 from conversion.hf_to_nemo import convert
-from conversion.identity import content_hash, hf_facts
 from conversion.names import VOCABULARY_KEYS
-from conversion.nemo_folder import NemoFolder, model_facts
+from conversion.nemo_folder import NemoFolder
 from conversion.safetensors_io import HFFolder
+from conversion.scan import facts_of
 from tests.test_certificate import BIAS, ROUTER, Tensors, nudge, swap
 from tests.tiny import tiny_hf_folder
 
@@ -27,14 +28,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_hf_folder(folder / "base", vocab_size=100)
     convert(folder / "base", folder / "nemo", context=False)
     with HFFolder(folder / "base") as hf:
-        facts = hf_facts(hf)
+        facts = facts_of(hf)
     write_certificate(folder / "nemo", folder / "base", facts, facts, Claim("import"))
     return folder
 
 
 def test_a_nemo_checkpoint_has_the_content_hash_of_its_source(folders):
     with HFFolder(folders / "base") as hf, NemoFolder(folders / "nemo") as nemo:
-        assert content_hash(model_facts(nemo)) == content_hash(hf_facts(hf))
+        assert content_hash(facts_of(nemo)) == content_hash(facts_of(hf))
         for name, entry in hf.layout.entries.items():  # rows from the middle of q, k, v, of in_proj's sections
             start = entry.rows // 3
             assert nemo.rows(name, start, entry.rows // 2).equal(hf.rows(name, start, entry.rows // 2)), name

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conversion.facts import content_hash
 from conversion.hf_to_nemo import convert
-from conversion.identity import content_hash, hf_facts, holds
+from conversion.identity import holds
 from conversion.safetensors_io import HFFolder
+from conversion.scan import facts_of
 from nano3.base_identity import recorded_sha256
 from nano3.checkpoint_folder import (
     check_files,
@@ -122,7 +124,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sha256(folder: Path) -> str:
     with HFFolder(folder) as hf:
-        return content_hash(hf_facts(hf))
+        return content_hash(facts_of(hf))
 
 
 def test_the_content_hash_by_hand_and_whatever_the_files(base, tmp_path):
