@@ -1,8 +1,9 @@
 """What makes two attempts the same run, so that the second may go on from the first's checkpoints.
 
-Every setting that has a say in the numbers, the number of ranks, and the *contents* of base and stores, by hash. Paths
-are not part of it: a run may move. Neither are the groups `log` and `checkpoint`, when a run counts as diverged, and
-what is recomputed (the order of sums at most): an attempt that stopped for one of these must be able to go on.
+Every setting that has a say in the numbers, the number of ranks, and the *contents* of base, stores and the adapter
+that it starts from, by hash. Paths are not part of it: a run may move. Neither are the groups `log` and `checkpoint`,
+when a run counts as diverged, and what is recomputed (the order of sums at most): an attempt that stopped for one of
+these must be able to go on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from conversion.certificate import folder_sha256
 from data_prep.packing import PackedDataset
 from launch.overrides import flatten
 from nano3.base_identity import recorded_sha256
@@ -24,10 +26,12 @@ def run_identity(run: str) -> dict[str, Any]:
     """The identity of the run with this JSON (`Run.to_json`), whose base and stores must exist; JSON values."""
     task = Run.from_json(run)
     settings = {key: value for key, value in flatten(task.settings).items() if not key.startswith(MAY_CHANGE)}
+    initial = settings.pop("lora.init_from")
     identity = {
         "base": recorded_sha256(Path(task.base))[:16],
         "data": _store_sha256(task.data, task),
         "validation": _store_sha256(task.validation, task) if task.validation else None,
+        "initial adapter": folder_sha256(Path(initial))[:16] if initial else None,
         "ranks": task.ranks,
         "bf16": task.bf16,
         **settings,

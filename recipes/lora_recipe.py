@@ -23,6 +23,7 @@ from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from nano3.adapter_checkpoint import SaveAdapter
 from nano3.arch import Arch
 from nano3.hf_config import read_config
+from nano3.initial_adapter import InitialAdapter
 from nano3.liveness import AdapterLiveness
 from nano3.lora import Nano3LoRA
 from nano3.parameter_groups import is_b, is_magnitude
@@ -111,6 +112,7 @@ def _trainer(task: Run) -> run.Config:
         plugins=_bf16() if task.bf16 else None,
         callbacks=[
             _checkpoints(task),
+            *_initial(task),
             run.Config(RouterGuard, router=task.settings.router),
             run.Config(AdapterLiveness),
             run.Config(SaveAdapter, out=str(out / "adapter"), facts=_facts(task), base=task.base),
@@ -134,6 +136,11 @@ def _trainer(task: Run) -> run.Config:
         use_distributed_sampler=False,
         accumulate_grad_batches=1,
     )
+
+
+def _initial(task: Run) -> list[run.Config]:
+    folder = task.settings.lora.init_from
+    return [run.Config(InitialAdapter, folder=folder, facts=_facts(task), base=task.base)] if folder else []
 
 
 def _checkpoints(task: Run) -> run.Config:

@@ -27,6 +27,7 @@ from nano3.targets import select, sizes
 from recipes import cluster_run, local_run
 from recipes.checks import check_run
 from recipes.eval_only import evaluate, evaluation_task
+from recipes.initial import adopt
 from recipes.local_run import KIND, refuse_finished
 from recipes.settings import Run, Settings
 
@@ -107,6 +108,8 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
     if not cpu:
         settings.layout = default_layout(arch, ranks)
     apply_overrides(settings, args.settings)
+    if settings.lora.init_from:
+        adopt(settings.lora)
     task = Run(
         model=str(model),
         base=str(base or args.out.resolve() / "base"),
@@ -125,7 +128,7 @@ def resolve(args: argparse.Namespace) -> tuple[Run, Arch]:
     elif args.adapter:
         raise UserError("--adapter is what --eval-only evaluates; give that too")
     check_run(task, arch)
-    sources = [model, base, args.data, args.validation]
+    sources = [model, base, args.data, args.validation, settings.lora.init_from or None]
     refuse_overlap(args.out, *(Path(source) for source in sources if source is not None))
     return task, arch
 

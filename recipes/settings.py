@@ -43,6 +43,9 @@ class LoraSettings:
     """Probability on the adapters' input, while training; the embedding's adapter has no such input."""
     experts: Literal["shared", "each", "none"] = "shared"
     """Routed experts: one adapter per layer for all of them, one for each, or none."""
+    init_from: str = ""
+    """Adapter folder to start from: an earlier run's, or what `conversion/adapter.py import` wrote. The settings above,
+    but for dropout and LoRA+, become its; the optimizer starts fresh. Empty: fresh adapters."""
 
     def chosen_targets(self) -> list[str]:
         """The targets, with the preset resolved."""
