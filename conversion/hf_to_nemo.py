@@ -16,12 +16,14 @@ import time
 from pathlib import Path
 
 from conversion.certificate import Claim, write_certificate
+from conversion.facts import Fact
 from conversion.folders import CONTEXT, LAYOUT, NEMO_KIND, SIDE, copy_files, progress, rate, refuse_overlap
 from conversion.identity import record, source_files
-from conversion.plan import CHUNK_BYTES, make_plan
+from conversion.model_folder import ModelFolder
+from conversion.plan import CHUNK_BYTES, Plan, make_plan
 from conversion.revision import base_revision
 from conversion.safetensors_io import HFFolder, side_files
-from conversion.work import work_folder
+from conversion.work import Work, work_folder
 from nano3.arch import resolve_model
 from nano3.cli import check_output, run
 from nano3.quiet import quiet_imports
@@ -40,21 +42,27 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
         needed = plan.total_bytes + sum((source / path).stat().st_size for path in side)
         job = {"tool": "import", "source": str(source.resolve()), "files": source_files(hf), "chunk": CHUNK_BYTES}
         with work_folder(out, NEMO_KIND, job | {"layout": hf.layout.to_json()}, needed) as work:
-            from conversion.torch_dist_writer import write_weights
-
-            with progress(plan.total_bytes, "weights") as bar:
-                facts = write_weights(work, plan, hf, bar.update)
-            copy_files(source, side, work.folder / SIDE)
-            (work.folder / LAYOUT).write_text(hf.layout.to_json())
+            facts = write_checkpoint(work, hf, plan, context)
             record(work.folder, facts, base_revision(source), hf)
-            if context:
-                with quiet_imports():
-                    from conversion.nemo_io import write_context
-
-                shutil.rmtree(work.folder / CONTEXT, ignore_errors=True)
-                write_context(work.folder / CONTEXT, work.folder / SIDE)
             write_certificate(work.folder, source, facts, facts, Claim("import"))
     return plan.total_bytes
+
+
+def write_checkpoint(work: Work, model: ModelFolder, plan: Plan, context: bool) -> dict[str, Fact]:
+    """Writes all of a NeMo checkpoint but what it says of its origin; returns the facts of its tensors."""
+    from conversion.torch_dist_writer import write_weights
+
+    with progress(plan.total_bytes, "weights") as bar:
+        facts = write_weights(work, plan, model, bar.update)
+    copy_files(model.side, side_files(model.side), work.folder / SIDE)
+    (work.folder / LAYOUT).write_text(model.layout.to_json())
+    if context:
+        with quiet_imports():
+            from conversion.nemo_io import write_context
+
+        shutil.rmtree(work.folder / CONTEXT, ignore_errors=True)
+        write_context(work.folder / CONTEXT, work.folder / SIDE)
+    return facts
 
 
 def main() -> int:

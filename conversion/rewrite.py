@@ -10,8 +10,8 @@ from conversion.facts import raw_bytes
 from conversion.folders import progress
 from conversion.layout import PLAIN_BYTES, Entry, Layout
 from conversion.magnitude import largest_magnitude, refuse_not_finite
+from conversion.model_folder import ModelFolder
 from conversion.parallel import in_parallel, scratch
-from conversion.safetensors_io import HFFolder
 from conversion.safetensors_writer import PIECE, SafetensorsWriter
 from conversion.work import Work
 
@@ -26,7 +26,7 @@ STEP_BYTES = 16 << 20
 class Passage:
     """A tensor on its way: rows are read from the source and written, in their order, to the output."""
 
-    hf: HFFolder
+    hf: ModelFolder
     writer: SafetensorsWriter
     name: str
 
@@ -52,7 +52,7 @@ Change = Callable[[Passage], Any]
 
 
 def rewrite(
-    hf: HFFolder,
+    hf: ModelFolder,
     work: Work,
     layout: Layout,
     changes: Mapping[str, Change],
@@ -84,7 +84,7 @@ def rewrite(
     return writer
 
 
-def _copy(hf: HFFolder, writer: SafetensorsWriter, name: str) -> None:
+def _copy(hf: ModelFolder, writer: SafetensorsWriter, name: str) -> None:
     entry = hf.layout.entries[name]
     size = entry.stop - entry.start
     for begin in range(0, size, PIECE):

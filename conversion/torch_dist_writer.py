@@ -33,10 +33,10 @@ from conversion.facts import Fact
 from conversion.folders import WEIGHTS
 from conversion.layout import Entry
 from conversion.magnitude import largest_magnitude, refuse_not_finite
-from conversion.model_folder import torch_dtype
+from conversion.model_folder import ModelFolder, torch_dtype
 from conversion.parallel import in_parallel, scratch
 from conversion.plan import Plan, is_native
-from conversion.safetensors_io import HFFolder, read_exactly
+from conversion.safetensors_io import read_exactly
 from conversion.torch_dist import data_begin
 from conversion.units import Box, Unit, files, units
 from conversion.work import Work
@@ -59,7 +59,7 @@ Place = tuple[int, int]
 """Where a chunk lies in its file: first byte, length."""
 
 
-def write_weights(work: Work, plan: Plan, hf: HFFolder, advance: Callable[[int], Any]) -> dict[str, Fact]:
+def write_weights(work: Work, plan: Plan, hf: ModelFolder, advance: Callable[[int], Any]) -> dict[str, Fact]:
     """Writes the `weights/` of a checkpoint; returns the facts of all tensors, as they were read and written.
 
     `advance` is told the bytes of every chunk when it is written. Raises `UserError` for NaN or infinity, by name.
@@ -96,7 +96,7 @@ def write_weights(work: Work, plan: Plan, hf: HFFolder, advance: Callable[[int],
 
 
 def _write_file(
-    path: Path, unit: Unit, hf: HFFolder, advance: Callable[[int], Any]
+    path: Path, unit: Unit, hf: ModelFolder, advance: Callable[[int], Any]
 ) -> tuple[dict[str, Any], list[Place]]:
     """Writes one file; returns the digest of every Hugging Face tensor in it and the places of its chunks."""
     digests: dict[str, Any] = {}
@@ -130,7 +130,7 @@ def _keep(work: Work, file: str, digests: dict[str, str], places: list[Place]) -
     work.record(file, {"digests": digests, "places": places})
 
 
-def _taken_over(work: Work, file: str, unit: Unit, hf: HFFolder) -> dict[str, str] | None:
+def _taken_over(work: Work, file: str, unit: Unit, hf: ModelFolder) -> dict[str, str] | None:
     """The digests of a file that a killed run finished, when its chunks still hold them; else None."""
     recorded, path = work.recorded(file), work.folder / file
     if recorded is None or not path.is_file() or len(recorded["places"]) != len(unit):
