@@ -169,12 +169,16 @@ def _pump(source: IO[bytes], sink: IO[str], log: Path) -> None:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Waits until all ranks ended or one failed; the failed ranks, the one that was seen to fail first in front."""
+    """Waits until all ranks ended or one failed; the failed ranks, the one that was seen to fail first in front.
+
+    Of those that are seen at once a killed one goes first: the others fail because it no longer answers.
+    """
     failed: list[int] = []
     deadline = float("inf")
     while time.monotonic() < deadline:
         codes = [process.poll() for process in processes]
-        failed += [rank for rank, code in enumerate(codes) if code and rank not in failed]
+        new = [rank for rank, code in enumerate(codes) if code and rank not in failed]
+        failed += sorted(new, key=lambda rank: processes[rank].returncode > 0)
         if all(code is not None for code in codes):
             break
         if failed and deadline == float("inf"):
@@ -210,10 +214,20 @@ def _report(processes: list[subprocess.Popen[bytes]], failed: list[int], log_dir
         return
     for rank in failed:
         log = log_file(log_dir, rank)
-        print(f"rank {rank} failed with exit code {_exit_code(processes[rank])}; its log: {log}", file=sys.stderr)
+        how = f"failed with exit code {_exit_code(processes[rank])}{_signal_in_words(processes[rank])}"
+        print(f"rank {rank} {how}; its log: {log}", file=sys.stderr)
         if rank:
             lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
             print("\n".join(f"  [rank {rank}] {line}" for line in lines), file=sys.stderr)
+
+
+def _signal_in_words(process: subprocess.Popen[bytes]) -> str:
+    """What ended a process that did not end by itself; empty for one that did."""
+    if process.returncode >= 0:
+        return ""
+    name = signal.Signals(-process.returncode).name
+    why = ", by hand or by the kernel when memory ran out: dmesg says" if name == "SIGKILL" else ""
+    return f" (killed by {name}{why})"
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from launch.layout import Layout
-from launch.plan_settings import LoraPlan, Plan
+from launch.plan_settings import LoraPlan, Plan, TrainPlan
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.targets import EMBEDDING, Size, check_sliced_experts, is_routed
@@ -47,6 +47,17 @@ def _check_recompute(chosen: Sequence[str]) -> None:
                 f"train.recompute={','.join(chosen)}: {whole} already covers {', '.join(sorted(parts))}; "
                 f"leave out {whole} or the others"
             )
+
+
+def check_packs(train: TrainPlan, layout: Layout) -> None:
+    """Raises `UserError` for a `train.pad_multiple` with which this layout cannot cut the documents of a pack."""
+    wanted, multiple = layout.document_multiple, train.pad_multiple
+    if multiple < 0 or multiple % wanted:
+        raise UserError(
+            f"train.pad_multiple={multiple} must be a multiple of {wanted}, which layout.cp={layout.cp} needs, or 0"
+        )
+    if multiple and train.seq_length % multiple:
+        raise UserError(f"train.seq_length={train.seq_length} must be a multiple of train.pad_multiple={multiple}")
 
 
 def check_adapters(chosen: Mapping[str, Size], lora: LoraPlan, layout: Layout) -> None:

@@ -40,6 +40,7 @@ class TrainPlan:
     micro_batch: int = 1
     global_batch: int = 128
     seq_length: int = 4096
+    pad_multiple: int = 0
     recompute: list[Recompute] = field(default_factory=list)
 
 
@@ -62,6 +63,11 @@ class Plan:
     """`full`: all weights are trained. This project trains adapters only; the plan knows both, to compare."""
     imbalance: float = IMBALANCE
     """Tokens of the busiest rank's experts over an even share."""
+
+    @property
+    def document_multiple(self) -> int:
+        """What every packed document's length is padded to."""
+        return self.train.pad_multiple or self.layout.document_multiple
 
     def adapter_sizes(self, arch: Arch) -> dict[str, Size]:
         """Every adapter's rank by path, none when all weights are trained; `UserError` for targets that name nothing.

@@ -81,7 +81,7 @@ def check_validation(plan: Plan, arch: Arch, paths: Paths) -> list[Finding]:
 
 def _packs(plan: Plan, store: TokenStore) -> tuple[list[Finding], int | None]:
     try:
-        _, facts = read_index(store, plan.train.seq_length, plan.layout.document_multiple)
+        _, facts = read_index(store, plan.train.seq_length, plan.document_multiple)
     except UserError as error:
         return [Finding(True, str(error))], None
     packs = facts["packs"]

@@ -12,7 +12,7 @@ from launch.hardware import GIB, Gpu
 from launch.layout import Layout, nearest
 from launch.layout_rules import check
 from launch.memory import MemoryPlan, plan_memory
-from launch.plan_rules import check_adapters
+from launch.plan_rules import check_adapters, check_packs
 from launch.plan_settings import Plan, Recompute
 from launch.throughput import Estimate, estimate
 from nano3.arch import Arch
@@ -60,6 +60,7 @@ def valid_layouts(arch: Arch, plan: Plan, ranks: int, per_node: int) -> list[Lay
     def can(layout: Layout) -> bool:
         try:
             check_adapters(chosen, plan.lora, layout)
+            check_packs(train, layout)
         except UserError:
             return False
         return True
@@ -72,6 +73,7 @@ def refuse_layout(arch: Arch, plan: Plan, ranks: int, per_node: int) -> None:
     train = plan.train
     check(arch, plan.layout, ranks, train.seq_length, train.global_batch, per_node)
     check_adapters(plan.adapter_sizes(arch), plan.lora, plan.layout)
+    check_packs(train, plan.layout)
 
 
 def fitting(arch: Arch, plan: Plan, gpu: Gpu, ranks: int, per_node: int) -> list[Candidate]:

@@ -23,7 +23,9 @@ NOT_LISTED = (FILES, MARKER, "lora.json")
 """Files whose own syntax says whether they are whole, and which people may edit."""
 TRAINING = "training"
 STATE = "state.json"
-"""In `training/`: step, samples and the identity of the run."""
+"""In `training/`: step, samples, the identity of the run, and the layout of the ranks that wrote it."""
+FORMAT = 2
+"""Of `training/`. In format 1 everything but the optimizer's tensors was stored rank by rank."""
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -102,7 +104,13 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def refuse_other_run(folder: Path, identity: Mapping[str, Any]) -> None:
     """Raises `UserError` when the checkpoint `folder` belongs to a run with another identity, naming what differs."""
-    recorded = read_state(folder)["identity"]
+    state = read_state(folder)
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} is a checkpoint of format {state.get('format', 1)} and this code reads {FORMAT}: go on with the "
+            "version of this repository that wrote it, or start over here with --overwrite"
+        )
+    recorded = state["identity"]
     names = [*identity, *(name for name in recorded if name not in identity)]
     different = [name for name in names if recorded.get(name) != identity.get(name)]
     if different:
@@ -111,6 +119,12 @@ def refuse_other_run(folder: Path, identity: Mapping[str, Any]) -> None:
             f"{folder} is a checkpoint of another run: {what}. Go on with what it was, choose another --out, or start "
             "over here with --overwrite"
         )
+
+
+def layout_in_words(layout: Mapping[str, int]) -> str:
+    """A checkpoint's or a run's layout for people: `4 ranks (tp=2 ep=2)`."""
+    sizes = " ".join(f"{name}={size}" for name, size in layout.items() if name != "ranks" and size > 1)
+    return f"{layout['ranks']} rank{'s' if layout['ranks'] > 1 else ''}{sizes and f' ({sizes})'}"
 
 
 def prune(out: Path | str, keep: int) -> None:

@@ -39,11 +39,21 @@ def factor(step: int, kind: str, steps: int, warmup: int, decay: int, floor: flo
 
 
 class GroupRates(LambdaLR):
-    """Every parameter group at its own peak times `factor`; a restored state sets the groups' rates at once."""
+    """Every parameter group at its own peak times `factor`.
+
+    Its state is the step alone: which groups a rank has, and in which order, depends on the parallel layout.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps have been taken."""
+        return {"step": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        for group, rate in zip(self.optimizer.param_groups, self.get_last_lr(), strict=True):
+        """Sets step and the groups' rates at once."""
+        self.last_epoch, self._step_count = state_dict["step"], state_dict["step"] + 1
+        peaks = zip(self.base_lrs, self.lr_lambdas, strict=True)
+        self._last_lr = [peak * factor_of(self.last_epoch) for peak, factor_of in peaks]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
 
 

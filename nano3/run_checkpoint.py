@@ -3,12 +3,13 @@
     OUT/checkpoints/step-000400/
         lora.json, weights/    the adapter after 400 steps: conversion/merge_lora.py takes the folder as it is
         training/optimizer/    Adam's moments and FP32 masters, by parameter (torch_dist)
-        training/ranks.pt      random numbers, schedule, callbacks' states: rank by rank
-        training/state.json    step, samples, and the identity of the run
+        training/run.pt        Adam's step, schedule, callbacks' states
+        training/ranks.pt      random numbers, rank by rank
+        training/state.json    step, samples, the identity of the run, and the layout of its ranks
         files.json             every file's size
 
-Nothing of the base is in it. It is written aside and renamed, between two steps: after the validation of the step
-before, before anything of the next.
+Nothing of the base is in it and, but for `ranks.pt`, nothing of the layout: ranks of another one go on too. It is
+written aside and renamed, between two steps: after the validation of the step before, before anything of the next.
 """
 
 from __future__ import annotations
@@ -43,11 +44,15 @@ from nano3.adapter_checkpoint import (
 from nano3.replicas import require_equal_replicas
 from nano3.router import require_router
 from nano3.training_state import (
+    adam_step,
     load_optimizer,
-    load_own_state,
+    new_random_state,
     optimizer_tensors,
-    own_state,
+    random_state,
+    schedules,
+    set_adam_step,
     set_random_state,
+    set_schedules,
 )
 
 SPARE_BYTES = 4 << 20
@@ -66,11 +71,23 @@ class RunCheckpoints(pl.Callback):
         minutes: wall-clock minutes between checkpoints, by rank 0's clock; 0: none by time.
         keep: how many checkpoints stay.
         identity: what makes it the same run; a checkpoint with another identity is refused.
+        layout: number of ranks and sizes of their groups; ranks of another layout than the checkpoint's get the same
+            state and the same data, but random numbers of their own.
+        seed: of the run.
     """
 
-    def __init__(self, out: str, every: int, minutes: float, keep: int, identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        out: str,
+        every: int,
+        minutes: float,
+        keep: int,
+        identity: dict[str, Any],
+        layout: dict[str, int],
+        seed: int,
+    ) -> None:
         self.out, self.every, self.minutes, self.keep = Path(out), every, minutes, keep
-        self.identity = identity
+        self.identity, self.layout, self.seed = identity, layout, seed
         self.source: Path | None = None
         self._saved: dict[str, Any] | None = None
         self._resumed_step = self._last_step = 0
@@ -99,8 +116,7 @@ class RunCheckpoints(pl.Callback):
         sampler = trainer.datamodule.data_sampler  # type: ignore[attr-defined]
         sampler.init_consumed_samples = sampler.prev_consumed_samples = state["samples"]
         sampler.init_global_step = state["step"]
-        ranks = torch.load(self.source / folders.TRAINING / "ranks.pt", weights_only=True)
-        self._saved = ranks[dist.get_rank()]
+        self._saved = {**torch.load(self.source / folders.TRAINING / "run.pt", weights_only=True), **state}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sets Lightning's counters and the other callbacks' states."""
@@ -141,12 +157,27 @@ class RunCheckpoints(pl.Callback):
         assert self.source is not None
         load_adapter(pl_module, self.source)
         load_optimizer(trainer, adapter_state(pl_module), self.source / folders.TRAINING / "optimizer")
-        load_own_state(trainer, saved)
+        set_schedules(trainer, saved["schedules"])
+        set_adam_step(trainer, saved["adam_step"])
         # What an untouched run would have fetched, so that the last batch is known as such (and validated after).
         trainer.fit_loop._data_fetcher.fetched += self._resumed_step * _micro_batches(trainer)  # type: ignore[union-attr]
-        set_random_state(saved["random"])
+        if saved["layout"] == self.layout:
+            ranks = torch.load(self.source / folders.TRAINING / "ranks.pt", weights_only=True)
+            set_random_state(ranks[dist.get_rank()])
+        else:
+            new_random_state(self.seed, self._resumed_step)
         if trainer.is_global_zero:
-            print(f"resumed at step {self._resumed_step} from {self.source}", flush=True)
+            print(f"resumed at step {self._resumed_step} from {self.source}{self._moved(saved['layout'])}", flush=True)
+
+    def _moved(self, layout: dict[str, int]) -> str:
+        """What to know about going on from a checkpoint of another layout; empty for the same one."""
+        if layout == self.layout:
+            return ""
+        there, here = folders.layout_in_words(layout), folders.layout_in_words(self.layout)
+        return (
+            f", written by {there}, on {here}: the same samples, but sums in another order, and random numbers (of "
+            "dropout) that begin anew from train.seed and the step"
+        )
 
     # Saving
 
@@ -168,35 +199,46 @@ class RunCheckpoints(pl.Callback):
         optimizer = optimizer_tensors(trainer, adapters)
         require_equal_replicas({**adapters, **optimizer}, f"checkpoint after step {step}")
         needed = _require_space(target, {**adapters, **optimizer})
-        states = self._states_of_all_ranks(trainer)
+        run, ranks = self._run_state(trainer), _packed(_gathered(random_state()))
         with shared_output(target, needed) as folder:
             write_adapter(adapters, folder, adapter_facts(trainer))
             write_sharded(optimizer, folder / folders.TRAINING / "optimizer")
             if dist.get_rank() == 0:
-                (folder / folders.TRAINING / "ranks.pt").write_bytes(states)
-                state = {"step": step, "samples": _samples(trainer), "identity": self.identity}
-                (folder / folders.TRAINING / folders.STATE).write_text(json.dumps(state, indent=1) + "\n")
+                (folder / folders.TRAINING / "run.pt").write_bytes(run)
+                (folder / folders.TRAINING / "ranks.pt").write_bytes(ranks)
+                state = {"format": folders.FORMAT, "step": step, "samples": _samples(trainer), "layout": self.layout}
+                text = json.dumps({**state, "identity": self.identity}, indent=1)
+                (folder / folders.TRAINING / folders.STATE).write_text(text + "\n")
             finish(folder)
         if dist.get_rank() == 0:
             folders.prune(self.out, self.keep)
         self._last_step, self._last_time = step, time.monotonic()
 
-    def _states_of_all_ranks(self, trainer: pl.Trainer) -> bytes:
-        """`ranks.pt` on rank 0, nothing elsewhere; refuses at once what could not be read again."""
+    def _run_state(self, trainer: pl.Trainer) -> bytes:
+        """`run.pt` on rank 0, whose callbacks speak for all; of no use elsewhere."""
+        steps = {step for step in _gathered(adam_step(trainer)) if step is not None}
+        assert len(steps) <= 1, f"ranks of one run have taken different numbers of steps: {steps}"
         callbacks = {
             callback.state_key: state
             for callback in trainer.callbacks  # type: ignore[attr-defined]
             if (state := callback.state_dict())
         }
-        mine = {**own_state(trainer), "callbacks": callbacks}
-        everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(mine, everyone, dst=0)
-        if everyone is None:
-            return b""
-        buffer = io.BytesIO()
-        torch.save(everyone, buffer)
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-        return buffer.getvalue()
+        return _packed({"adam_step": max(steps, default=0), "schedules": schedules(trainer), "callbacks": callbacks})
+
+
+def _gathered(mine: Any) -> list[Any]:
+    """What every rank has, on rank 0; nothing elsewhere."""
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone, dst=0)
+    return everyone or []
+
+
+def _packed(state: Any) -> bytes:
+    """A file's content for `torch.load`; refuses at once what could not be read again without running code."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    return buffer.getvalue()
 
 
 def _set_counters(trainer: pl.Trainer, step: int) -> None:

@@ -1,11 +1,13 @@
 """What a run needs besides its adapter to go on as if nothing had happened: optimizer, schedule, random numbers.
 
-The optimizer's tensors are stored by parameter, in the parameters' own global shapes, like the adapter: nothing in the
-files depends on how ranks shared them. Everything else is small and stored rank by rank.
+The optimizer's tensors are stored by parameter, in the parameters' own global shapes, like the adapter; its step and
+the schedule's are one number each. So nothing depends on how ranks shared the model, but for the random numbers: those
+are every rank's own, and ranks of another layout start new ones.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 Tensors = dict[str, torch.Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,9 +44,10 @@ class WholeState:
     def write(self, parameter: torch.nn.Parameter, tensors: Tensors) -> None:
         self.inner.state[parameter].update({name: tensors[name].to(parameter.device) for name in MOMENTS})
 
-    def empty(self, parameter: torch.nn.Parameter) -> Tensors:
-        """Tensors in host memory of what `write` wants, to load into."""
-        return {name: torch.empty_like(parameter.detach(), device="cpu") for name in MOMENTS}
+    def fresh(self, parameter: torch.nn.Parameter) -> Tensors:
+        """What `write` wants, in host memory, to load into; already right where the checkpoint has nothing: rows that
+        pad the vocabulary in this layout only."""
+        return {name: torch.zeros_like(parameter.detach(), device="cpu") for name in MOMENTS}
 
     def holders(self) -> Iterator[torch.Tensor]:
         """The keys of the inner optimizer's state."""
@@ -75,7 +78,7 @@ class SlicedState:
 
         Slices are put together by a sum of integers, so that not even the sign of a zero is lost.
         """
-        mine, whole = self._mine(parameter), self.empty(parameter)
+        mine, whole = self._mine(parameter), self.fresh(parameter)
         for name, tensor in whole.items():
             flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
             if mine is not None:
@@ -94,9 +97,10 @@ class SlicedState:
             slices = {name: tensors[name].view(-1)[part].view_as(main) for name in MOMENTS}
             state.update({name: value.to(main.device, copy=True) for name, value in slices.items()})
 
-    def empty(self, parameter: torch.nn.Parameter) -> Tensors:
-        """FP32 tensors in host memory, in the parameter's shape, to read or load into."""
-        return {name: torch.empty(parameter.shape, dtype=torch.float32, device="cpu") for name in ("param", *MOMENTS)}
+    def fresh(self, parameter: torch.nn.Parameter) -> Tensors:
+        """FP32 tensors in host memory, in the parameter's shape, to read or load into; see `WholeState.fresh`."""
+        param = parameter.detach().to("cpu", torch.float32, copy=True)
+        return {"param": param, **{name: torch.zeros_like(param) for name in MOMENTS}}
 
     def holders(self) -> Iterator[torch.Tensor]:
         """The keys of the inner optimizer's state: the masters."""
@@ -125,7 +129,7 @@ def optimizer_states(trainer: pl.Trainer) -> list[State]:
 
 
 def _sharded(trainer: pl.Trainer, adapters: dict[str, Any], load: bool) -> tuple[dict[str, Any], list[Any]]:
-    """Sharded tensors of the optimizer by `KIND.KEY` of the adapter's, and each parameter's (state, itself, key)."""
+    """Sharded tensors of the optimizer by `KIND.KEY` of the adapter's, and of each parameter (state, itself, keys)."""
     keys = {id(entry.data): key for key, entry in adapters.items()}
     sharded: dict[str, Any] = {}
     owners = []
@@ -133,9 +137,10 @@ def _sharded(trainer: pl.Trainer, adapters: dict[str, Any], load: bool) -> tuple
         for parameter in state.parameters():
             assert id(parameter) in keys, f"a trainable parameter of shape {tuple(parameter.shape)} is in no adapter"
             key = keys[id(parameter)]
-            for kind, tensor in (state.empty(parameter) if load else state.read(parameter)).items():
+            tensors = state.fresh(parameter) if load else state.read(parameter)
+            for kind, tensor in tensors.items():
                 sharded[f"{kind}.{key}"] = make_sharded_optimizer_tensor(adapters[key], tensor, f"optimizer.{kind}")
-            owners.append((state, parameter, key))
+            owners.append((state, parameter, {kind: f"{kind}.{key}" for kind in tensors}))
     return sharded, owners
 
 
@@ -149,51 +154,45 @@ def load_optimizer(trainer: pl.Trainer, adapters: dict[str, Any], folder: Path) 
     """Fills moments and masters from the folder that `optimizer_tensors` was written to."""
     sharded, owners = _sharded(trainer, adapters, load=True)
     loaded = dist_checkpointing.load(sharded, str(folder))
-    for state, parameter, key in owners:
-        state.write(parameter, {kind: loaded[f"{kind}.{key}"] for kind in state.empty(parameter)})
+    for state, parameter, keys in owners:
+        state.write(parameter, {kind: loaded[key] for kind, key in keys.items()})
 
 
-def own_state(trainer: pl.Trainer) -> dict[str, Any]:
-    """What only this rank knows: random numbers, the optimizer's groups and step, schedule, callbacks. Plain values."""
-    (wrapper,) = trainer.optimizers
-    return {
-        "random": random_state(),
-        "groups": [_plain(group) for group in wrapper.param_groups],
-        "adam_steps": [_adam_step(state) for state in optimizer_states(trainer)],
-        "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-    }
+def adam_step(trainer: pl.Trainer) -> int | None:
+    """Steps that Adam has taken; None on a rank without a part of the optimizer.
 
-
-def load_own_state(trainer: pl.Trainer, saved: dict[str, Any]) -> None:
-    """The inverse of `own_state`, but for random numbers, which come last (`set_random_state`)."""
-    (wrapper,) = trainer.optimizers
-    for group, values in zip(wrapper.param_groups, saved["groups"], strict=True):
-        group.update(values)
-    for state, step in zip(optimizer_states(trainer), saved["adam_steps"], strict=True):
-        _set_adam_step(state, step)
-    for config, values in zip(trainer.lr_scheduler_configs, saved["schedules"], strict=True):
-        config.scheduler.load_state_dict(values)
-
-
-def _plain(group: dict[str, Any]) -> dict[str, Any]:
-    """The numbers and flags of a parameter group: learning rate, weight decay, ..."""
-    kinds = (bool, int, float, str, tuple, type(None))
-    return {name: value for name, value in group.items() if isinstance(value, kinds)}
-
-
-def _adam_step(state: State) -> float | None:
-    """Steps that torch's Adam counts by parameter; None for fused ones, which count in the group (see `_plain`)."""
+    torch's counts by parameter, Transformer Engine's fused one by group; all parameters of a run take all steps.
+    """
     steps = {
-        float(state.inner.state[holder]["step"]) for holder in state.holders() if "step" in state.inner.state[holder]
+        int(counter["step"])
+        for state in optimizer_states(trainer)
+        for counter in (*state.inner.param_groups, *(state.inner.state[holder] for holder in state.holders()))
+        if "step" in counter
     }
     assert len(steps) <= 1, f"parameters of one run with different numbers of steps: {steps}"
     return steps.pop() if steps else None
 
 
-def _set_adam_step(state: State, step: float | None) -> None:
-    if step is not None:
-        for holder in state.holders():
-            state.inner.state[holder]["step"] = torch.tensor(step)
+def set_adam_step(trainer: pl.Trainer, step: int) -> None:
+    """The inverse of `adam_step`, for either optimizer."""
+    for state in optimizer_states(trainer):
+        if isinstance(state.inner, torch.optim.Adam):  # AdamW is one
+            for holder in state.holders():
+                state.inner.state[holder]["step"] = torch.tensor(float(step))
+        else:
+            for group in state.inner.param_groups:
+                group["step"] = step
+
+
+def schedules(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    """The states of the learning rates' schedules."""
+    return [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+
+
+def set_schedules(trainer: pl.Trainer, saved: list[dict[str, Any]]) -> None:
+    """The inverse of `schedules`."""
+    for config, values in zip(trainer.lr_scheduler_configs, saved, strict=True):
+        config.scheduler.load_state_dict(values)
 
 
 def random_state() -> dict[str, Any]:
@@ -216,3 +215,17 @@ def set_random_state(saved: dict[str, Any]) -> None:
     torch.set_rng_state(saved["torch"])
     torch.cuda.set_rng_state(saved["device"])
     get_cuda_rng_tracker().set_states(saved["megatron"])
+
+
+def new_random_state(seed: int, step: int) -> None:
+    """Random numbers for ranks of another layout than the checkpoint's: a function of `seed`, `step` and the layout.
+
+    Megatron-Core makes of one seed those of all its generators, which agree between ranks where they must
+    (`nano3/dropout.py`).
+    """
+    digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
+    mixed = int.from_bytes(digest[:4], "little") >> 1
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+    model_parallel_cuda_manual_seed(mixed)

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from launch.layout import validate
-from launch.plan_rules import check_adapters, check_settings
+from launch.plan_rules import check_adapters, check_packs, check_settings
 from launch.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
 from nano3.arch import Arch
 from nano3.cli import UserError
@@ -37,6 +37,7 @@ def check_run(task: Run, arch: Arch) -> None:
     check_settings(plan, arch)
     _check_numbers(settings)
     check_adapters(_adapters(settings.lora, arch), plan.lora, layout)
+    check_packs(plan.train, layout)
     _check_validation(task)
 
 

@@ -1,9 +1,10 @@
 """What makes two attempts the same run, so that the second may go on from the first's checkpoints.
 
-Every setting that has a say in the numbers, the number of ranks, and the *contents* of base, stores and the adapter
-that it starts from, by hash. Paths are not part of it: a run may move. Neither are the groups `log` and `checkpoint`,
-when a run counts as diverged, and what is recomputed (the order of sums at most): an attempt that stopped for one of
-these must be able to go on.
+Every setting that has a say in the numbers, and the *contents* of base, stores and the adapter that it starts from, by
+hash. Paths are not part of it: a run may move. Neither are the groups `log` and `checkpoint`, when a run counts as
+diverged, and what is recomputed: an attempt that stopped for one of these must be able to go on. Nor are the ranks and
+their layout, on which only the order of sums depends, and random numbers: what a checkpoint says of them decides
+whether equal bits can be promised.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 
 from conversion.certificate import folder_sha256
 from data_prep.packing import PackedDataset
+from launch.layout import AXES
 from launch.overrides import flatten
 from nano3.base_identity import recorded_sha256
 from recipes.settings import Run
 
-MAY_CHANGE = ("log.", "checkpoint.", "train.divergence", "train.recompute")
+MAY_CHANGE = ("log.", "checkpoint.", "layout.", "train.divergence", "train.recompute")
 
 
 def run_identity(run: str) -> dict[str, Any]:
@@ -28,20 +30,27 @@ def run_identity(run: str) -> dict[str, Any]:
     settings = {key: value for key, value in flatten(task.settings).items() if not key.startswith(MAY_CHANGE)}
     initial = settings.pop("lora.init_from")
     identity = {
+        "train.pad_multiple": task.settings.document_multiple,
         "base": recorded_sha256(Path(task.base))[:16],
         "data": _store_sha256(task.data, task),
         "validation": _store_sha256(task.validation, task) if task.validation else None,
         "initial adapter": folder_sha256(Path(initial))[:16] if initial else None,
-        "ranks": task.ranks,
         "bf16": task.bf16,
-        **settings,
+        **{key: value for key, value in settings.items() if key != "train.pad_multiple"},
     }
     return json.loads(json.dumps(identity))
 
 
+def run_layout(task: Run) -> dict[str, int]:
+    """The number of ranks and the sizes of their groups: what may be different when a run goes on."""
+    layout = task.settings.layout
+    sizes = {name: getattr(layout, name) for name in AXES}
+    return {"ranks": task.ranks, **sizes, "sp": int(layout.sequence_parallel)}
+
+
 def _store_sha256(store: str, task: Run) -> str:
     """The hash of a store's manifest, which has its files' hashes, and of the packs that this run uses."""
-    packs = PackedDataset(store, task.settings.train.seq_length, task.settings.layout.document_multiple)
+    packs = PackedDataset(store, task.settings.train.seq_length, task.settings.document_multiple)
     digest = hashlib.sha256((Path(store) / "manifest.json").read_bytes())
     for file in sorted(packs.index.iterdir()):
         digest.update(file.name.encode() + file.read_bytes())

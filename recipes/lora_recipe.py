@@ -34,7 +34,7 @@ from nano3.schedule import Schedule
 from nano3.targets import select
 from nano3.validation import Validation
 from recipes.checks import check_run
-from recipes.identity import run_identity
+from recipes.identity import run_identity, run_layout
 from recipes.packed_data import PackedDataModule
 from recipes.reporting import memory_advice, progress
 from recipes.settings import Run
@@ -66,7 +66,7 @@ def lora_recipe(task: Run) -> run.Partial:
             train=task.data,
             validation=task.validation,
             seq_length=train.seq_length,
-            pad_multiple=task.settings.layout.document_multiple,
+            pad_multiple=task.settings.document_multiple,
             micro_batch=train.micro_batch,
             global_batch=train.global_batch,
             steps=train.steps,
@@ -152,6 +152,8 @@ def _checkpoints(task: Run) -> run.Config:
         minutes=checkpoint.minutes,
         keep=checkpoint.keep,
         identity=run.Config(run_identity, run=task.to_json()),  # worked out on the ranks, where base and data are
+        layout=run_layout(task),
+        seed=task.settings.train.seed,
     )
 
 

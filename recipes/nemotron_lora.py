@@ -186,7 +186,7 @@ def check_data(task: Run, arch: Arch) -> None:
     if not task.data and not task.eval_only:
         raise UserError("no data: give --data STORE, a token store made by data_prep/prepare.py")
     for store in filter(None, (task.data, task.validation)):
-        packs = PackedDataset(store, task.settings.train.seq_length, task.settings.layout.document_multiple)
+        packs = PackedDataset(store, task.settings.train.seq_length, task.settings.document_multiple)
         packs.store.check_tokenizer(task.model)
         largest = packs.store.manifest["max_token_id"]
         if largest >= arch.vocab_size:

@@ -74,6 +74,9 @@ class TrainSettings:
     """Packs per step over all ranks."""
     seq_length: int = 4096
     """Positions in a pack; the token store must have a pack index of this length."""
+    pad_multiple: int = 0
+    """Every document in a pack takes a multiple of this many positions; 0: what the layout needs, 2 * layout.cp where
+    that is above 1. A run can go on under any layout.cp that its multiple fits."""
     weight_decay: float = 0.1
     """Of AdamW."""
     beta2: float = 0.95
@@ -136,6 +139,11 @@ class Settings:
     """Weight and correction bias stay, verified by hash; or `balance`: the bias goes on moving towards equal load."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
+
+    @property
+    def document_multiple(self) -> int:
+        """What every packed document's length is padded to: `train.pad_multiple`, with 0 resolved."""
+        return self.train.pad_multiple or self.layout.document_multiple
 
 
 @dataclass

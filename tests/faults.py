@@ -154,6 +154,31 @@ def run_out_of_memory(step: int) -> None:
     _after_step(step, action)
 
 
+def save_again(_: int) -> None:
+    """Writes what was just restored to OUT/again/checkpoints, before the first step."""
+    restore = RunCheckpoints._restore
+
+    def restore_and_save(self: RunCheckpoints, trainer: Any, pl_module: Any, saved: dict[str, Any]) -> None:
+        restore(self, trainer, pl_module, saved)
+        out, self.out = self.out, self.out / "again"
+        self.save(trainer, pl_module)
+        self.out = out
+
+    RunCheckpoints._restore = restore_and_save  # type: ignore[method-assign]
+
+
+def skip_samples(steps: int) -> None:
+    """A run that goes on begins with the data of so many steps later."""
+    setup = RunCheckpoints.setup
+
+    def setup_and_skip(self: RunCheckpoints, trainer: Any, *rest: Any, **stage: Any) -> None:
+        setup(self, trainer, *rest, **stage)
+        sampler = trainer.datamodule.data_sampler
+        sampler.init_consumed_samples += steps * sampler.global_batch_size
+
+    RunCheckpoints.setup = setup_and_skip  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[int], None]] = {
     "kill": kill_after,
     "validation": kill_in_validation,
@@ -167,4 +192,6 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "disk": fill_disk,
     "nan": lose_a_number,
     "memory": run_out_of_memory,
+    "again": save_again,
+    "skip": skip_samples,
 }

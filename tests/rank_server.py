@@ -50,13 +50,18 @@ class RankServer:
             server.wait()
 
     def run(self, path: Path, **environment: str) -> list[int]:
-        """Runs `recipes.worker PATH` on all ranks; exit codes by rank, minus the signal for a killed one."""
-        logs = Path(Run.from_json(path.read_text()).out) / "logs"
+        """Runs `recipes.worker PATH` on as many ranks as it wants, of those that are here.
+
+        Returns the exit codes by rank, minus the signal for a killed one.
+        """
+        task = Run.from_json(path.read_text())
+        logs = Path(task.out) / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         store = _rendezvous_store()
-        world = _world(len(self.servers), store.port)
+        world = _world(task.ranks, store.port)
+        assert task.ranks <= len(self.servers), f"{path} wants {task.ranks} ranks, here are {len(self.servers)}"
         pids = []
-        for rank, server in enumerate(self.servers):
+        for rank, server in enumerate(self.servers[: task.ranks]):
             own = {**world, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             self._tell(server, {"environment": own, "path": str(path), "log": str(logs / f"rank{rank}.log")})
             pids.append(self._hear(server)["pid"])
@@ -66,7 +71,7 @@ class RankServer:
         codes: dict[int, int] = {}
         deadline = float("inf")
         while len(codes) < len(pids):
-            waiting = {server.stdout: rank for rank, server in enumerate(self.servers) if rank not in codes}
+            waiting = {self.servers[rank].stdout: rank for rank in range(len(pids)) if rank not in codes}
             for stream in select.select(list(waiting), [], [], 0.1)[0]:
                 rank = waiting[stream]
                 codes[rank] = self._hear(self.servers[rank])["code"]

@@ -13,12 +13,18 @@ from conversion.hf_to_nemo import convert
 from conversion.identity import holds
 from conversion.safetensors_io import HFFolder
 from conversion.scan import facts_of
+from data_prep.packing import build_packs
+from launch.layout import Layout
+from launch.plan_rules import check_packs
+from launch.plan_settings import TrainPlan
 from nano3.base_identity import recorded_sha256
 from nano3.checkpoint_folder import (
+    FORMAT,
     check_files,
     checkpoints,
     clear_unfinished,
     disk_full,
+    layout_in_words,
     newest,
     prune,
     record_files,
@@ -28,7 +34,8 @@ from nano3.checkpoint_folder import (
 )
 from nano3.cli import UserError
 from nano3.replicas import disagreements
-from recipes.identity import run_identity
+from nano3.token_store import TokenStore
+from recipes.identity import run_identity, run_layout
 from recipes.local_run import train
 from recipes.settings import CheckpointSettings, LogSettings, Run, Settings, TrainSettings
 from tests.tiny import tiny_hf_folder
@@ -41,7 +48,8 @@ def checkpoint(out: Path, step: int, **identity: object) -> Path:
     (folder / "training").mkdir(parents=True)
     (folder / "lora.json").write_text("{}")
     (folder / "training" / "ranks.pt").write_bytes(bytes(100))
-    (folder / "training" / "state.json").write_text(json.dumps({"step": step, "samples": step, "identity": identity}))
+    state = {"format": FORMAT, "step": step, "samples": step, "layout": {"ranks": 2}, "identity": identity}
+    (folder / "training" / "state.json").write_text(json.dumps(state))
     record_files(folder)
     return folder
 
@@ -99,12 +107,19 @@ def test_an_adapter_of_an_older_version_has_no_list_of_files(tmp_path):
 
 
 def test_another_run_is_refused_by_what_differs(tmp_path):
-    folder = checkpoint(tmp_path, 2, base="abc", ranks=8)
-    refuse_other_run(folder, {"base": "abc", "ranks": 8})
-    with pytest.raises(UserError, match=r"ranks was 8 and is 16.*another --out.*--overwrite"):
-        refuse_other_run(folder, {"base": "abc", "ranks": 16})
+    folder = checkpoint(tmp_path, 2, **{"base": "abc", "lora.rank": 8})
+    refuse_other_run(folder, {"base": "abc", "lora.rank": 8})
+    with pytest.raises(UserError, match=r"lora\.rank was 8 and is 16.*another --out.*--overwrite"):
+        refuse_other_run(folder, {"base": "abc", "lora.rank": 16})
     with pytest.raises(UserError, match=r"train\.new was None and is 1"):
-        refuse_other_run(folder, {"base": "abc", "ranks": 8, "train.new": 1})
+        refuse_other_run(folder, {"base": "abc", "lora.rank": 8, "train.new": 1})
+
+
+def test_a_checkpoint_of_an_older_format_is_refused(tmp_path):
+    folder = checkpoint(tmp_path, 2)
+    (folder / "training" / "state.json").write_text('{"step": 2, "samples": 2, "identity": {}}')
+    with pytest.raises(UserError, match=r"of format 1 and this code reads 2.*version of this repository"):
+        refuse_other_run(folder, {})
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +129,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_hf_folder(folder / "hf")
     tiny_hf_folder(folder / "shards", shards=3)
     convert(folder / "hf", folder / "nemo", context=False)
-    from data_prep.packing import build_packs
-    from nano3.token_store import TokenStore
-
     tiny_store(folder / "store", documents=60, longest=30, vocab_size=128)
     build_packs(TokenStore(folder / "store"), 64)
     return folder
@@ -168,13 +180,40 @@ def test_paths_logs_and_cadence_may_change_and_nothing_that_has_a_say(base, tmp_
     other = run_identity(task(base, tmp_path / "a", steps=301).to_json())
     assert {name for name in before if before[name] != other[name]} == {"train.steps"}
     tiny_store(tmp_path / "store", documents=60, longest=30, vocab_size=128, seed=1)
-    from data_prep.packing import build_packs
-    from nano3.token_store import TokenStore
-
     build_packs(TokenStore(tmp_path / "store"), 64)
     elsewhere = task(base, tmp_path / "a")
     elsewhere.data = str(tmp_path / "store")
     assert {name for name, value in run_identity(elsewhere.to_json()).items() if before[name] != value} == {"data"}
+
+
+def test_ranks_and_layout_may_change_and_packs_may_not(base, tmp_path):
+    """Context parallelism wants documents in pieces: a run that is to go on under it says so from the start."""
+    before = run_identity(task(base, tmp_path / "a").to_json())
+    moved = task(base, tmp_path / "a")
+    moved.ranks_per_node, moved.settings.layout = 4, Layout(tp=2, ep=4)
+    assert run_identity(moved.to_json()) == before
+    assert layout_in_words(run_layout(moved)) == "4 ranks (tp=2 ep=4)"
+    assert layout_in_words(run_layout(task(base, tmp_path / "a"))) == "2 ranks"
+    build_packs(TokenStore(base / "store"), 64, pad_multiple=4)
+    moved.settings.layout = Layout(cp=2)
+    cut = run_identity(moved.to_json())
+    assert {name for name in before if before[name] != cut[name]} == {"train.pad_multiple", "data"}
+    assert (before["train.pad_multiple"], cut["train.pad_multiple"]) == (1, 4)
+    assert run_identity(task(base, tmp_path / "a", pad_multiple=4).to_json()) == cut
+
+
+@pytest.mark.parametrize(
+    ("layout", "multiple", "words"),
+    [
+        (Layout(cp=2), 2, r"train\.pad_multiple=2 must be a multiple of 4, which layout\.cp=2 needs, or 0"),
+        (Layout(), -1, r"train\.pad_multiple=-1 must be a multiple of 1"),
+        (Layout(), 6, r"train\.seq_length=64 must be a multiple of train\.pad_multiple=6"),
+    ],
+)
+def test_packs_that_a_layout_cannot_cut_are_refused(layout, multiple, words):
+    check_packs(TrainPlan(seq_length=64, pad_multiple=4), Layout(cp=2))
+    with pytest.raises(UserError, match=words):
+        check_packs(TrainPlan(seq_length=64, pad_multiple=multiple), layout)
 
 
 def test_a_launcher_refuses_before_it_starts_a_rank(base, tmp_path, monkeypatch):
@@ -208,6 +247,7 @@ def test_how_to_go_on_is_said(base, tmp_path, monkeypatch, capsys):
     assert train(run) == 1
     assert "no checkpoint: the same command starts from the beginning" in capsys.readouterr().err
     checkpoint(tmp_path / "out", 4, **run_identity(run.to_json()))
+    run.ranks_per_node, run.settings.layout = 4, Layout(ep=4)
     assert train(run) == 1
     said = capsys.readouterr().err
     assert "going on after step 4" in said

@@ -88,6 +88,17 @@ def test_a_restored_schedule_goes_on_exactly():
     assert trace(fresh_optimizer, fresh, steps=3) == whole[5:]
 
 
+def test_a_rank_with_other_groups_takes_the_schedule_over():
+    """As on another parallel layout, where a rank may have no B at all, or groups in another order."""
+    whole = trace(*two_groups(), steps=8)
+    optimizer, scheduler = two_groups()
+    trace(optimizer, scheduler, steps=5)
+    fewer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.04)
+    fresh = group_rates(fewer, lambda step: factor(step, "cosine", 8, 2, 0, 0.1))
+    fresh.load_state_dict(scheduler.state_dict())
+    assert trace(fewer, fresh, steps=3) == [[fast] for _, fast in whole[5:]]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
