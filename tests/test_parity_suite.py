@@ -77,7 +77,7 @@ def test_a_deliberate_fault_is_beyond_the_bounds(faults, fault):
     [
         ("tp", "layout 'tp': write sizes of tp, pp"),
         ("xp2", "layout 'xp2'"),
-        ("tp2+lora", "variants are each, dora, allgather, not 'lora'"),
+        ("tp2+lora", "variants are each, dora, allgather, distributed, recompute, full, not 'lora'"),
     ],
 )
 def test_a_layout_that_is_none_is_refused(layout, words):
@@ -89,6 +89,15 @@ def test_a_layout_names_sizes_pattern_and_adapters():
     plain, whole = parse_layouts(["ep2", "tp2.ep2@M-E+each"])
     assert (plain.sizes, plain.case) == (Sizes(ep=2), Case())
     assert (whole.sizes, whole.case) == (Sizes(tp=2, ep=2), Case(pattern="M-E", adapters="each"))
+
+
+def test_one_rank_computes_the_plain_way():
+    """Dispatcher, distributed optimizer and recomputation are compared with a run that has none of them."""
+    for variant in parse_layouts(["ep2+allgather", "dp2+distributed", "cp2+recompute", "cp2+full"]):
+        assert variant.case != Case()
+        assert variant.case.plain == Case()
+    (each,) = parse_layouts(["ep2+each"])
+    assert each.case.plain == each.case
 
 
 def test_sizes():

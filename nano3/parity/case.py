@@ -83,6 +83,9 @@ class Case:
         dtype: of weights and activations, FP64 or FP32.
         adapters: "shared", "each" (one per routed expert) or "dora"; "none": all parameters are trained instead.
         dispatcher: how tokens get to their experts, Megatron-Core's "alltoall" or "allgather".
+        distributed: whether data-parallel ranks share the optimizer's state: Megatron-Core's distributed optimizer,
+            which takes no FP64.
+        recompute: what the backward pass computes again, in the words of `nano3/recompute.py`.
         pattern: of the layers.
         seed: of weights and batches.
         packs: document lengths of the packs of a global batch.
@@ -91,9 +94,16 @@ class Case:
     dtype: torch.dtype = torch.float64
     adapters: Literal["shared", "each", "dora", "none"] = "shared"
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    distributed: bool = False
+    recompute: tuple[str, ...] = ()
     pattern: str = PATTERN
     seed: int = 0
     packs: tuple[tuple[int, ...], ...] = PACKS
+
+    @property
+    def plain(self) -> Case:
+        """What the case is compared with on one rank: nothing that only has a say in where and when it is computed."""
+        return replace(self, dispatcher="alltoall", distributed=False, recompute=())
 
     @cached_property
     def arch(self) -> Arch:

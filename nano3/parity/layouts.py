@@ -14,13 +14,18 @@ LAYOUTS = (
     "tp2.ep2@M-*EM-", "pp3@M-*EM-", "cp2.ep2@MEM-E",
     "tp2.ep2+each", "cp2.ep2+each", "ep2.pp2+each", "tp2.ep2+dora", "cp2+dora",
     "tp2.ep2+allgather", "tp2.ep2.etp2+allgather",
+    "dp2+distributed", "ep2+distributed", "tp2.ep2.dp2+distributed", "tp2.ep2+recompute", "pp2+recompute", "cp2+full",
 )  # fmt: skip
-"""Among them a pattern with dense layers, one without attention, other kinds of adapters, the other dispatcher."""
+"""Among them a pattern with dense layers, one without attention, other kinds of adapters, the other dispatcher, the
+distributed optimizer, and layers that are computed again in the backward pass."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "each": {"adapters": "each"},
     "dora": {"adapters": "dora"},
     "allgather": {"dispatcher": "allgather"},
+    "distributed": {"distributed": True},
+    "recompute": {"recompute": ("moe", "layernorm")},
+    "full": {"recompute": ("full",)},
 }
 """What may stand behind the plus sign, and what it changes in the case."""
 

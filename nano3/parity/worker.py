@@ -20,6 +20,7 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
+from megatron.core.models.mamba import MambaModel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy  # noqa: E402
@@ -32,12 +33,13 @@ from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs 
 from nano3.parity.case import ALPHA, PACK, RANK, STEPS, Case, Sizes  # noqa: E402
 from nano3.parity.shards import fill, shards  # noqa: E402
 from nano3.pipeline import pipeline_kwargs  # noqa: E402
+from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
 from nano3.targets import PRESETS, adaptable_modules, select  # noqa: E402
 
 
 def config_of(case: Case, sizes: Sizes) -> TransformerConfig:
     """Megatron-Core's configuration of the case on a layout."""
-    kwargs = transformer_kwargs(case.arch) | pipeline_kwargs(case.arch, sizes.pp)
+    kwargs = transformer_kwargs(case.arch) | pipeline_kwargs(case.arch, sizes.pp) | recompute_kwargs(case.recompute)
     kwargs["moe_token_dispatcher_type"] = case.dispatcher
     if case.dtype == torch.float64:
         kwargs["moe_router_dtype"] = "fp64"
@@ -74,6 +76,7 @@ def build(case: Case, sizes: Sizes) -> torch.nn.Module:
     )
     if case.adapters != "none":
         model = adapted(model, case)
+    install_recompute(next(module for module in model.modules() if isinstance(module, MambaModel)), case.recompute)
     fill(model, case)
     return model
 
@@ -147,10 +150,19 @@ def optimizer_of(case: Case, model: Any) -> Any:
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=1e-3, min_lr=1e-3, weight_decay=0.1, params_dtype=case.dtype,
-            clip_grad=0.0 if case.dtype == torch.float64 else 0.5,
+            clip_grad=0.0 if case.dtype == torch.float64 else 0.5, use_distributed_optimizer=case.distributed,
         ),
         [model],
     )  # fmt: skip
+
+
+def gather_gradients(wrapped: DistributedDataParallel) -> None:
+    """Under the distributed optimizer a rank has the sums of its share of a bucket only: fetches the others'."""
+    for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            parts = bucket.grad_data.chunk(group.size())
+            dist.all_gather(list(parts), parts[group.rank()].clone(), group=group)
 
 
 def gradients(model: torch.nn.Module, case: Case) -> list:
@@ -173,7 +185,9 @@ def train(case: Case, sizes: Sizes) -> dict[str, Any]:
     model = build(case, sizes)
     ties = watch_ties(model)
     config = model.config
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=False)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=False, use_distributed_optimizer=case.distributed, overlap_grad_reduce=False
+    )
     wrapped = DistributedDataParallel(config, settings, model)
     optimizer = optimizer_of(case, wrapped)
     result: dict[str, Any] = {"losses": [], "norms": []}
@@ -191,6 +205,8 @@ def train(case: Case, sizes: Sizes) -> dict[str, Any]:
         )
         result["losses"].append(over_ranks(losses))
         if step == 0:
+            if case.distributed:
+                gather_gradients(wrapped)
             result["gradients"] = gradients(model, case)
         result["norms"].append(optimizer.step()[1])
     result["trained"] = shards(model, case.adapters != "none")
