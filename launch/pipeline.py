@@ -16,23 +16,30 @@ import fcntl
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from launch.cluster import Cluster
+from launch.hardware import GIB
 from launch.mounts import parse_mount
+from launch.plan_export import plan_export
 from launch.preflight_checks import unmounted
 from launch.slurm import Job, queue, render, submit
 from launch.stage_records import KIND, Records
 from launch.stages import NAMES, TRAIN, Chain, Stage, model_folder
+from nano3.arch import Arch
 from nano3.cli import UserError, check_output, fresh_output, run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESOURCES = ("nodes", "gpus_per_node", "ranks")
 """Flags that are the recipe's own and go there as they are."""
+POLL_SECONDS = 5
+"""Between two looks at the queue with `status --wait`."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,6 +101,19 @@ def ask_recipe(chain: Chain, site: Path | None) -> None:
     command += ["--cluster", str(site), "--after", "1"] if site is not None else []
     if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
         raise UserError("the training would not start, see above; nothing was run")
+
+
+def check_room(chain: Chain, stages: tuple[Stage, ...]) -> None:
+    """Raises `UserError` where the disk has no room for these stages' large outputs; training looks for its own."""
+    plans = [plan for plan in plan_export(Arch.load(chain.model)) if plan.name in {stage.name for stage in stages}]
+    need = sum(plan.disk for plan in plans) + max((plan.scratch for plan in plans), default=0)
+    there = next(parent for parent in (chain.out, *chain.out.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if need > free:
+        raise UserError(
+            f"{chain.out} needs about {need / GIB:.1f} GiB for {', '.join(plan.name for plan in plans)} and its disk "
+            f"has {free / GIB:.1f} GiB free; free some or choose another --out"
+        )
 
 
 def check_container(chain: Chain, cluster: Cluster) -> None:
@@ -218,6 +238,7 @@ def start(arguments: list[str]) -> int:
         if args.again:
             records.forget(args.again, queue() if cluster is not None else {})
         todo = records.unfinished(chain.stages())
+        check_room(chain, todo)
         records.plan(chain.stages())
         for stage in chain.stages()[: len(NAMES) - len(todo)]:
             print(f"{stage.name:<9} finished before: {stage.output}", file=sys.stderr)
@@ -228,15 +249,21 @@ def start(arguments: list[str]) -> int:
 
 
 def status(arguments: list[str]) -> int:
-    """`status OUT`: a line for each stage."""
+    """`status OUT`: a line for each stage. With --wait it is the end, and 1 unless all stages are finished."""
     parse = argparse.ArgumentParser(description="Where a pipeline is.", prog="pipeline.py status")
     parse.add_argument("out", metavar="OUT", type=Path, help="folder of the pipeline")
-    records = Records(parse.parse_args(arguments).out.resolve())
+    parse.add_argument("--wait", action="store_true", help="until no job of it is queued; exit code 1 if it failed")
+    args = parse.parse_args(arguments)
+    records = Records(args.out.resolve())
     stages = records.planned()
-    alive = queue() if any(records.job(stage) for stage in stages) else {}
+    jobs = {records.job(stage) for stage in stages} - {None}
+    alive = queue() if jobs else {}
+    while args.wait and jobs & alive.keys():
+        time.sleep(POLL_SECONDS)
+        alive = queue()
     for stage in stages:
         print(f"{stage.name:<9} {records.describe(stage, alive)}")
-    return 0
+    return int(args.wait and bool(records.unfinished(stages)))
 
 
 def one_stage(arguments: list[str]) -> int:

@@ -50,6 +50,8 @@ class Paths:
     validation: Path | None = None
     out: Path | None = None
     mounts: tuple[Mount, ...] | None = None
+    imported: bool = False
+    """Whether the base weights lie, or will lie, elsewhere than in `out`."""
 
 
 def check_store(plan: Plan, arch: Arch, paths: Paths) -> tuple[list[Finding], int | None]:
@@ -148,7 +150,10 @@ def check_output(plan: Plan, arch: Arch, paths: Paths, nodes: int) -> list[Findi
     found = []
     if not os.access(there, os.W_OK):
         found.append(Finding(True, f"{there} cannot be written; choose another --out"))
-    need, free = disk_bytes(plan, arch, not is_nemo_checkpoint(paths.model)), shutil.disk_usage(there).free
+    need, free = (
+        disk_bytes(plan, arch, not (paths.imported or is_nemo_checkpoint(paths.model))),
+        shutil.disk_usage(there).free,
+    )
     room = f"{out} needs about {need / GIB:.1f} GiB and its disk has {free / GIB:.1f} GiB free"
     found.append(Finding(need > free, room + ("; free some or choose another --out" if need > free else "")))
     kind = file_system(there)

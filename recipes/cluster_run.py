@@ -47,6 +47,7 @@ def preflight(task: Run, cluster: Cluster, after: int | None = None) -> tuple[in
         validation=Path(task.validation) if task.validation else None,
         out=Path(task.out),
         mounts=tuple(map(parse_mount, cluster.mounts)) if cluster.container is not None else None,
+        imported=not own,
     )
     arch, plan = Arch.load(task.model), plan_of(task.settings)
     if cluster.hardware == CPU:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from launch import pipeline
 from launch.cluster import Cluster
 from launch.stage_records import Records
 from launch.stages import NAMES, Chain, Stage
+from nano3.arch import resolve_model
 from nano3.cli import UserError
 from recipes.pico_tasks import DEMO, rows
 from tests.test_slurm import fake_slurm
@@ -99,7 +101,7 @@ def test_again_does_a_stage_and_what_follows_over_and_keeps_the_old_run(tmp_path
 
 @pytest.fixture
 def asked(tmp_path) -> list[str]:
-    """Arguments of `run` for the real model, whose weights nothing here needs."""
+    """Arguments of `run` on two nodes of H100."""
     for name in ("train", "held"):
         (tmp_path / f"{name}.jsonl").write_text("{}\n")
     (tmp_path / "cluster.yaml").write_text(
@@ -107,7 +109,7 @@ def asked(tmp_path) -> list[str]:
         f"container: nemo.sqsh\nmounts: ['{tmp_path}:{tmp_path}', '{ROOT}:{ROOT}']\noptions: [qos=high]\n"
     )
     paths = ["--input", f"{tmp_path}/train.jsonl", "--questions", f"{tmp_path}/held.jsonl", "--out", f"{tmp_path}/out"]
-    return ["run", "--model", "nano", *paths, "--nodes", "2", "--cluster", f"{tmp_path}/cluster.yaml"]
+    return ["run", "--model", "pico", *paths, "--nodes", "2", "--cluster", f"{tmp_path}/cluster.yaml"]
 
 
 def script(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
@@ -165,7 +167,7 @@ def test_a_training_that_would_not_start_stops_everything(tmp_path, asked):
     fake = fake_slurm(tmp_path)
     for wrong, words in (
         (["lora.rnk=3"], "did you mean lora.rank"),
-        (["train.seq_length=262144"], "DOES NOT FIT"),
+        (["--model", "nano", "train.seq_length=262144"], "DOES NOT FIT"),
     ):
         done = script(*asked, *wrong, env=fake)
         assert done.returncode == 2
@@ -173,6 +175,21 @@ def test_a_training_that_would_not_start_stops_everything(tmp_path, asked):
         assert "nothing was run" in done.stderr
     assert not (tmp_path / "submitted").exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_too_small_is_found_before(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("")
+    chain = Chain(resolve_model("nano"), (tmp_path / "a",), tmp_path / "a", tmp_path)
+    # Base and merged model of 58.8 GiB, 30.4 in FP8, and 21 for hidden states while it is calibrated.
+    for free, refused in ((170, False), (168, True)):
+        full = shutil._ntuple_diskusage(2**40, 0, free << 30)  # type: ignore[attr-defined]
+        monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _path, full=full: full)
+        pipeline.check_room(chain, chain.stages()[4:])
+        if refused:
+            with pytest.raises(UserError, match=r"needs about 169\.1 GiB for import, merge, quantize"):
+                pipeline.check_room(chain, chain.stages())
+        else:
+            pipeline.check_room(chain, chain.stages())
 
 
 def test_questions_that_the_container_does_not_see_are_refused(tmp_path, asked):
@@ -184,7 +201,7 @@ def test_questions_that_the_container_does_not_see_are_refused(tmp_path, asked):
 
 
 def test_refused_with_the_remedy(tmp_path, asked):
-    local = ["--model", "pico", *asked[3:9]]
+    local = asked[1:9]
     for wrong, words in (
         ([], "write run, status or stage"),
         (["status", str(tmp_path)], "holds no pipeline"),
