@@ -1,0 +1,75 @@
+"""The file of golden answers: prompts as token ids, their log-probabilities, and how far a right server may be off.
+
+A safetensors file: `tokens` (all tokens, one prompt after the other) int64, `lengths` (prompts,) int64, `logprobs` (all
+tokens) float32, natural logarithms, of each token given those before it; 0 for the first of a prompt, which has none.
+The header has `golden`, JSON: the texts, the tolerances, and where the numbers come from. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nano3.cli import UserError, fresh_file
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far the log-probabilities of a right server may be off, in nats: each (`largest`), those of a prompt on
+    average (`mean`), and those of all prompts on average (`overall`, which sees a small change of everything)."""
+
+    largest: float
+    mean: float
+    overall: float
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Golden answers. `tokens` and `logprobs` have an array for each prompt, both of its length; `facts` says what they
+    were computed from."""
+
+    texts: list[str]
+    tokens: list[np.ndarray]
+    logprobs: list[np.ndarray]
+    tolerance: Tolerance
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, out: Path) -> None:
+        """Writes the file whole or not at all."""
+        from safetensors.numpy import save_file
+
+        tensors: dict[str, np.ndarray] = {
+            "tokens": np.concatenate(self.tokens).astype(np.int64),
+            "lengths": np.array([len(tokens) for tokens in self.tokens], dtype=np.int64),
+            "logprobs": np.concatenate(self.logprobs).astype(np.float32),
+        }
+        header = {"format": FORMAT, "texts": self.texts, "tolerance": asdict(self.tolerance), **self.facts}
+        with fresh_file(out) as temporary:
+            save_file(tensors, temporary, {"golden": json.dumps(header)})
+
+    @classmethod
+    def read(cls, path: Path) -> Golden:
+        """Reads the file. Raises `UserError` when it is none, is damaged or is of another format."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "numpy") as file:
+                header = json.loads((file.metadata() or {})["golden"])
+                tokens, lengths, logprobs = (file.get_tensor(name) for name in ("tokens", "lengths", "logprobs"))
+            if header.pop("format") != FORMAT:
+                raise ValueError("another format")
+            cuts = np.cumsum(lengths)[:-1]
+            texts, tolerance = header.pop("texts"), Tolerance(**header.pop("tolerance"))
+            if not len(tokens) == len(logprobs) == lengths.sum() or len(texts) != len(lengths) or not texts:
+                raise ValueError("its parts do not fit each other")
+            return cls(texts, np.split(tokens, cuts), np.split(logprobs, cuts), tolerance, header)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is not a file of golden answers ({error}); write it with conversion/golden.py"
+            ) from None
