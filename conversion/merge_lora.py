@@ -27,12 +27,13 @@ from conversion.merged import Merged
 from conversion.nemo_folder import named_model, open_model
 from conversion.peft_names import CONFIG as PEFT_CONFIG
 from conversion.plan import CHUNK_BYTES, make_plan
+from conversion.push import add_push, asked_hub, push
 from conversion.rewrite import Passage, rewrite
 from conversion.safetensors_io import side_files
 from conversion.scan import scan
 from conversion.training_run import training_facts
 from conversion.work import Work, check_room, work_folder
-from nano3.cli import check_output, run
+from nano3.cli import UserError, check_output, run
 
 if TYPE_CHECKING:
     from conversion.adapter_folder import Adapter
@@ -138,9 +139,14 @@ def main() -> int:
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="model folder to write")
     parser.add_argument("--nemo", action="store_true", help="write a NeMo checkpoint, not a Hugging Face folder")
+    add_push(parser)
     args = parser.parse_args()
+    if args.nemo and args.push:
+        raise UserError("--push uploads Hugging Face folders; leave out --nemo or --push")
+    hub = asked_hub(args)
     summary = merge(named_model(args.base), args.adapter, args.out, args.nemo)
     print(f"{args.out}: {summary}")
+    push(hub, args.out)
     return 0
 
 

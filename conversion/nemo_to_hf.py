@@ -21,6 +21,7 @@ from conversion.magnitude import largest_magnitude, refuse_not_finite
 from conversion.names import VOCABULARY_KEYS, MegatronTensor, megatron_tensors
 from conversion.parallel import in_parallel, scratch
 from conversion.plan import PREFIX, Planned
+from conversion.push import add_push, asked_hub, push
 from conversion.safetensors_io import side_files
 from conversion.safetensors_writer import SafetensorsWriter
 from conversion.units import Unit, names, units
@@ -148,10 +149,13 @@ def main() -> int:
     parser.add_argument(
         "--hf", metavar="FOLDER", help="folder (or preset) whose config.json and tokenizer belong to SRC"
     )
+    add_push(parser)
     args = parser.parse_args()
+    hub = asked_hub(args)
     begin = time.monotonic()
     size = convert(args.source, args.out, resolve_model(args.hf) if args.hf else None)
     print(f"{args.out}: Hugging Face model, {rate(size, time.monotonic() - begin)}")
+    push(hub, args.out)
     return 0
 
 

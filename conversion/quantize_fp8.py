@@ -22,6 +22,7 @@ from conversion.facts import Fact
 from conversion.folders import HF_KIND, copy_files, refuse_overlap
 from conversion.fp8 import E4M3_MAX, KV_SCALES, Selection
 from conversion.layout import Layout
+from conversion.push import add_push, asked_hub, push
 from conversion.rewrite import STEP_BYTES, Change, Passage, rewrite
 from conversion.safetensors_io import HFFolder, side_files
 from conversion.scan import scan
@@ -168,11 +169,13 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--tokens", type=int, default=4096, help="tokens of each document at most (default: 4096)")
     parse.add_argument("--selection", metavar="FILE.yaml", type=Path, help="what to quantize instead (docs/fp8.md)")
     parse.add_argument("--dry-run", action="store_true", help="print what each layer becomes, and stop")
+    add_push(parse)
     return parse
 
 
 def main() -> int:
     args = parser().parse_args()
+    hub = asked_hub(args)
     source = resolve_model(args.source)
     if args.samples < 1 or args.tokens < 1:
         raise UserError("--samples and --tokens must be at least 1")
@@ -194,6 +197,7 @@ def main() -> int:
         f"calibrated on {found.tokens:,} tokens; {idle} of {arch.n_routed_experts * len(found.idle)} experts saw none"
     )
     print(f"{args.out}: FP8 checkpoint; check it with conversion/lint_export.py")
+    push(hub, args.out)
     return 0
 
 

@@ -23,9 +23,16 @@ def training_facts(adapter: Path) -> dict[str, Any]:
     run = next((found for parent in (*folder.parents[:2],) if (found := _read(parent / "run.json"))), {})
     if "settings" in run and "data" in run:
         facts["data"] = _data(Path(str(run["data"])))
-        facts["settings"] = run["settings"]
+        facts["settings"] = {group: _no_paths(values) for group, values in run["settings"].items()}
         facts["ranks"] = run.get("nodes", 1) * run.get("ranks_per_node", 1)
     return facts
+
+
+def _no_paths(values: Any) -> Any:
+    """A group of settings without those that name a file or folder."""
+    if not isinstance(values, dict):
+        return values
+    return {key: value for key, value in values.items() if not (isinstance(value, str) and "/" in value)}
 
 
 def _data(store: Path) -> dict[str, Any]:

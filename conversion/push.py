@@ -1,0 +1,134 @@
+"""Uploads a certified Hugging Face folder to the Hub, after verifying it; its model card becomes README.md.
+
+    python conversion/push.py DIR ORGANIZATION/NAME [--public]
+
+DIR is what conversion/merge_lora.py, quantize_fp8.py or nemo_to_hf.py wrote (they take --push NAME too). A new
+repository is private unless --public is given; one that is public already is refused without it. Everything is one
+commit, which also removes weight files that an earlier upload left there. The token is huggingface_hub's: `hf auth
+login`, or HF_TOKEN; HF_ENDPOINT names another Hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from conversion.certificate_json import read_certificate
+from conversion.certify import verify
+from conversion.folders import CARD, CERTIFICATE
+from conversion.layout import INDEX, Layout
+from conversion.safetensors_io import side_files
+from nano3.arch import is_nemo_checkpoint
+from nano3.cli import UserError, run
+
+README = "README.md"
+
+
+class Hub:
+    """A model repository to write to. Made before hours of work, it refuses at once what would fail in the end.
+
+    Raises `UserError` without a token, for a name that is none, for a repository that is public and was not meant to
+    be, and with the Hub's words for what it refuses.
+    """
+
+    def __init__(self, repository: str, public: bool = False) -> None:
+        from huggingface_hub import HfApi, get_token
+
+        if not get_token():
+            raise UserError("no token for the Hugging Face Hub: `hf auth login`, or set HF_TOKEN, then again")
+        self.repository, self.public, self._api = repository, public, HfApi()
+        self._ask("validate", _check_name, repository)
+        self.exists = self._ask("look for", self._api.repo_exists, repository)
+        if self.exists and not public and not self._ask("read", self._api.repo_info, repository).private:
+            raise UserError(f"{repository} is public; choose another name, or say --public")
+
+    def upload(self, folder: Path) -> str:
+        """Verifies the folder, uploads it and returns the commit's address. Raises `UserError`, and nothing changed."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        files = files_to_push(folder)
+        problems = verify(folder)
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise UserError(f"not uploaded, it is not what its certificate says: {'; '.join(problems[:3])}{more}")
+        if not self.exists:
+            self._ask("create", self._api.create_repo, self.repository, private=not self.public)
+        there = self._ask("list", self._api.list_repo_files, self.repository) if self.exists else []
+        stale = [name for name in there if (name.endswith(".safetensors") or name == INDEX) and name not in files]
+        operations = [
+            *(CommitOperationAdd(name, path) for name, path in files.items()),
+            *(CommitOperationDelete(name) for name in stale),
+        ]
+        message = f"{read_certificate(folder)['kind']}, certified"
+        commit = self._ask("write", self._api.create_commit, self.repository, operations, commit_message=message)
+        return commit.commit_url
+
+    def _ask(self, what: str, call: Any, *arguments: Any, **more: Any) -> Any:
+        import httpx
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return call(*arguments, **more)
+        except (
+            HfHubHTTPError,
+            ValueError,
+            httpx.TransportError,
+        ) as error:  # a wrong name or card is a ValueError
+            raise UserError(f"cannot {what} {self.repository} on the Hub: {' '.join(str(error).split())}") from None
+
+
+def files_to_push(folder: Path) -> dict[str, Path]:
+    """Name in the repository -> file. The card is README.md there; the base's README.md speaks of another model."""
+    if is_nemo_checkpoint(folder):
+        raise UserError(f"{folder} is a NeMo checkpoint; export it with conversion/nemo_to_hf.py and push that")
+    read_certificate(folder)  # or no card either
+    layout = Layout.read(folder, quantized=True)
+    names = [str(path) for path in side_files(folder)] + [*layout.headers, CERTIFICATE]
+    names += [INDEX] if layout.index is not None else []
+    return {name: folder / name for name in sorted(names) if name != README} | {README: folder / CARD}
+
+
+def add_push(parser: argparse.ArgumentParser) -> None:
+    """The option `--push` of the tools that write Hugging Face folders."""
+    parser.add_argument(
+        "--push",
+        metavar="NAME",
+        help="then upload to this private repository, ORGANIZATION/NAME, of the Hugging Face Hub (conversion/push.py)",
+    )
+
+
+def asked_hub(args: argparse.Namespace) -> Hub | None:
+    """The repository that `--push` names, None without it. Raises `UserError` at once for one that would not do."""
+    return Hub(args.push) if args.push else None
+
+
+def push(hub: Hub | None, folder: Path) -> None:
+    """Uploads a folder where `--push` asked for it, and says where."""
+    if hub is not None:
+        print(hub.upload(folder))
+
+
+def _check_name(repository: str) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repository)
+    if "/" not in repository:
+        raise ValueError("give ORGANIZATION/NAME")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder with certificate.json")
+    parser.add_argument("repository", metavar="ORGANIZATION/NAME", help="model repository")
+    parser.add_argument("--public", action="store_true", help="let everybody see it")
+    args = parser.parse_args()
+    files_to_push(args.folder)
+    push(Hub(args.repository, args.public), args.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
