@@ -32,17 +32,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "README.md").write_text(README)
     store = tiny_store(folder / "sorting", 5, 8, 128)
     write_adapter(folder / "run/adapter", steps=1200)
-    task = Run(
-        "secret/model",
-        "secret/base",
-        str(store),
-        None,
-        "secret/out",
-        1,
-        2,
-        True,
-        Settings(lora=LoraSettings(init_from="secret/adapter")),
-    )
+    settings = Settings(lora=LoraSettings(init_from="secret/adapter"))
+    task = Run("secret/model", "secret/base", str(store), None, "secret/out", 1, 2, True, settings)
     (folder / "run/run.json").write_text(task.to_json())
     merge(base, folder / "run/adapter", folder / "merged")
     return folder / "merged"
