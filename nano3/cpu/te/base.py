@@ -16,7 +16,11 @@ def refuse(module: str, **unsupported: bool) -> None:
 
 
 class TransformerEngineBaseModule(torch.nn.Module):
-    """Base of the stand-ins. `_extra_state` is the empty byte tensor that Transformer Engine writes without FP8."""
+    """Base of the stand-ins. `_extra_state` is the empty byte tensor that Transformer Engine writes without FP8.
+
+    A checkpoint of an FP8 run has pickled scales there. Without FP8 they have no use (the weights beside them are
+    whole), so they are put aside before anybody, Megatron-Core's grouped layers included, unpickles them.
+    """
 
     fp8 = False
     fp8_calibration = False
@@ -25,6 +29,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
         super().__init__()
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False, "recipe": None}
         self.tp_group: Any = None
+        self._register_load_state_dict_pre_hook(_put_fp8_state_aside)
 
     def set_tensor_parallel_group(self, tp_group: Any) -> None:
         """Sets the tensor-parallel group of a module that was built before the groups existed."""
@@ -34,13 +39,17 @@ class TransformerEngineBaseModule(torch.nn.Module):
         return torch.empty(0, dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor | None) -> None:
-        if isinstance(state, torch.Tensor) and state.numel():
-            raise ValueError("this checkpoint holds FP8 state; the CPU stand-in of Transformer Engine cannot use it")
+        del state
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
         """FP8 state does not exist here; Megatron-Core calls this before it merges empty extra states."""
         if num_gemms < 1:
             raise ValueError(f"num_gemms must be positive, got {num_gemms}")
+
+
+def _put_fp8_state_aside(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(f"{prefix}_extra_state")]:
+        state_dict[key] = torch.empty(0, dtype=torch.uint8)
 
 
 def initialize(
