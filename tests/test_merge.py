@@ -230,6 +230,7 @@ def test_the_base_must_have_the_routers_of_the_training_run(rounded: bool, tmp_p
 
 
 IN = "module.decoder.layers.0.mixer.out_proj.adapter.linear_in.weight"
+UP = "module.decoder.layers.1.mlp.experts.experts.linear_fc1.adapter.linear_out.weight"
 OTHER = TINY_CONFIG | {"hybrid_override_pattern": "MEM*M"}
 FORMAT_2: dict[str, Any] = {"format": 2, "rank_pattern": [], "alpha_pattern": [], "rslora": False, "dora": False}
 # "said": what lora.json says besides, or instead of, what the tensors were made for.
@@ -261,6 +262,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"has shape \(4, 32\)",
     ),
     "a magnitude that is not there": ({"said": FORMAT_2 | {"dora": True}}, "magnitude"),
+    "an expert less": (
+        {"experts": "each", "change": lambda t: t.update({UP: t[UP][:7]})},
+        r"experts\.linear_fc1\.adapter\.linear_out\.weight has shape \(7, 24, 4\)",
+    ),
     "experts announced one by one": ({"said": {"experts": "each"}}, r"mlp\.experts\.experts"),
     "unknown experts": ({"said": {"experts": "some"}}, "experts 'some'"),
     "balance without its biases": ({"router": "balance"}, "expert_bias"),
