@@ -50,7 +50,12 @@ LOADS = {
     "vllm": ("shared", "each", "rslora", "preset", "all"),
 }
 """Consumer -> the kinds that it can represent."""
-CASES = [(consumer, kind) for consumer, kinds in LOADS.items() for kind in kinds]
+FAST = {"peft": LOADS["peft"], "peft-legacy": ("each", "all dora"), "vllm": ("rslora",)}
+CASES = [
+    pytest.param(consumer, kind, marks=() if kind in FAST[consumer] else pytest.mark.full)
+    for consumer, kinds in LOADS.items()
+    for kind in kinds
+]
 
 
 def random_values(tensors: dict[str, torch.Tensor]) -> None:
@@ -119,7 +124,7 @@ def test_names_and_shapes_for_every_consumer(tmp_path: Path):
     assert len(found["vllm"]) == len(found["peft-legacy"]) == 2 * (2 + 4 + 4 + 2 + 2 * 2 * 8)
 
 
-@pytest.mark.parametrize(("consumer", "kind"), [case for case in CASES if case[0] != "vllm"])
+@pytest.mark.parametrize(("consumer", "kind"), [case for case in CASES if case.values[0] != "vllm"])
 def test_peft_gives_the_logits_of_the_merged_model(consumer: str, kind: str, base: Path, tmp_path: Path):
     """That the merged model is the adapted one is shown by tests/test_variants.py."""
     export(our_adapter(tmp_path / "adapter", kind), tmp_path / "peft", consumer)
