@@ -138,6 +138,14 @@ def test_published_layouts_fit_on_the_hardware_that_they_were_published_for():
     assert not plan_memory(replace(small, recompute=())).fits(HARDWARE["h100"])
 
 
+def test_weights_are_those_of_the_published_sizing_guide():
+    """NVIDIA-NeMo/Nemotron, usage-cookbook/Nemotron-3-Nano/nemotron3-nano-post-training-sizing.md: GiB on each GPU."""
+    for layout, published in (
+        (Layout(), 58.8), (Layout(ep=2), 31.5), (Layout(ep=4), 17.8), (Layout(ep=8), 10.9), (Layout(tp=2, ep=8), 8.9),
+    ):  # fmt: skip
+        assert sum(held.nbytes for held in weights(NANO, layout, 0, 2)) / GIB == pytest.approx(published, abs=0.05)
+
+
 def test_a_plan_is_what_can_be_worked_out_by_hand():
     plan = plan_memory(nano(Layout(ep=8), 8)).tightest
     assert plan.items["weights"] == 11_749_990_016  # 5.875e9 parameters in BF16, FP32 where the checkpoint has it
