@@ -167,6 +167,21 @@ def save_again(_: int) -> None:
     RunCheckpoints._restore = restore_and_save  # type: ignore[method-assign]
 
 
+def save_initial(_: int) -> None:
+    """Writes the adapter that training starts from to OUT/initial, before the first step."""
+    from nano3.initial_adapter import InitialAdapter
+
+    start = InitialAdapter.on_train_batch_start
+
+    def start_and_save(self: InitialAdapter, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        start(self, trainer, pl_module, *rest)
+        if trainer.global_step == 0:
+            out = trainer.callbacks[0].out
+            adapter_checkpoint.save_adapter(pl_module, out / "initial", adapter_checkpoint.adapter_facts(trainer))
+
+    InitialAdapter.on_train_batch_start = start_and_save  # type: ignore[method-assign]
+
+
 def skip_samples(steps: int) -> None:
     """A run that goes on begins with the data of so many steps later."""
     setup = RunCheckpoints.setup
@@ -193,5 +208,6 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "nan": lose_a_number,
     "memory": run_out_of_memory,
     "again": save_again,
+    "initial": save_initial,
     "skip": skip_samples,
 }

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,18 @@ def test_any_layout_goes_on(folder, ranks, kind, world, layout):
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     else:
         assert largest_error(out, source) < CLOSE
+
+
+def test_an_adapter_trains_on_in_another_layout(folder, ranks):
+    """`lora.init_from`: it starts with the same bits, which merge into the same bytes."""
+    source = untouched(folder, ranks, "everything")
+    chosen = settings("everything", Layout(ep=2))
+    chosen.lora = replace(chosen.lora, init_from=str(source / "adapter"))
+    chosen.train = replace(chosen.train, steps=3, validate_every=3)
+    out = run(folder, ranks, "trained-on", 2, chosen, FAULT="initial:0")
+    assert_equal(out / "initial" / "weights", source / "adapter" / "weights")
+    ours, theirs = (merged(folder, *pair) for pair in (("ours", out / "initial"), ("theirs", source / "adapter")))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_other_data_would_be_noticed(folder, ranks):
