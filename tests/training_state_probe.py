@@ -1,0 +1,84 @@
+"""A process on the CPU backend that says what becomes of Adam's step and of random numbers: `... OUT.json`."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from nano3 import cpu
+
+cpu.enable()
+
+import torch  # noqa: E402
+from megatron.core.tensor_parallel import random  # noqa: E402
+
+from nano3 import training_state  # noqa: E402
+
+
+class GroupAdam(torch.optim.Optimizer):
+    """Counts as Transformer Engine's fused Adam does: once for a group, and not at all before the first step."""
+
+    def __init__(self, parameters: list) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+
+
+def stepped(make: Callable, steps: int) -> Any:
+    """An optimizer after so many steps, as `nano3.training_state` sees it."""
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = make(parameters)
+    for _ in range(steps):
+        for parameter in parameters:
+            parameter.grad = torch.ones(2)
+        optimizer.step()
+    return SimpleNamespace(inner=optimizer, holders=lambda: iter(parameters))
+
+
+def adam_steps(make: Callable) -> dict[str, Any]:
+    """The step of a rank without an optimizer, of one, after it was set to 3, and of two that differ."""
+    training_state.optimizer_states = lambda trainer: trainer  # type: ignore[assignment, return-value]
+    fresh: Any = [stepped(make, 0)]
+    training_state.set_adam_step(fresh, 3)
+    different: Any = [stepped(make, 3), stepped(make, 2)]
+    try:
+        refused = f"{training_state.adam_step(different)}"
+    except AssertionError as error:
+        refused = str(error)
+    taken: Any = [stepped(make, 3)]
+    none: Any = []
+    return {
+        "none": training_state.adam_step(none),
+        "taken": training_state.adam_step(taken),
+        "set": training_state.adam_step(fresh),
+        "different": refused,
+    }
+
+
+def draws(seed: int, step: int, tp_rank: int) -> list[list[float]]:
+    """Numbers from the generator that tensor-parallel ranks share, and from that which they do not."""
+    for name, rank in (("tensor_model", tp_rank), ("expert_model", 0), ("expert_tensor", tp_rank)):
+        setattr(random, f"get_{name}_parallel_rank", lambda rank=rank: rank)
+    training_state.new_random_state(seed, step)
+    common = torch.rand(8).tolist()
+    with random.get_cuda_rng_tracker().fork():
+        return [common, torch.rand(8).tolist()]
+
+
+def main() -> None:
+    asked = {"first": (1234, 8, 0), "again": (1234, 8, 0), "other rank": (1234, 8, 1)}
+    asked |= {"other step": (1234, 9, 0), "other seed": (1235, 8, 0)}
+    result = {
+        "by parameter": adam_steps(torch.optim.AdamW),
+        "by group": adam_steps(GroupAdam),
+        "draws": {name: draws(*arguments) for name, arguments in asked.items()},
+    }
+    Path(sys.argv[1]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
