@@ -20,6 +20,7 @@ from conversion.folders import HF_KIND, copy_files, refuse_overlap
 from conversion.fp8 import scale_problem
 from conversion.identity import source_files
 from conversion.layout import FP8, Layout
+from conversion.plan import row_steps
 from conversion.rewrite import STEP_BYTES, Passage, rewrite
 from conversion.safetensors_io import HFFolder, side_files
 from conversion.work import work_folder
@@ -95,9 +96,8 @@ def scale_of(hf: HFFolder, name: str) -> float:
 
 def _decode(scale: torch.Tensor, passage: Passage) -> None:
     rows, width = passage.entry.shape
-    step = max(1, STEP_BYTES // (4 * width))  # in FP32
-    for start in range(0, rows, step):
-        passage.write(start, values(passage.read(start, min(step, rows - start)), scale))
+    for start, count in row_steps(rows, 4 * width, STEP_BYTES):  # in FP32
+        passage.write(start, values(passage.read(start, count), scale))
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from conversion.certificate import read_certificate
+from conversion.certificate_json import read_certificate
 from conversion.folders import CERTIFICATE
 from conversion.golden_file import Golden, Tolerance
 from conversion.layout import FP8

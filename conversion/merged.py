@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from conversion.certificate import norm_ratio
 from conversion.certificate_json import BALANCE
 from conversion.model_folder import ModelFolder, RowFolder, torch_dtype
+from conversion.plan import row_steps
 from conversion.rewrite import STEP_BYTES
 
 if TYPE_CHECKING:
@@ -61,9 +62,7 @@ class Merged(RowFolder):
     def steps(self, name: str, rows: int) -> Iterator[tuple[int, int]]:
         """(first, number) of the rows of a targeted tensor that are computed in one go, in FP32."""
         width = self.layout.entries[name].shape[1:] or (1,)
-        step = max(1, STEP_BYTES // (4 * width[0]))
-        for begin in range(0, rows, step):
-            yield begin, min(step, rows - begin)
+        return row_steps(rows, 4 * width[0], STEP_BYTES)
 
     def change(self, name: str) -> dict[str, Any]:
         """What the certificate says of a targeted tensor: changed by which modules, and how much.

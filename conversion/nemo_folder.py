@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conversion.folders import LAYOUT, SIDE, WEIGHTS
-from conversion.layout import Layout, TensorTable
+from conversion.layout import Layout, TensorTable, check_tensors, some
 from conversion.model_folder import ModelFolder, RowFolder
 from conversion.names import VOCABULARY_KEYS, MegatronTensor, RowBlock, megatron_tensors
 from conversion.plan import PREFIX
 from conversion.safetensors_io import HFFolder
 from nano3.arch import Arch, is_nemo_checkpoint, resolve_model
+from nano3.cli import UserError
+
+if TYPE_CHECKING:
+    from conversion.torch_dist import TorchDistReader
 
 
 class NemoFolder(RowFolder):
-    """A NeMo checkpoint that holds exactly the tensors of `hf/config.json`. Use as a context manager.
+    """A NeMo checkpoint that holds exactly the tensors of its config.json. Use as a context manager.
 
-    Raises `UserError`, before anything is read, for what `conversion/nemo_to_hf.py` refuses: missing, unknown or
-    misshapen tensors, by name, and truncated files.
+    `side` is a Hugging Face folder whose config.json and side files belong to a checkpoint without its own.
+
+    Raises `UserError`, before anything is read, for missing, unknown or misshapen tensors, by name, and truncated
+    files.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        from conversion.nemo_to_hf import check_weights
+    def __init__(self, path: Path, side: Path | None = None) -> None:
         from conversion.torch_dist import TorchDistReader
 
-        self.path = Path(path)
-        self.side = self.path / SIDE
+        self.path, self.side = path, side or _own_side(path)
         self.arch = Arch.load(self.side)
-        self._reader = TorchDistReader(self.path / WEIGHTS)
-        tensors = list(megatron_tensors(self.arch))
-        check_weights(self._reader, tensors)
-        self._places = _places(tensors)
-        dtypes = {block.name: self._reader.dtype(PREFIX + t.key) for t in tensors for block in t.blocks}
+        self.reader = TorchDistReader(path / WEIGHTS)
+        self.tensors = list(megatron_tensors(self.arch))
+        _check_weights(self.reader, self.tensors)
+        self._places = _places(self.tensors)
+        dtypes = {block.name: self.reader.dtype(PREFIX + t.key) for t in self.tensors for block in t.blocks}
         shapes = {name: spec.shape for name, spec in self.arch.tensors().items()}
         self.layout = _layout(self.path, {name: (dtypes[name], shape) for name, shape in shapes.items()})
 
@@ -44,14 +49,14 @@ class NemoFolder(RowFolder):
             if low < high:
                 offset, size = tensor.box(begin + low - block.start, high - low)
                 part = buffer[(low - start) * row : (high - start) * row]
-                self._reader.read_into(part, PREFIX + tensor.key, offset, size)
+                self.reader.read_into(part, PREFIX + tensor.key, offset, size)
 
     def padding_problems(self) -> list[str]:
         """Vocabulary tensors whose rows behind the vocabulary are not zeros: nothing certifies what those hold."""
         problems, begin = [], self.arch.vocab_size
         for key in VOCABULARY_KEYS:
-            rows, width = self._reader.shapes[PREFIX + key]
-            if rows > begin and self._reader.read(PREFIX + key, (begin, 0), (rows - begin, width)).any():
+            rows, width = self.reader.shapes[PREFIX + key]
+            if rows > begin and self.reader.read(PREFIX + key, (begin, 0), (rows - begin, width)).any():
                 problems.append(f"{self.path}: {key} has values behind the {begin} rows of its vocabulary")
         return problems
 
@@ -65,6 +70,32 @@ def named_model(name_or_path: str) -> Path:
 def open_model(path: Path, quantized: bool = False) -> ModelFolder:
     """The model in a folder, Hugging Face's or NeMo's. `quantized`: FP8 is read too. Raises `UserError`."""
     return NemoFolder(path) if is_nemo_checkpoint(path) else HFFolder(path, quantized)
+
+
+def _own_side(source: Path) -> Path:
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder; give a NeMo checkpoint folder")
+    if not (source / SIDE / "config.json").is_file():
+        raise UserError(
+            f"{source} has no {SIDE}/config.json (a checkpoint of a training run, or no NeMo checkpoint): "
+            "name the Hugging Face folder that it came from with --hf"
+        )
+    return source / SIDE
+
+
+def _check_weights(reader: TorchDistReader, tensors: list[MegatronTensor]) -> None:
+    """Raises `UserError` by name for missing, unknown or misshapen tensors; optimizer state is none of our business."""
+    expected = {PREFIX + tensor.key: tensor.shape for tensor in tensors}
+    found = {key: shape for key, shape in reader.shapes.items() if key.startswith(PREFIX)}
+    adapters = [key for key in found if ".adapter." in key]
+    if adapters:
+        raise UserError(f"{reader.folder} holds adapters ({some(adapters)}): merge them with conversion/merge_lora.py")
+    for name in VOCABULARY_KEYS:
+        key = PREFIX + name
+        rows, *rest = found.get(key, expected[key])
+        if rows > expected[key][0]:
+            found[key] = (expected[key][0], *rest)  # the padding is cut off
+    check_tensors(str(reader.folder), found, expected)
 
 
 Place = tuple[MegatronTensor, int, RowBlock]

@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.certificate import Claim, write_certificate
-from conversion.folders import HF_KIND, LAYOUT, SIDE, WEIGHTS, copy_files, progress, rate, refuse_overlap
-from conversion.layout import Layout, TensorTable, check_tensors, some
+from conversion.folders import HF_KIND, copy_files, progress, rate, refuse_overlap
 from conversion.magnitude import largest_magnitude, refuse_not_finite
-from conversion.names import VOCABULARY_KEYS, MegatronTensor, megatron_tensors
+from conversion.nemo_folder import NemoFolder
 from conversion.parallel import in_parallel, scratch
-from conversion.plan import PREFIX, Planned
+from conversion.plan import Planned
 from conversion.push import add_push, asked_hub, push
 from conversion.safetensors_io import side_files
 from conversion.safetensors_writer import SafetensorsWriter
 from conversion.units import Unit, names, units
 from conversion.work import check_room, work_folder
-from nano3.arch import Arch, resolve_model
-from nano3.cli import UserError, check_output, run
+from nano3.arch import resolve_model
+from nano3.cli import check_output, run
 
 if TYPE_CHECKING:
     from conversion.torch_dist import TorchDistReader
@@ -40,67 +39,19 @@ def convert(source: Path, out: Path, hf: Path | None = None) -> int:
 
     `hf` is a Hugging Face folder whose config.json and side files are taken when `source` has no `hf/` of its own.
     """
-    side = _side_folder(source, hf)
-    refuse_overlap(out, source, side)
-    check_output(out, HF_KIND)
-    arch = Arch.load(side)
-    from conversion.torch_dist import TorchDistReader
-
-    reader = TorchDistReader(source / WEIGHTS)
-    tensors = list(megatron_tensors(arch))
-    check_weights(reader, tensors)
-    layout = _layout(source, _table(arch, reader, tensors))
-    check_room(out, layout.total_bytes)
-    job = {"tool": "export", "source": str(source.resolve()), "files": _stamps(reader), "side": str(side.resolve())}
-    with work_folder(out, HF_KIND, job | {"layout": layout.to_json()}, layout.total_bytes) as work:
-        copy_files(side, side_files(side), work.folder)
-        with SafetensorsWriter(work, layout) as writer, progress(layout.total_bytes, "weights") as bar:
-            _write(reader, tensors, writer, bar)
-        write_certificate(work.folder, source, writer.facts, writer.facts, Claim("export"))
+    with NemoFolder(source, hf) as model:
+        refuse_overlap(out, source, model.side)
+        check_output(out, HF_KIND)
+        layout = model.layout
+        check_room(out, layout.total_bytes)
+        job = {"tool": "export", "source": str(source.resolve()), "files": _stamps(model.reader)}
+        job |= {"side": str(model.side.resolve()), "layout": layout.to_json()}
+        with work_folder(out, HF_KIND, job, layout.total_bytes) as work:
+            copy_files(model.side, side_files(model.side), work.folder)
+            with SafetensorsWriter(work, layout) as writer, progress(layout.total_bytes, "weights") as bar:
+                _write(model, writer, bar)
+            write_certificate(work.folder, source, writer.facts, writer.facts, Claim("export"))
     return layout.total_bytes
-
-
-def check_weights(reader: TorchDistReader, tensors: list[MegatronTensor]) -> None:
-    """Raises `UserError` by name for missing, unknown or misshapen tensors; optimizer state is none of our business."""
-    expected = {PREFIX + tensor.key: tensor.shape for tensor in tensors}
-    found = {key: shape for key, shape in reader.shapes.items() if key.startswith(PREFIX)}
-    adapters = [key for key in found if ".adapter." in key]
-    if adapters:
-        raise UserError(f"{reader.folder} holds adapters ({some(adapters)}): merge them with conversion/merge_lora.py")
-    for name in VOCABULARY_KEYS:
-        key = PREFIX + name
-        rows, *rest = found.get(key, expected[key])
-        if rows > expected[key][0]:
-            found[key] = (expected[key][0], *rest)  # the padding is cut off
-    check_tensors(str(reader.folder), found, expected)
-
-
-def _side_folder(source: Path, hf: Path | None) -> Path:
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder; give a NeMo checkpoint folder")
-    if hf is not None:
-        return hf
-    if not (source / SIDE / "config.json").is_file():
-        raise UserError(
-            f"{source} has no {SIDE}/config.json (a checkpoint of a training run, or no NeMo checkpoint): "
-            "name the Hugging Face folder that it came from with --hf"
-        )
-    return source / SIDE
-
-
-def _table(arch: Arch, reader: TorchDistReader, tensors: list[MegatronTensor]) -> TensorTable:
-    """What to write: the architecture's shapes, the checkpoint's dtypes."""
-    dtypes = {block.name: reader.dtype(PREFIX + tensor.key) for tensor in tensors for block in tensor.blocks}
-    return {name: (dtypes[name], spec.shape) for name, spec in arch.tensors().items()}
-
-
-def _layout(source: Path, table: TensorTable) -> Layout:
-    """The source's own files when its tensors are still the same, else files of our making."""
-    if (source / LAYOUT).is_file():
-        layout = Layout.from_json((source / LAYOUT).read_text())
-        if layout.fits(table):
-            return layout
-    return Layout.make(table)
 
 
 def _stamps(reader: TorchDistReader) -> dict[str, list[int]]:
@@ -109,11 +60,11 @@ def _stamps(reader: TorchDistReader) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def _write(reader: TorchDistReader, tensors: list[MegatronTensor], writer: SafetensorsWriter, bar: Any) -> None:
+def _write(model: NemoFolder, writer: SafetensorsWriter, bar: Any) -> None:
     """Copies every tensor to where it belongs, unit by unit, file by file."""
     entries, todo = writer.layout.entries, writer.todo
     order = {name: number for number, name in enumerate(todo)}
-    planned = [Planned(tensor, tensor.shape, entries[tensor.blocks[0].name].dtype) for tensor in tensors]
+    planned = [Planned(tensor, tensor.shape, entries[tensor.blocks[0].name].dtype) for tensor in model.tensors]
     tasks = [
         unit
         for unit in units(planned, {name: entry.rows for name, entry in entries.items()})
@@ -126,12 +77,12 @@ def _write(reader: TorchDistReader, tensors: list[MegatronTensor], writer: Safet
         left = [name for name in names(unit) if name in order]
         for box in unit:
             buffer = scratch(box.nbytes)
-            reader.read_into(buffer, box.planned.key, *box.tensor.box(box.first, box.count))
+            model.reader.read_into(buffer, box.planned.key, *box.tensor.box(box.first, box.count))
             for begin, part in box.parts():
                 if part.name in left:
                     entry = entries[part.name]
                     piece = buffer[begin : begin + part.count * entry.row_bytes]
-                    refuse_not_finite(largest_magnitude(piece, entry.dtype), part.name, reader.folder)
+                    refuse_not_finite(largest_magnitude(piece, entry.dtype), part.name, model.path)
                     writer.put(part.name, piece)
                     bar.update(len(piece))
         for name in left:

@@ -22,9 +22,9 @@ CHUNK_BYTES = 64 << 20
 """Upper bound of a chunk, in bytes: what a thread holds in memory, and the least that other readers load."""
 
 
-def row_steps(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """(first row, number of rows) of pieces of at most `CHUNK_BYTES`, or of one row where that is larger."""
-    step = max(1, CHUNK_BYTES // row_bytes)
+def row_steps(rows: int, row_bytes: int, limit: int | None = None) -> Iterator[tuple[int, int]]:
+    """(first row, number of rows) of pieces of at most `limit` bytes (default `CHUNK_BYTES`), or of one larger row."""
+    step = max(1, (limit or CHUNK_BYTES) // row_bytes)
     for start in range(0, rows, step):
         yield start, min(step, rows - start)
 

@@ -22,6 +22,7 @@ from conversion.facts import Fact
 from conversion.folders import HF_KIND, copy_files, refuse_overlap
 from conversion.fp8 import E4M3_MAX, KV_SCALES, Selection
 from conversion.layout import Layout
+from conversion.plan import row_steps
 from conversion.push import add_push, asked_hub, push
 from conversion.rewrite import STEP_BYTES, Change, Passage, rewrite
 from conversion.safetensors_io import HFFolder, side_files
@@ -108,9 +109,8 @@ def _quantize(scale: torch.Tensor, passage: Passage) -> dict[str, Any]:
     """Writes the codes of one matrix; returns its scale and the norm of the error over its own."""
     error = whole = 0.0
     rows, width = passage.entry.shape
-    step = max(1, STEP_BYTES // (4 * width))  # in FP32
-    for start in range(0, rows, step):
-        old = passage.read(start, min(step, rows - start))
+    for start, count in row_steps(rows, 4 * width, STEP_BYTES):  # in FP32
+        old = passage.read(start, count)
         codes = to_codes(old, scale)
         passage.write(start, codes)
         values = old.float()
