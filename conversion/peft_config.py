@@ -87,6 +87,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
         )
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     ranks, alphas = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
+    if not (isinstance(ranks, dict) and isinstance(alphas, dict)):
+        raise UserError(f"{where}: rank_pattern and alpha_pattern are not tables of names; copy the adapter again")
     for name, value in {"r": rank, **ranks}.items():
         if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             raise UserError(f"{where}: the rank of {name} is {value!r}, not a positive whole number")

@@ -179,6 +179,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "biases": (lambda f: config(f, bias="all"), "bias='all'"),
     "whole modules": (lambda f: config(f, modules_to_save=["lm_head"]), "modules_to_save"),
     "PiSSA": (lambda f: config(f, init_lora_weights="pissa"), "path_initial_model_for_weight_conversion"),
+    "a list of patterns": (lambda f: config(f, rank_pattern=["q_proj"]), "not tables of names"),
     "a pattern that is none": (lambda f: config(f, rank_pattern={"(": 4}), "no regular expression"),
     "DoRA without lengths": (lambda f: config(f, use_dora=True), "lora_magnitude_vector"),
     "one of the stacked matrices": (

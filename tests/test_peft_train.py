@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from evaluation.hf_model import load_reference
 from launch.layout import Layout
 from nano3.token_store import TokenStore
 from recipes.initial import adopt
-from recipes.settings import LogSettings, LoraSettings, Settings, TrainSettings
+from recipes.settings import CheckpointSettings, LogSettings, LoraSettings, Settings, TrainSettings
 from tests.test_peft_export import logits
 from tests.test_peft_import import EXPERTS, LINEAR, foreign
 from tests.tiny import tiny_hf_folder
@@ -36,6 +37,7 @@ def launch(folder: Path, name: str, ranks: int, lora: LoraSettings, steps: int) 
         layout=Layout(ep=ranks),
         lora=lora,
         train=TrainSettings(steps=steps, warmup=0, global_batch=2, seq_length=SEQ_LENGTH, lr=1e-3),
+        checkpoint=CheckpointSettings(every=2),
         log=LogSettings(tensorboard=False, wandb="off"),
     )
     return run(write_run(folder, name, ranks, settings))
@@ -43,7 +45,7 @@ def launch(folder: Path, name: str, ranks: int, lora: LoraSettings, steps: int) 
 
 @pytest.mark.full
 def test_an_adapter_of_peft_trains_on(tmp_path: Path):
-    """It starts with the loss of the merged model, learns, and merges and exports like any other."""
+    """It starts with the loss of the merged model, learns, goes on where it was, merges and exports like any other."""
     base = tiny_hf_folder(tmp_path / "hf", torch_dtype="float32", vocab_size=133)
     foreign(base, tmp_path / "peft", target_modules=LINEAR, target_parameters=EXPERTS)
     import_peft(tmp_path / "peft", base, tmp_path / "adapter")
@@ -67,6 +69,13 @@ def test_an_adapter_of_peft_trains_on(tmp_path: Path):
         assert 0 < change < 0.02, key  # four steps of Adam, from where it began
     lora_json = [json.loads((folder / "lora.json").read_text()) for folder in (out / "adapter", tmp_path / "adapter")]
     assert lora_json[0]["targets"] == lora_json[1]["targets"]
+
+    shutil.move(
+        out / "adapter", tmp_path / "finished"
+    )  # as if it had been killed after step 2, whose checkpoint is there
+    run(tmp_path / "run.json")
+    again, finished = (TorchDistReader(folder / "weights") for folder in (out / "adapter", tmp_path / "finished"))
+    assert all(torch.equal(again.whole(key), finished.whole(key)) for key in finished.shapes)
 
     merge(base, out / "adapter", tmp_path / "merged")
     export(out / "adapter", tmp_path / "exported", "peft")
