@@ -1,0 +1,28 @@
+"""The writing of an FP8 checkpoint alone, for bench_conversion.py: MODEL OUT. Activation scales are made up."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from conversion.calibrate import Activations
+from conversion.fp8 import Selection
+from conversion.quantize_fp8 import weight_scales, write
+from conversion.safetensors_io import HFFolder
+from conversion.scan import scan
+
+
+def main(source: Path, out: Path) -> None:
+    """What conversion/quantize_fp8.py does but for the calibration."""
+    with HFFolder(source) as hf:
+        selection = Selection.published(hf.arch)
+        before, largest = scan(hf)
+        found = Activations(
+            inputs=dict.fromkeys(selection.chosen, 1.0),
+            cache={(number, part): 1.0 for number in selection.kv_layers for part in "kv"},
+        )
+        write(hf, before, weight_scales(largest, selection), selection, found, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
