@@ -37,6 +37,7 @@ from conversion.model_folder import ModelFolder, torch_dtype
 from conversion.parallel import in_parallel, scratch
 from conversion.plan import Plan, is_native
 from conversion.safetensors_io import read_exactly
+from conversion.safetensors_writer import PIECE
 from conversion.torch_dist import data_begin
 from conversion.units import Box, Unit, files, units
 from conversion.work import Work
@@ -145,7 +146,7 @@ def _taken_over(work: Work, file: str, unit: Unit, hf: ModelFolder) -> dict[str,
 
 
 def _digest_chunk(file: int, place: _StorageInfo, box: Box, entries: dict[str, Entry], digests: dict[str, Any]) -> bool:
-    """Adds the rows of a chunk to the digests of their tensors; False when it is not a whole chunk."""
+    """Adds the rows of a chunk to their tensors' digests; False when it is not what `torch.save` makes of them."""
     dtype = torch_dtype(box.planned.dtype)
     begin = data_begin(file, place, dtype, box.nbytes // dtype.itemsize)
     buffer = scratch(box.nbytes)
@@ -154,7 +155,26 @@ def _digest_chunk(file: int, place: _StorageInfo, box: Box, entries: dict[str, E
     for first, part in box.parts():
         piece = buffer[first : first + part.count * entries[part.name].row_bytes]
         digests.setdefault(part.name, hashlib.sha256()).update(piece)
-    return True
+    _, size = box.tensor.box(box.first, box.count)
+    there: Any = _Comparing(file, place.offset)
+    torch.save(torch.frombuffer(buffer, dtype=dtype).view(size), there)
+    return there.same and there.position == place.offset + place.length
+
+
+class _Comparing(io.RawIOBase):
+    """Takes what is written for what should stand in an open file, and looks whether it does."""
+
+    def __init__(self, file: int, position: int) -> None:
+        super().__init__()
+        self.file, self.position, self.same = file, position, True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for begin in range(0, len(view), PIECE):
+            piece = view[begin : begin + PIECE]
+            self.same &= os.pread(self.file, len(piece), self.position) == piece
+            self.position += len(piece)
+        return len(view)
 
 
 def _write_metadata(work: Work, plan: Plan, written: Iterable[tuple[str, Unit, list[Place]]]) -> None:

@@ -3,7 +3,8 @@
 The work lies in `.NAME.unfinished` beside the output NAME. While it grows, what a reader would open first has `.part`
 behind its name (`Work.hide`): model.safetensors and the index, or `.metadata` of a torch_dist. Only when all is written
 and hashed do those get their names, in that order, and then the folder its own. So a kill at any moment leaves the old
-result or the new one, and beside it at most a hidden folder that nothing loads, which the same command goes on from.
+result or the new one, and beside it at most a hidden folder that nothing loads, which the same command goes on from;
+or, between the last two renamings, one that is the whole result.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from conversion.folders import require_space
 from nano3.cli import MARKER, UserError, check_output, replace_folder, tidy
 
 PART = ".part"
+CONFIG = "config.json"
 _RECORDS = ".work"
 _JOB = "job.json"
 
@@ -54,10 +56,15 @@ class Work:
         os.replace(new, path)
 
     def reveal(self) -> None:
-        """Gives the hidden files their names."""
+        """Gives the hidden files their names. Meanwhile there is no config.json: some readers take all
+        *.safetensors that they find beside one."""
         shutil.rmtree(self.folder / _RECORDS)
+        config = self.folder / CONFIG
+        aside = config.rename(config.with_name(CONFIG + PART)) if config.is_file() else None
         for file in self.hidden:
             os.replace(self.folder / (file + PART), self.folder / file)
+        if aside is not None:
+            aside.rename(config)
 
     def _record(self, file: str) -> Path:
         return self.folder / _RECORDS / (file.replace("/", "_") + ".json")
