@@ -15,7 +15,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from conversion.plan import make_plan
-from conversion.safetensors_io import HFFolder, torch_dtype
+from conversion.model_folder import torch_dtype
+from conversion.safetensors_io import HFFolder
 
 
 def main(source: Path, out: Path) -> None:
