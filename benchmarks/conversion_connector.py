@@ -14,8 +14,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from conversion.plan import make_plan
 from conversion.model_folder import torch_dtype
+from conversion.plan import make_plan
 from conversion.safetensors_io import HFFolder
 
 

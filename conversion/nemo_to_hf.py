@@ -22,7 +22,7 @@ from conversion.parallel import in_parallel, scratch
 from conversion.plan import Planned
 from conversion.push import add_push, asked_hub, push
 from conversion.safetensors_io import side_files
-from conversion.safetensors_writer import SafetensorsWriter
+from conversion.safetensors_writer import PIECE, SafetensorsWriter
 from conversion.units import Unit, names, units
 from conversion.work import check_room, work_folder
 from nano3.arch import resolve_model
@@ -81,10 +81,12 @@ def _write(model: NemoFolder, writer: SafetensorsWriter, bar: Any) -> None:
             for begin, part in box.parts():
                 if part.name in left:
                     entry = entries[part.name]
-                    piece = buffer[begin : begin + part.count * entry.row_bytes]
-                    refuse_not_finite(largest_magnitude(piece, entry.dtype), part.name, model.path)
-                    writer.put(part.name, piece)
-                    bar.update(len(piece))
+                    end = begin + part.count * entry.row_bytes
+                    for first in range(begin, end, PIECE):
+                        piece = buffer[first : min(first + PIECE, end)]
+                        refuse_not_finite(largest_magnitude(piece, entry.dtype), part.name, model.path)
+                        writer.put(part.name, piece)
+                    bar.update(end - begin)
         for name in left:
             writer.done(name)
 

@@ -14,6 +14,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from conversion.model_folder import ModelFolder, torch_dtype
 from conversion.parallel import in_parallel, scratch
 from conversion.plan import Plan, is_native
 from conversion.safetensors_io import read_exactly
-from conversion.safetensors_writer import PIECE
+from conversion.safetensors_writer import PIECE, write_all
 from conversion.torch_dist import data_begin
 from conversion.units import Box, Unit, files, units
 from conversion.work import Work
@@ -102,23 +103,69 @@ def _write_file(
     """Writes one file; returns the digest of every Hugging Face tensor in it and the places of its chunks."""
     digests: dict[str, Any] = {}
     places: list[Place] = []
-    with path.open("wb") as file:
+    position = 0
+    with path.open("wb", buffering=0) as file:
         for box in unit:
-            buffer = scratch(box.nbytes)
-            end = 0
-            for begin, part in box.parts():
-                entry = hf.layout.entries[part.name]
-                end = begin + part.count * entry.row_bytes
-                hf.read_into(buffer[begin:end], part.name, part.start * entry.row_bytes)
-                refuse_not_finite(largest_magnitude(buffer[begin:end], entry.dtype), part.name, hf.path)
-                digests.setdefault(part.name, hashlib.sha256()).update(buffer[begin:end])
-            buffer[end:] = bytes(len(buffer) - end)  # padding of the vocabulary
             _, size = box.tensor.box(box.first, box.count)
-            begin = file.tell()
-            torch.save(torch.frombuffer(buffer, dtype=torch_dtype(box.planned.dtype)).view(size), file)
-            places.append((begin, file.tell() - begin))
+            dtype, buffer = torch_dtype(box.planned.dtype), scratch(box.nbytes)
+            values = position + _values_begin(size, dtype) if box.nbytes >= PIECE else None
+            _fill(file.fileno(), values, box, buffer, hf, digests)
+            blob: Any = _Blob(file.fileno(), position, values)
+            torch.save(torch.frombuffer(buffer, dtype=dtype).view(size), blob)
+            places.append((position, blob.position - position))
+            position = blob.position
             advance(box.nbytes)
     return digests, places
+
+
+def _fill(
+    file: int, values: int | None, box: Box, buffer: memoryview, hf: ModelFolder, digests: dict[str, Any]
+) -> None:
+    """Reads the rows of a chunk; checks, hashes and, from byte `values` of the file on, writes every piece at once."""
+    end = 0
+    for begin, part in box.parts():
+        entry = hf.layout.entries[part.name]
+        end = begin + part.count * entry.row_bytes
+        digest = digests.setdefault(part.name, hashlib.sha256())
+        step = max(1, PIECE // entry.row_bytes) * entry.row_bytes
+        for first in range(begin, end, step):
+            piece = buffer[first : min(first + step, end)]
+            hf.read_into(piece, part.name, part.start * entry.row_bytes + first - begin)
+            refuse_not_finite(largest_magnitude(piece, entry.dtype), part.name, hf.path)
+            digest.update(piece)
+            if values is not None:
+                write_all(file, piece, values + first)
+    buffer[end:] = bytes(len(buffer) - end)  # padding of the vocabulary
+    if values is not None:
+        write_all(file, buffer[end:], values + end)
+
+
+class _Blob(io.RawIOBase):
+    """Takes what `torch.save` writes of one chunk to `position` of a file, but for the values that are there already,
+    from byte `values` on, where they are at least `PIECE`."""
+
+    def __init__(self, file: int, position: int, values: int | None) -> None:
+        super().__init__()
+        self.file, self.position, self.values = file, position, values
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if self.values is None or len(view) < PIECE:
+            write_all(self.file, view, self.position)
+        else:
+            assert self.position == self.values, "torch.save puts the values elsewhere than it did before"
+        self.position += len(view)
+        return len(view)
+
+
+@lru_cache
+def _values_begin(size: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Where in what `torch.save` makes of a tensor of at least `PIECE` bytes its values begin."""
+    sizes: list[int] = []
+    sink: Any = io.RawIOBase()
+    sink.write = lambda data: sizes.append(memoryview(data).nbytes)
+    torch.save(torch.empty(size, dtype=dtype), sink)
+    return sum(sizes[: sizes.index(max(sizes))])
 
 
 def _keep(work: Work, file: str, digests: dict[str, str], places: list[Place]) -> None:
