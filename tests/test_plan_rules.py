@@ -76,7 +76,7 @@ def test_layouts_of_adapters_are_right_for_both_or_for_neither(settings, right):
 @pytest.mark.parametrize(("gpu", "nodes", "ep"), [("h100", 2, 8), ("gb200", 2, 4), ("b300", 1, 8)])
 def test_preflight_and_the_recipe_begin_with_the_same_layout(gpu, nodes, ep):
     per_node = HARDWARE[gpu].gpus_per_node
-    task, _ = resolve(parser().parse_args(["--nodes", str(nodes), "--gpus-per-node", str(per_node)]))
+    task, _ = resolve(parser().parse_args(["--nodes", str(nodes), "--gpus-per-node", str(per_node), "--dry-run"]))
     assert asked("--hardware", gpu, "--nodes", str(nodes)).plan.layout == task.settings.layout == Layout(ep=ep)
 
 
