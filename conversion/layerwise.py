@@ -38,10 +38,11 @@ class Hidden:
 
     def pass_through(self, layer: Any) -> None:
         """Every sample through `layer` (see `build_layer`), its output in its input's place."""
+        device = next(layer.layers.parameters()).device
         with torch.no_grad():
             for number, path in enumerate(self.paths):
-                output = layer(inputs_embeds=self[number][None], use_cache=False)
-                self._store(path, output.last_hidden_state[0])
+                output = layer(inputs_embeds=self[number][None].to(device), use_cache=False)
+                self._store(path, output.last_hidden_state[0].cpu())
 
     def __getitem__(self, number: int) -> torch.Tensor:
         return torch.from_numpy(np.load(self.paths[number])).view(self.dtype)
@@ -59,7 +60,7 @@ def build_layer(hf: HFFolder, number: int, dtype: torch.dtype) -> Any:
     """transformers' model with this layer as its only one: hidden states go in, the layer's output comes out.
 
     It is what `from_pretrained(dtype=...)` makes of the folder, less its clamped time step: everything in `dtype` but
-    for the router's correction bias. FP8 matrices become code * scale.
+    for the router's correction bias. FP8 matrices become code * scale. On the GPU where there is one.
     """
     from transformers import NemotronHConfig, NemotronHModel
     from transformers.utils import logging
@@ -80,6 +81,7 @@ def build_layer(hf: HFFolder, number: int, dtype: torch.dtype) -> Any:
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
             module.time_step_limit = DT_RANGE
+    model.layers.to("cuda" if torch.cuda.is_available() else "cpu")  # the embeddings stay without weights
     return model.eval()
 
 
@@ -115,6 +117,6 @@ def count_tokens(layer: Any, counts: torch.Tensor) -> Callable[[], None]:
     """Adds the tokens that each routed expert of the layer gets to `counts`; returns what ends it."""
 
     def look(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        counts.add_(torch.bincount(arguments[1].flatten(), minlength=len(counts)))
+        counts.add_(torch.bincount(arguments[1].flatten(), minlength=len(counts)).cpu())
 
     return layer.layers[0].mixer.experts.register_forward_pre_hook(look).remove
