@@ -1,7 +1,7 @@
 """What the stages around a training need of a CPU node: import, merge, calibration and FP8 export. Imports no torch.
 
 Disk is exact. Import, merge and export stream: their memory does not grow with the model. Calibration holds one layer
-and one sample; its formulas are 5 % below to 50 % above what was measured. See docs/memory.md.
+and one sample; its formulas are up to a third above what was measured. See docs/memory.md.
 """
 
 from __future__ import annotations
@@ -73,22 +73,18 @@ def fp8_bytes(arch: Arch) -> int:
 
 
 def calibration_bytes(arch: Arch, number: int, tokens: int) -> int:
-    """One layer's calibration: its weights in BF16 and a sample's activations, or, while its routed experts are stacked
-    for transformers, these twice.
+    """One layer's calibration: its weights in BF16, and a sample's activations.
 
     Activations, FP32 values for each token, by transformers' formulas on a CPU: Mamba's B, C and states of every head
-    (six times heads * state) and inner values (24 times); the widest matrices of an MoE layer. Coefficients are rounded
-    up from measurements.
+    and its inner values; the widest matrices of an MoE layer. Coefficients are rounded up from measurements.
     """
     prefix = f"backbone.layers.{number}."
-    mine = [spec for name, spec in arch.tensors().items() if name.startswith(prefix)]
-    weights = sum(2 * spec.count for spec in mine)
-    routed = sum(2 * spec.count for spec in mine if spec.family == "routed_experts")
-    widths = 16 * arch.hidden_size
+    weights = sum(2 * spec.count for name, spec in arch.tensors().items() if name.startswith(prefix))
+    widths = 8 * arch.hidden_size
     if arch.pattern[number] == "M":
-        widths += 6 * arch.mamba_num_heads * arch.ssm_state_size + 24 * arch.mamba_inner_size
+        widths += 6 * arch.mamba_num_heads * arch.ssm_state_size + 12 * arch.mamba_inner_size
     elif arch.pattern[number] == "E":
-        widths += 3 * (arch.moe_shared_expert_intermediate_size + arch.moe_intermediate_size) - 10 * arch.hidden_size
+        widths = 2 * (arch.hidden_size + arch.moe_shared_expert_intermediate_size + arch.moe_intermediate_size)
     elif arch.pattern[number] == "-":
-        widths += 3 * arch.intermediate_size
-    return weights + max(routed, FP32 * tokens * widths)
+        widths = 2 * (arch.hidden_size + arch.intermediate_size)
+    return weights + FP32 * tokens * widths

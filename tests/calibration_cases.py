@@ -7,8 +7,8 @@ _WIDE = _MOE | {"moe_intermediate_size": 256, "n_routed_experts": 8, "moe_shared
 _MAMBA = {"hidden_size": 256, "mamba_num_heads": 16, "mamba_head_dim": 32, "ssm_state_size": 64, "chunk_size": 64}
 
 CASES: dict[str, tuple[str, int, dict[str, int]]] = {
-    "experts": ("E", 64, _MOE | {"moe_intermediate_size": 512, "n_routed_experts": 64}),
-    "twice the experts": ("E", 64, _MOE | {"moe_intermediate_size": 512, "n_routed_experts": 128}),
+    "experts": ("E", 64, _MOE | {"moe_intermediate_size": 512, "n_routed_experts": 96}),
+    "twice the experts": ("E", 64, _MOE | {"moe_intermediate_size": 512, "n_routed_experts": 192}),
     "tokens through experts": ("E", 8192, _WIDE),
     "tokens through Mamba": ("M", 2048, _MAMBA),
     "a larger state": ("M", 2048, _MAMBA | {"ssm_state_size": 128}),

@@ -19,6 +19,9 @@ from nano3.arch import Arch, resolve_model
 from tests.calibration_cases import CASES
 from tests.tiny import TINY_CONFIG
 
+FIXED = 10_000_000
+"""Bytes that a calibration takes whatever it calibrates, measured; part of the plan's process."""
+
 NANO, PICO = (Arch.load(resolve_model(name)) for name in ("nano", "pico"))
 
 
@@ -42,7 +45,12 @@ def test_the_real_model_in_numbers():
     assert quantize.scratch == 1024 * (2 * 4096 * 2688 + 128)
     experts = 128 * 2 * 2688 * 1856 * 2
     shared_and_rest = 2 * 2688 * 3712 * 2 + (128 * 2688 + 128 + 2688) * 2
-    assert quantize.memory - plan_export.PROCESS == 2 * experts + shared_and_rest  # while the experts are stacked
+    routed = experts + shared_and_rest + 4 * 4096 * 2 * (2688 + 3712 + 1856)
+    mamba = 2 * (10304 * 2688 + 2688 * 4096 + 6144 * 4 + 6144 + 3 * 64 + 2688 + 4096)
+    mamba += 4 * 4096 * (8 * 2688 + 6 * 64 * 128 + 12 * 4096)
+    assert calibration_bytes(NANO, 1, 4096) == routed
+    assert calibration_bytes(NANO, 0, 4096) == mamba < routed
+    assert quantize.memory == plan_export.PROCESS + routed
     assert merge.memory < 3 * GIB  # whatever the model
 
 
@@ -56,13 +64,13 @@ def test_the_streaming_scripts_have_the_buffers_that_are_planned():
 def test_calibration_takes_no_more_than_planned_and_not_much_less(tmp_path):
     out = tmp_path / "found.json"
     command = [sys.executable, "-m", "tests.calibration_probe", str(out)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
+    # Freed memory goes back at once, as that of a real model's tensors does, which are larger than 32 MiB.
+    heap = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | heap, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
     assert found.pop("imported") < plan_export.PROCESS
     for name, (pattern, tokens, sizes) in CASES.items():
         arch = Arch.from_config(TINY_CONFIG | {"hybrid_override_pattern": pattern} | sizes)
         planned = calibration_bytes(arch, 0, tokens)
-        assert found[name] <= 1.05 * planned <= 1.55 * found[name], (name, found[name], planned)
+        assert found[name] - FIXED <= planned <= 1.35 * found[name], (name, found[name], planned)
