@@ -11,6 +11,7 @@ from conversion.folders import progress
 from conversion.magnitude import largest_magnitude, refuse_not_finite
 from conversion.model_folder import ModelFolder
 from conversion.parallel import in_parallel, scratch
+from conversion.plan import row_steps
 from conversion.safetensors_writer import PIECE
 
 
@@ -35,16 +36,15 @@ def scan(model: ModelFolder) -> tuple[dict[str, Fact], dict[str, float]]:
 
 
 def _hash(model: ModelFolder, what: str, see: Callable[[str, memoryview], Any]) -> dict[str, Fact]:
-    """Reads every tensor in pieces, from its first byte to its last on one thread; `see` is shown each piece."""
+    """Reads every tensor in pieces of whole rows, in order on one thread; `see` is shown each piece."""
     entries = model.layout.entries
     facts: dict[str, Fact] = {}
 
     def do(name: str) -> None:
         entry, digest = entries[name], hashlib.sha256()
-        size = entry.stop - entry.start
-        for begin in range(0, size, PIECE):
-            piece = scratch(min(PIECE, size - begin))
-            model.read_into(piece, name, begin)
+        for start, count in row_steps(entry.rows, entry.row_bytes, PIECE):
+            piece = scratch(count * entry.row_bytes)
+            model.read_into(piece, name, start * entry.row_bytes)
             see(name, piece)
             digest.update(piece)
             bar.update(len(piece))
