@@ -69,7 +69,7 @@ def write_certificate(out: Path, source: Path, before: Facts, after: Facts, clai
     content = {
         "format": FORMAT,
         "kind": claim.kind,
-        "base": previous["base"] if previous else {"sha256": found, **base_revision(source)},
+        "base": previous["base"] if previous else {"sha256": found, **base_revision(source, found)},
         "input": {"sha256": found, "tensors": len(before)},
         "output": {"sha256": content_hash(after), "tensors": len(after)},
         **claim.facts,

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from conversion.certificate import Claim, write_certificate
-from conversion.facts import Fact
+from conversion.facts import Fact, content_hash
 from conversion.folders import CONTEXT, LAYOUT, NEMO_KIND, SIDE, copy_files, progress, rate, refuse_overlap
 from conversion.identity import record, source_files
 from conversion.model_folder import ModelFolder
@@ -43,7 +43,7 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
         job = {"tool": "import", "source": str(source.resolve()), "files": source_files(hf), "chunk": CHUNK_BYTES}
         with work_folder(out, NEMO_KIND, job | {"layout": hf.layout.to_json()}, needed) as work:
             facts = write_checkpoint(work, hf, plan, context)
-            record(work.folder, facts, base_revision(source), hf)
+            record(work.folder, facts, base_revision(source, content_hash(facts)), hf)
             write_certificate(work.folder, source, facts, facts, Claim("import"))
     return plan.total_bytes
 

@@ -10,6 +10,7 @@ import configparser
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from nano3.base_identity import FILE
 
@@ -18,9 +19,15 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CACHE = re.compile(r"models--(.+)")
 
 
-def base_revision(folder: Path) -> dict[str, str]:
-    """`name`, `revision` and where it was `found_in` of a model folder; `unknown` where nothing says it."""
+def base_revision(folder: Path, sha256: str) -> dict[str, str]:
+    """`name`, `revision` and where it was `found_in` of a model folder; `unknown` where nothing says it.
+
+    `sha256` is the content hash of its weights: what an import recorded of others does not count.
+    """
     folder = folder.resolve()
+    recorded = _base_json(folder).get("sha256", sha256)
+    if recorded != sha256:
+        return {"name": folder.name, "revision": UNKNOWN, "found_in": f"{FILE}, which is of other weights"}
     for look in (_recorded, _cache, _download, _git, _config):
         found = look(folder)
         if found is not None:
@@ -28,13 +35,20 @@ def base_revision(folder: Path) -> dict[str, str]:
     return {"name": folder.name, "revision": UNKNOWN}
 
 
+def _base_json(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _recorded(folder: Path) -> dict[str, str] | None:
     """What the import from Hugging Face wrote into a NeMo checkpoint."""
-    try:
-        found = json.loads((folder / FILE).read_text())["base"]
-        return {key: str(found[key]) for key in ("name", "revision", "found_in") if key in found}
-    except (OSError, ValueError, KeyError, TypeError):
+    found = _base_json(folder).get("base")
+    if not isinstance(found, dict) or "revision" not in found:
         return None
+    return {key: str(found[key]) for key in ("name", "revision", "found_in") if key in found}
 
 
 def _cache(folder: Path) -> dict[str, str] | None:

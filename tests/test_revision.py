@@ -9,6 +9,7 @@ import pytest
 
 from conversion.revision import base_revision
 
+HASH = "5e" * 32
 COMMIT, OTHER = "2d59de1cbd51c0adf384eb906b766d1aee0e0517", "e0ac9ee3dfd02be21b5479edfc2f671ed269d0a2"
 
 
@@ -19,7 +20,7 @@ def write(path: Path, text: str) -> None:
 
 def test_an_unmarked_folder_is_unknown(tmp_path):
     (tmp_path / "model").mkdir()
-    assert base_revision(tmp_path / "model") == {"name": "model", "revision": "unknown"}
+    assert base_revision(tmp_path / "model", HASH) == {"name": "model", "revision": "unknown"}
 
 
 def test_the_cache_says_repository_and_commit(tmp_path):
@@ -27,7 +28,7 @@ def test_the_cache_says_repository_and_commit(tmp_path):
     folder.mkdir(parents=True)
     (tmp_path / "link").symlink_to(folder)
     for path in (folder, tmp_path / "link"):
-        assert base_revision(path) == {
+        assert base_revision(path, HASH) == {
             "name": "nvidia/A-Model",
             "revision": COMMIT,
             "found_in": "Hugging Face cache",
@@ -37,9 +38,9 @@ def test_the_cache_says_repository_and_commit(tmp_path):
 def test_a_download_says_the_commit_when_all_files_agree(tmp_path):
     for name in ("config.json", "sub/model.safetensors"):
         write(tmp_path / f".cache/huggingface/download/{name}.metadata", f"{COMMIT}\netag\n1700000000.0\n")
-    assert base_revision(tmp_path)["revision"] == COMMIT
+    assert base_revision(tmp_path, HASH)["revision"] == COMMIT
     write(tmp_path / ".cache/huggingface/download/tokenizer.json.metadata", f"{OTHER}\netag\n1700000000.0\n")
-    found = base_revision(tmp_path)
+    found = base_revision(tmp_path, HASH)
     assert found["revision"] == "unknown"
     assert "several revisions" in found["found_in"]
 
@@ -54,22 +55,25 @@ def test_a_clone_says_its_commit_and_no_credentials(tmp_path, packed):
     write(
         tmp_path / ".git/config", '[remote "origin"]\n\turl = https://user:secret@huggingface.co/nvidia/A-Model.git\n'
     )
-    assert base_revision(tmp_path) == {"name": "nvidia/A-Model", "revision": COMMIT, "found_in": ".git"}
+    assert base_revision(tmp_path, HASH) == {"name": "nvidia/A-Model", "revision": COMMIT, "found_in": ".git"}
 
 
 def test_a_detached_head_and_a_broken_one(tmp_path):
     write(tmp_path / ".git/HEAD", f"{COMMIT}\n")
-    assert base_revision(tmp_path)["revision"] == COMMIT
+    assert base_revision(tmp_path, HASH)["revision"] == COMMIT
     write(tmp_path / ".git/HEAD", "ref: refs/heads/gone\n")
-    assert base_revision(tmp_path)["revision"] == "unknown"
+    assert base_revision(tmp_path, HASH)["revision"] == "unknown"
 
 
 @pytest.mark.parametrize(("said", "expected"), [(COMMIT, COMMIT), ("main", "unknown"), (None, "unknown")])
 def test_config_json_is_the_last_resort(tmp_path, said, expected):
     write(tmp_path / "config.json", json.dumps({"_commit_hash": said}))
-    assert base_revision(tmp_path)["revision"] == expected
+    assert base_revision(tmp_path, HASH)["revision"] == expected
 
 
 def test_a_nemo_checkpoint_says_what_its_import_found(tmp_path):
-    write(tmp_path / "base.json", json.dumps({"sha256": "0", "base": {"name": "nvidia/A", "revision": COMMIT}}))
-    assert base_revision(tmp_path) == {"name": "nvidia/A", "revision": COMMIT}
+    write(tmp_path / "base.json", json.dumps({"sha256": HASH, "base": {"name": "nvidia/A", "revision": COMMIT}}))
+    assert base_revision(tmp_path, HASH) == {"name": "nvidia/A", "revision": COMMIT}
+    found = base_revision(tmp_path, "0" * 64)  # somebody trained on: not that revision any more
+    assert found["revision"] == "unknown"
+    assert "other weights" in found["found_in"]
