@@ -56,6 +56,8 @@ class Cluster:
             raise UserError("cluster.yaml: mounts are of a container; name it in `container`, or remove them")
         if self.gpus_per_node < 0 or self.signal_seconds < 0:
             raise UserError("cluster.yaml: gpus_per_node and signal_seconds must be at least 0")
+        if self.seconds is not None and self.signal_seconds >= self.seconds:
+            raise UserError(f"cluster.yaml: signal_seconds: {self.signal_seconds} must be less than time: {self.time}")
         for text in self.mounts:
             parse_mount(text)
         for option in [*self.options, *self.cpu_options]:
@@ -66,6 +68,21 @@ class Cluster:
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise UserError(f"cluster.yaml: environment has {name!r}, which is no name of a variable; rename it")
+
+    @property
+    def seconds(self) -> int | None:
+        """The time limit of a job in seconds, None for no limit. Raises `UserError` for what Slurm cannot read."""
+        if self.time.lower() in ("infinite", "unlimited"):
+            return None
+        found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", self.time)
+        if found is None:
+            raise UserError(
+                f'cluster.yaml: time: "{self.time}" is not [DAYS-]HOURS:MINUTES:SECONDS, such as "04:00:00"'
+            )
+        days, first, second, third = (None if part is None else int(part) for part in found.groups())
+        if days is None and third is None:  # then the first is minutes (sbatch(1), --time)
+            return 60 * (first or 0) + (second or 0)
+        return 86400 * (days or 0) + 3600 * (first or 0) + 60 * (second or 0) + (third or 0)
 
     @property
     def gpus(self) -> int:

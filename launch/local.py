@@ -128,12 +128,12 @@ def _start(argv: list[str], rank: int, log_dir: Path, shared: dict[str, str]) ->
     command = [sys.executable, *argv]
     if rank == 0:
         return subprocess.Popen(
-            command, env=env, start_new_session=True, preexec_fn=_die_with_parent,
+            command, env=env, start_new_session=True, preexec_fn=die_with_parent,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
     with log_file(log_dir, rank).open("wb") as log:
         return subprocess.Popen(
-            command, env=env, start_new_session=True, preexec_fn=_die_with_parent,
+            command, env=env, start_new_session=True, preexec_fn=die_with_parent,
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -141,8 +141,8 @@ def _start(argv: list[str], rank: int, log_dir: Path, shared: dict[str, str]) ->
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with_parent() -> None:
-    """Asks the kernel to kill this process when the launcher dies, even by SIGKILL (Linux: prctl(2))."""
+def die_with_parent() -> None:
+    """Asks the kernel to kill this process when the one that started it dies, even by SIGKILL (Linux: prctl(2))."""
     if hasattr(_LIBC, "prctl"):
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -29,7 +29,8 @@ from launch.hardware import GIB
 from launch.mounts import parse_mount
 from launch.plan_export import plan_export
 from launch.preflight_checks import unmounted
-from launch.slurm import Job, queue, render, submit
+from launch.slurm import Job, render
+from launch.slurm_queue import queue, submit
 from launch.stage_records import KIND, Records
 from launch.stages import NAMES, TRAIN, Chain, Stage, model_folder
 from nano3.arch import Arch

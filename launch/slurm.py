@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cluster import Cluster
+from launch.slurm_queue import cancel, follow, status, submit
 from nano3.cli import UserError, run
 
 PORT = "$((20000 + SLURM_JOB_ID % 10000))"
@@ -48,6 +48,8 @@ class Job:
     """One job of an array for each; `{seed}` in the command is replaced."""
     after: int | None = None
     """Job that must have succeeded before."""
+    out: str | None = None
+    """Folder of a run that goes on from its checkpoints when it is started again: its job survives, see survive.sh."""
     ranks: bool = True
     """False: one process of the command, without torch.distributed.run."""
 
@@ -58,7 +60,7 @@ class Job:
             raise UserError(f"the job's name {self.name!r} is part of its log's; write one without / and %")
         if not self.command:
             raise UserError("no command: write what runs on every rank after --, such as -- -m recipes.worker RUN.json")
-        text = " ".join(self.command)
+        text = " ".join([*self.command, *(self.prepare or []), self.out or ""])
         if bool(self.seeds) != ("{seed}" in text):
             raise UserError("an array of seeds wants {seed} in the command, and {seed} wants --array SEEDS")
 
@@ -83,7 +85,8 @@ def sbatch_options(cluster: Cluster, job: Job) -> dict[str, str]:
     if cluster.exclusive:
         options["exclusive"] = ""
     if cluster.signal_seconds:
-        options["signal"] = f"TERM@{cluster.signal_seconds}"
+        # B: to the script, which passes it on and has the job requeued; without, to the processes only.
+        options["signal"] = f"{'B:' if job.out else ''}TERM@{cluster.signal_seconds}"
     if job.seeds:
         options["array"] = ",".join(map(str, job.seeds))
     if job.after is not None:
@@ -94,8 +97,11 @@ def sbatch_options(cluster: Cluster, job: Job) -> dict[str, str]:
 
 
 def srun_options(cluster: Cluster) -> list[str]:
-    """srun's options: the container and its mounts (Pyxis), and that a step ends when one of its tasks does."""
-    options = ["--kill-on-bad-exit=1"]
+    """srun's options: the container and its mounts (Pyxis), that a step ends when one of its tasks does, and that the
+    ranks of a launcher share the cores of their node."""
+    options = ["--kill-on-bad-exit=1", "--cpu-bind=none"]
+    if cluster.cpus_per_task:  # which a step does not have from its job, since Slurm 22.05
+        options.append(f"--cpus-per-task={cluster.cpus_per_task}")
     if cluster.container is not None:
         options += [f"--container-image={cluster.container}", f"--container-workdir={cluster.workdir}"]
         options += [f"--container-mounts={','.join(cluster.mounts)}"] if cluster.mounts else []
@@ -122,26 +128,36 @@ def render(cluster: Cluster, job: Job) -> str:
     ]
     lines += ["", "set -euo pipefail", f"cd {shlex.quote(cluster.workdir)}", *cluster.setup]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment(cluster).items()]
+    srun = shlex.join(["srun", *srun_options(cluster)])
     if not job.ranks:
-        one = shlex.join(["srun", *srun_options(cluster), "--nodes=1", "--ntasks=1"])
-        return "\n".join([*lines, "", f"exec {one} {_python(cluster, job.command)}"]) + "\n"
-    lines += [
-        # Not head: it would end scontrol with SIGPIPE, and pipefail the job with it.
-        'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"',
-        # The name is what the ranks know their own machine by. Where it means nothing to the network, Slurm's address.
-        'getent hosts "$MASTER_ADDR" > /dev/null || MASTER_ADDR="$(scontrol show node --oneliner "$MASTER_ADDR" '
-        "| sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')\"",
-        "export MASTER_ADDR",
-        'echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"',
-    ]
-    srun = " ".join(["srun", *map(shlex.quote, srun_options(cluster))])
+        return "\n".join([*lines, "", f"exec {srun} --nodes=1 --ntasks=1 {_python(cluster, job.command)}"]) + "\n"
+    lines += _RENDEZVOUS
+    if job.out is not None:
+        lines += ["", "# What befalls the job, it survives: launch/survive.sh says how."]
+        lines += [f"OUT={_arguments([job.out])}", "source launch/survive.sh"]
     if job.prepare is not None:
-        lines += ["", "# Once, before the ranks start.", f"{srun} --nodes=1 --ntasks=1 {_python(cluster, job.prepare)}"]
+        lines += ["", "# Once, before the ranks start."]
+        before = "survive " if job.out is not None else ""
+        lines += [f"{before}{srun} --nodes=1 --ntasks=1 {_python(cluster, job.prepare)}"]
     torchrun = ["-m", "torch.distributed.run", f"--nnodes={job.nodes}", f"--nproc-per-node={cluster.ranks_per_node}"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-id=$SLURM_JOB_ID", f"--rdzv-endpoint=$MASTER_ADDR:{PORT}"]
-    lines += ["", "# One launcher per node, one rank per GPU. exec: signals reach it, and its exit code is the job's."]
-    lines += [f"exec {srun} {_python(cluster, torchrun)} \\", f"    {_arguments(job.command)}"]
+    # exec: signals reach srun, and its exit code is the job's.
+    start, end = ("survive ", ["finished"]) if job.out is not None else ("exec ", [])
+    lines += ["", f"# One launcher per node, {'one rank per GPU' if cluster.gpus else 'which starts its ranks'}."]
+    lines += [f"{start}{srun} {_python(cluster, torchrun)} \\", f"    {_arguments(job.command)}", *end]
     return "\n".join(lines) + "\n"
+
+
+_RENDEZVOUS = [
+    # Not head: it would end scontrol with SIGPIPE, and pipefail the job with it.
+    'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"',
+    "# By its name a machine knows itself. Where the name means nothing to the network: the address that Slurm uses.",
+    'getent hosts "$MASTER_ADDR" > /dev/null ||',
+    '    MASTER_ADDR="$(scontrol show node "$MASTER_ADDR" | sed -n \'s/.*NodeAddr=\\([^ ]*\\).*/\\1/p\')"',
+    "export MASTER_ADDR",
+    'echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"',
+]
+"""Where the first node listens for the others."""
 
 
 def _python(cluster: Cluster, arguments: list[str]) -> str:
@@ -159,37 +175,6 @@ def _quoted(argument: str) -> str:
     return shlex.quote(argument)
 
 
-def submit(script: str, logs: Path) -> int:
-    """Hands the script to sbatch and returns the job's number; `UserError` with sbatch's words when it refuses."""
-    logs.mkdir(parents=True, exist_ok=True)
-    return int(_slurm(["sbatch", "--parsable"], script).split(";")[0])
-
-
-def _slurm(command: list[str], text: str | None = None) -> str:
-    try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise UserError(
-            f"{command[0]} is not here: run this where Slurm is, or print the script with --dry-run"
-        ) from None
-    if done.returncode:
-        raise UserError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout.strip()
-
-
-def status(number: int) -> str:
-    """State, nodes and reason of a job that is queued or runs."""
-    return _slurm(["squeue", "--noheader", f"--jobs={number}", "--format=%i %T %M of %l on %D nodes %R"])
-
-
-def queue() -> dict[int, str]:
-    """State and reason of all my jobs that are queued or run, by their number."""
-    rows = (
-        line.split(maxsplit=1) for line in _slurm(["squeue", "--me", "--noheader", "--format=%A %T %R"]).splitlines()
-    )
-    return {int(number): text for number, text in rows}
-
-
 def parser() -> argparse.ArgumentParser:
     """Flags of the job; the site is in cluster.yaml."""
     parse = argparse.ArgumentParser(
@@ -200,6 +185,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--name", default="nano3", help="of the job (default: nano3)")
     parse.add_argument("--prepare", help="python arguments, in one string, that run once before")
     parse.add_argument("--array", help="seeds of an array, such as 1,2,3; {seed} in the command is replaced")
+    parse.add_argument("--survive", metavar="OUT", help="the run in OUT goes on when it is started again: requeue it")
     parse.add_argument("--after", type=int, help="job that must have succeeded before")
     parse.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
     parse.add_argument("action", nargs="?", choices=("submit", "status", "cancel", "follow"), default="submit")
@@ -219,7 +205,7 @@ def main() -> int:
     except ValueError:
         raise UserError(f"--array {args.array}: write whole numbers, such as 1,2,3") from None
     prepare = shlex.split(args.prepare) if args.prepare else None
-    script = render(cluster, Job(args.name, command, args.nodes, prepare, seeds, args.after))
+    script = render(cluster, Job(args.name, command, args.nodes, prepare, seeds, args.after, args.survive))
     if args.dry_run:
         print(script, end="")
     else:
@@ -230,18 +216,13 @@ def main() -> int:
 def _look(args: argparse.Namespace) -> int:
     if args.job is None:
         raise UserError(f"{args.action} wants the number of a job, such as: {args.action} 1234")
+    if args.action == "follow":
+        return follow(args.job, Path(Cluster.load(args.cluster).logs))
     if args.action == "cancel":
-        _slurm(["scancel", str(args.job)])
+        cancel(args.job)
         print(f"cancelled {args.job}")
-    elif args.action == "status":
-        print(status(args.job) or f"job {args.job} is not in the queue")
     else:
-        cluster = Cluster.load(args.cluster)
-        logs = Path(cluster.logs)
-        found = sorted([*logs.glob(f"*-{args.job}.log"), *logs.glob(f"*-{args.job}_*.log")])
-        if not found:
-            raise UserError(f"no log of job {args.job} in {cluster.logs} yet; see: status {args.job}")
-        return subprocess.run(["tail", "--lines=100", "--follow=name", *map(str, found)], check=False).returncode
+        print(status(args.job) or f"job {args.job} is not in the queue")
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import nemo_run as run
 
 from launch.cluster import Cluster
@@ -18,7 +20,7 @@ def executor(cluster: Cluster, job: Job) -> run.SlurmExecutor:
     NeMo-Run writes its own script; options, container, mounts, environment and setup are those of `render`. It names
     logs itself, and dependencies are NeMo-Run's own (an experiment's).
     """
-    options = sbatch_options(cluster, job)
+    options = sbatch_options(cluster, replace(job, out=None))  # its script does not pass signals on: Slurm must
     return run.SlurmExecutor(
         account=cluster.account,
         partition=cluster.partition,

@@ -15,13 +15,17 @@ from launch.mounts import parse_mount
 from launch.preflight import Request, report, report_cpu
 from launch.preflight_checks import Paths
 from launch.slurm import Job, render
-from launch.slurm import submit as hand_over
+from launch.slurm_queue import follow, status
+from launch.slurm_queue import submit as hand_over
 from nano3.arch import Arch
 from nano3.checkpoint_folder import clear_unfinished, newest
 from nano3.cli import UserError, fresh_output, owner_of, run
 from recipes.checks import plan_of
 from recipes.local_run import KIND, import_base, last_checkpoint, refuse_finished
 from recipes.settings import Run
+
+JOB = "job"
+"""In OUT: the number of the one job that may write there; launch/survive.sh sees to that in the job."""
 
 
 def job_of(task: Run, after: int | None = None) -> Job:
@@ -33,6 +37,7 @@ def job_of(task: Run, after: int | None = None) -> Job:
         nodes=task.nodes,
         prepare=["-m", "recipes.cluster_run", written],
         after=after,
+        out=task.out,
     )
 
 
@@ -68,15 +73,44 @@ def site_of(file: Path, nodes: int, per_node: int | None) -> Cluster:
     return cluster
 
 
-def submit(task: Run, cluster: Cluster, dry_run: bool, after: int | None = None) -> int:
+def check_progress(minutes: float, cluster: Cluster) -> None:
+    """Raises `UserError` unless every job is sure to write a checkpoint, one in `minutes`, before its time is over."""
+    if minutes <= 0:
+        raise UserError(
+            f"checkpoint.minutes={minutes:g}: on a cluster a job may be gone at any step; write one every 15 minutes"
+        )
+    if cluster.seconds is not None and 60 * minutes > cluster.seconds - cluster.signal_seconds:
+        most = (cluster.seconds - cluster.signal_seconds) / 60
+        raise UserError(
+            f"checkpoint.minutes={minutes:g}, but a job ends after time: {cluster.time}, less signal_seconds: "
+            f"{cluster.signal_seconds}: it might never get further. Give at most {most:g}, or a longer time"
+        )
+
+
+def refuse_second_job(out: Path) -> None:
+    """Raises `UserError` while a job that was submitted for the folder `out` is queued or runs."""
+    try:
+        number = int((out / JOB).read_text())
+    except (OSError, ValueError):
+        return
+    if status(number):
+        raise UserError(
+            f"job {number} writes to {out} or waits to: {status(number)}. Wait for it, end it with "
+            f"launch/slurm.py cancel {number}, or choose another --out"
+        )
+
+
+def submit(task: Run, cluster: Cluster, dry_run: bool, after: int | None = None, watch: bool = False) -> int:
     """Prints the preflight and the script (`dry_run`), or writes OUT/run.json and submits; the exit code.
 
     The job waits for the job `after`, which makes the data or the base: the job's first step looks at them then.
+    `watch` shows its log until it ends, and returns 1 if it did not complete.
 
     Raises:
-        UserError: a finished run in OUT, or Slurm's refusal.
+        UserError: a finished run in OUT, another job for it, too few checkpoints, or Slurm's refusal.
     """
     out, script = Path(task.out), render(cluster, job_of(task, after))
+    check_progress(task.settings.checkpoint.minutes, cluster)
     code, text = preflight(task, cluster, after)
     print(text, file=sys.stderr)
     if dry_run:
@@ -88,11 +122,14 @@ def submit(task: Run, cluster: Cluster, dry_run: bool, after: int | None = None)
         with fresh_output(out, KIND):
             pass
     refuse_finished(out)
+    refuse_second_job(out)
     newest(out)  # a damaged checkpoint is refused before the queue; one of another run before the ranks start
     (out / "run.json").write_text(task.to_json() + "\n")
     (out / "job.sbatch").write_text(script)
-    print(f"submitted job {hand_over(script, Path(cluster.logs))}; logs in {cluster.logs}")
-    return 0
+    number = hand_over(script, Path(cluster.logs))
+    (out / JOB).write_text(f"{number}\n")
+    print(f"submitted job {number}; logs in {cluster.logs}", flush=True)
+    return follow(number, Path(cluster.logs)) if watch else 0
 
 
 def main() -> None:

@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="JOB",
         help="on a cluster: job that makes what is not there yet of --data and --base",
     )
+    parse.add_argument("--follow", action="store_true", help="on a cluster: show the job's log until it ends")
     parse.add_argument("--dry-run", action="store_true", help="print the resolved recipe and layout, start nothing")
     parse.add_argument("--overwrite", action="store_true", help="start over in an OUT that has a run")
     parse.add_argument("settings", nargs="*", metavar="key=value", help="for example layout.ep=8 lora.rank=16")
@@ -206,7 +207,7 @@ def _on_cluster(args: argparse.Namespace, site: Cluster, task: Run, arch: Arch) 
             raise UserError(f"{flag} is for runs on this machine; leave it out with --cluster or --nodes above 1")
     if not args.dry_run and args.after is None:
         check_data(task, arch)
-    return cluster_run.submit(task, site, args.dry_run, args.after)
+    return cluster_run.submit(task, site, args.dry_run, args.after, args.follow)
 
 
 def main() -> int:
@@ -214,8 +215,8 @@ def main() -> int:
     task, arch = resolve(args)
     check_output(task.out, KIND)
     site = _site(args)
-    if args.after is not None and site is None:
-        raise UserError("--after names a job of Slurm; give --cluster too")
+    if site is None and (args.after is not None or args.follow):
+        raise UserError("--after and --follow are about jobs of Slurm; give --cluster too")
     if args.dry_run:
         if args.data and args.after is None:
             check_data(task, arch)

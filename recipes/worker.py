@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+from launch.local import die_with_parent
 from nano3.cli import run
 from nano3.quiet import quiet, quiet_imports
 from recipes.settings import Run
@@ -14,6 +15,7 @@ from recipes.settings import Run
 
 def main() -> int:
     """Builds the recipe from the run's JSON and runs it to the end."""
+    die_with_parent()  # torch.distributed.run gives every rank a session of its own, where nothing else would end it
     task = Run.from_json(Path(sys.argv[1]).read_text())
     os.environ["NANO3_CPU"] = "1" if task.cpu else "0"
     with quiet_imports():

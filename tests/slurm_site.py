@@ -29,7 +29,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import _die_with_parent
+from launch.local import die_with_parent
 
 PACKAGES = "slurmctld slurmd slurm-client munge"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -42,8 +42,8 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# How long a requeued job waits, too.
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
+# How long a requeued job waits, too; less than 5 is not taken.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmctldPort={ports[0]}
 StateSaveLocation={folder}/state
@@ -177,7 +177,7 @@ def _start(slurm: Slurm) -> list[subprocess.Popen[bytes]]:
         with (slurm.folder / f"daemon{len(processes)}.log").open("wb") as log:
             process = subprocess.Popen(
                 command, env=slurm.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=_die_with_parent,
+                start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
         processes.append(process)
         if command[0] == "munged":

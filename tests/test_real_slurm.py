@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,11 @@ import yaml
 from conversion.hf_to_nemo import convert
 from conversion.torch_dist import TorchDistReader
 from data_prep.packing import build_packs
+from launch.cluster import Cluster
+from launch.slurm import Job, render
 from nano3.arch import resolve_model
 from nano3.token_store import TokenStore, tokenizer_sha256
-from tests.slurm_site import Slurm, require_slurm, slurm_site
+from tests.slurm_site import Slurm, processes_of, require_slurm, slurm_site
 from tests.tiny_run import metrics
 from tests.tiny_store import tiny_store
 
@@ -32,6 +37,7 @@ SITE = {
     "hardware": "cpu",
     "gpus_per_node": 1,
     "exclusive": False,
+    "signal_seconds": 60,
     "workdir": str(ROOT),
     "python": sys.executable,
     "environment": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
@@ -70,11 +76,6 @@ def recipe(folder: Path, name: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def submit(slurm: Slurm, folder: Path, name: str, *arguments: str) -> int:
-    said = recipe(folder, name, "--nodes", "2", *arguments, **slurm.environment)
-    return int(said.split("submitted job ")[1].split(";")[0])
-
-
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Path:
     """The run on two ranks of this machine, undisturbed."""
@@ -93,8 +94,125 @@ def assert_same(one: Path, other: Path) -> None:
     assert [row[0] for row in rows[0]] == list(range(1, STEPS + 1))
 
 
+def submit(slurm: Slurm, folder: Path, name: str) -> int:
+    said = recipe(folder, name, "--nodes", "2", **slurm.environment)
+    return int(said.split("submitted job ")[1].split(";")[0])
+
+
+def frozen_after(slurm: Slurm, number: int, out: Path, step: int) -> list[int]:
+    """The processes of the job's two ranks, stopped once `step` is done: what happens next happens in mid-run."""
+    begun = len(metrics(out)) if (out / "metrics.jsonl").exists() else 0
+
+    def ranks() -> list[int]:
+        return [processes_of(slurm, SLURM_JOB_ID=str(number), RANK=rank)[0] for rank in ("0", "1")]
+
+    def reached() -> bool:
+        assert slurm.job(number)["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), slurm.log(number)
+        return (out / "metrics.jsonl").exists() and len(metrics(out)) >= max(step, begun + 1)
+
+    slurm.until(reached, f"step {step}", 300, lambda: slurm.log(number))
+    found = ranks()
+    for pid in found:
+        os.kill(pid, signal.SIGSTOP)
+    assert len(metrics(out)) < STEPS, "the run was over before anything could befall it"
+    return found
+
+
+def thaw(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def resumed(slurm: Slurm, number: int, restarts: int = 1) -> str:
+    """The whole log of a job that ended well and was started again that often."""
+    job = slurm.wait(number, "COMPLETED")
+    assert job["Restarts"] == str(restarts)
+    log = slurm.log(number)
+    assert log.count("resumed at step") == restarts, log
+    return log
+
+
+@pytest.fixture(scope="module")
+def hopeless(slurm: Slurm, folder: Path) -> tuple[int, Path]:
+    """A job whose ranks die at once, whenever it starts; it is looked at when the others are through."""
+    site, out = Cluster.load(folder / "cluster.yaml"), folder / "hopeless"
+    out.mkdir()
+    script = render(site, Job("hopeless", ["--no-python", "false"], 2, out=str(out)))
+    Path(site.logs).mkdir(exist_ok=True)
+    return slurm.submit(script), out
+
+
+@pytest.mark.usefixtures("hopeless")
 def test_two_nodes_train_what_two_local_ranks_train(slurm, folder, reference):
     number = submit(slurm, folder, "nodes")
-    job = slurm.wait(number, "COMPLETED")
-    assert job["NodeList"] == "node[1-2]"
+    assert slurm.wait(number, "COMPLETED")["NodeList"] == "node[1-2]"
     assert_same(folder / "nodes", reference)
+    assert not (folder / "nodes" / "job").exists()
+
+
+def test_sigterm_before_the_time_limit_loses_no_step_and_nobody_else_may_write(slurm, folder, reference):
+    """Slurm's own signal: the job's time is cut while its ranks stand still, and the ranks go on once it has come."""
+    out = folder / "limit"
+    number = submit(slurm, folder, "limit")
+    ranks = frozen_after(slurm, number, out, 8)
+    with pytest.raises(AssertionError, match=f"error: job {number} writes to {out} or waits to"):
+        submit(slurm, folder, "limit")
+    second = slurm.submit((out / "job.sbatch").read_text())
+    slurm.wait(second, "FAILED")
+    assert f"error: job {number} writes to {out}; wait for it" in slurm.log(second)
+    minutes = 1 + int(slurm.run("squeue", "--noheader", f"--jobs={number}", "--Format=TimeUsed").split(":")[-2])
+    slurm.run("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
+    slurm.until(lambda: "SIGTERM" in slurm.log(number), "SIGTERM", 120, lambda: slurm.log(number))
+    slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=60")
+    done = len(metrics(out))
+    thaw(ranks)
+    log = resumed(slurm, number)
+    ended = int(re.findall(r"SIGTERM: ended after step (\d+)", log)[0])
+    assert done <= ended <= done + 1
+    assert f"resumed at step {ended} " in log
+    assert_same(out, reference)
+
+
+def test_a_job_that_slurm_requeues_goes_on(slurm, folder, reference):
+    number = submit(slurm, folder, "requeued")
+    thaw_later = frozen_after(slurm, number, folder / "requeued", 8)
+    slurm.run("scontrol", "requeue", str(number))
+    thaw(thaw_later)
+    resumed(slurm, number)
+    assert_same(folder / "requeued", reference)
+
+
+def test_a_node_whose_step_is_killed_is_named_and_the_job_goes_on(slurm, folder, reference):
+    number = submit(slurm, folder, "killed")
+    ranks = frozen_after(slurm, number, folder / "killed", 8)
+    steps = processes_of(slurm, SLURM_JOB_ID=str(number), SLURM_PROCID="1", SLURMD_NODENAME="node2")
+    for pid in {*steps, ranks[1]}:
+        os.kill(pid, signal.SIGKILL)
+    thaw(ranks[:1])
+    log = resumed(slurm, number)
+    assert "this attempt ended with exit code 137: error: node2: task 1: Killed" in log, log
+    assert_same(folder / "killed", reference)
+
+
+def test_a_node_that_goes_down_is_named_and_the_job_goes_on_when_it_is_back(slurm, folder, reference):
+    number = submit(slurm, folder, "down")
+    ranks = frozen_after(slurm, number, folder / "down", 8)
+    slurm.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=pulled the plug")
+    thaw(ranks)
+    slurm.wait(number, "PENDING")
+    slurm.until(lambda: "node node2 is down" in slurm.log(number), "the node's name", 60, lambda: slurm.log(number))
+    slurm.run("scontrol", "update", "NodeName=node2", "State=RESUME")
+    resumed(slurm, number)
+    assert_same(folder / "down", reference)
+
+
+def test_after_three_deaths_at_one_step_a_job_stops_and_says_why(slurm, hopeless):
+    number, out = hopeless
+    assert slurm.wait(number, "FAILED")["Restarts"] == "3"
+    log = slurm.log(number)
+    assert "error: after step 0 this run died 3 times and got no further" in log
+    assert [line.split(":")[0] for line in log.splitlines() if line.startswith("  restart ")] == [
+        f"  restart {restart} on node[1-2]" for restart in range(3)
+    ]
+    assert not (out / "job").exists()

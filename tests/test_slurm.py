@@ -7,6 +7,7 @@ import shlex
 import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from launch.layout import Layout
 from launch.slurm import ENVIRONMENT, Job, render
 from nano3.cli import UserError
 from nano3.token_store import TokenStore, tokenizer_sha256
+from recipes.cluster_run import check_progress, job_of
 from recipes.settings import LoraSettings, Run, Settings, TrainSettings
 from tests.tiny import tiny_hf_folder
 from tests.tiny_run import metrics, run, write_run
@@ -30,6 +32,11 @@ SITE = Cluster("my_account", "batch")
 RUN = Job(
     "lora", ["-m", "recipes.worker", "runs/lora/run.json"], 2, ["-m", "recipes.cluster_run", "runs/lora/run.json"]
 )
+LASTING = replace(RUN, out="runs/lora")
+"""As `recipes/cluster_run.py` describes a run."""
+
+RESUMED = Run("/hf", "/nemo", "/store", None, "/runs/lora", 2, 2, True)
+"""Submitted for a folder with checkpoints: the script is the first one's, since the job finds the newest itself."""
 
 
 def example(name: str) -> Cluster:
@@ -37,14 +44,15 @@ def example(name: str) -> Cluster:
 
 
 SCRIPTS = {
-    EXAMPLES / "h100-2x8.sbatch": lambda: render(example("h100-2x8"), RUN),
-    EXAMPLES / "b300-4x8.sbatch": lambda: render(example("b300-4x8"), replace(RUN, nodes=4)),
+    EXAMPLES / "h100-2x8.sbatch": lambda: render(example("h100-2x8"), LASTING),
+    EXAMPLES / "b300-4x8.sbatch": lambda: render(example("b300-4x8"), replace(LASTING, nodes=4)),
     GOLDEN / "one-node-no-container.sbatch": lambda: render(
         replace(SITE, gres=False, setup=["module load cuda"], options=["qos=high"]), replace(RUN, nodes=1)
     ),
     GOLDEN / "array-of-seeds.sbatch": lambda: render(
-        SITE, Job("seeds", ["-m", "recipes.worker", "runs/{seed}/run.json"], seeds=(1, 2, 3))
+        SITE, Job("seeds", ["-m", "recipes.worker", "runs/{seed}/run.json"], seeds=(1, 2, 3), out="runs/{seed}")
     ),
+    GOLDEN / "resume.sbatch": lambda: render(replace(SITE, hardware="cpu", gpus_per_node=2), job_of(RESUMED)),
     GOLDEN / "after-another-job.sbatch": lambda: render(SITE, replace(RUN, after=1234)),
     GOLDEN / "cpu-nodes.sbatch": lambda: render(
         replace(SITE, partition="cpu", gpus_per_node=0, cpus_per_task=16, exclusive=False, signal_seconds=0),
@@ -119,7 +127,9 @@ def test_the_command_line_renders_submits_looks_and_cancels(tmp_path):
     environment, site = fake_slurm(tmp_path), str(EXAMPLES / "h100-2x8.yaml")
     job = ["--cluster", site, "--nodes", "2", "--name", "lora", "--prepare", shlex.join(RUN.prepare or [])]
     dry = script(*job, "--dry-run", "--", *RUN.command, env=environment)
-    assert dry.stdout == (EXAMPLES / "h100-2x8.sbatch").read_text()
+    assert dry.stdout == render(example("h100-2x8"), RUN)
+    lasting = script(*job, "--survive", "runs/lora", "--dry-run", "--", *RUN.command, env=environment)
+    assert lasting.stdout == (EXAMPLES / "h100-2x8.sbatch").read_text()
     assert not (tmp_path / "submitted").exists()
     (tmp_path / "cluster.yaml").write_text(f"account: me\npartition: batch\nlogs: {tmp_path}/logs\n")
     sent = script("--name", "x", "--", "-m", "recipes.worker", "r.json", env=environment, cwd=tmp_path)
@@ -148,6 +158,8 @@ def test_without_slurm_one_is_told_so(tmp_path):
         ("account: a\npartition: b\ngres: maybe", "gres must be bool, but it is 'maybe'"),
         ("account: a\npartition: b\ngpus_per_node: true", "gpus_per_node must be int"),
         ("account: a\npartition: b\nhardware: a100", "hardware 'a100' is not known"),
+        ("account: a\npartition: b\ntime: four hours", 'time: "four hours" is not'),
+        ('account: a\npartition: b\ntime: "00:05:00"', "signal_seconds: 300 must be less than time: 00:05:00"),
         ("account: a\npartition: b\nmounts: ['/x:/x']", "mounts are of a container"),
         ("account: a\npartition: b\ncontainer: c\nmounts: ['x:/y']", "mount 'x:/y' is not OUTSIDE"),
         ("account: a\npartition: b\ntime: 12:00:00", 'it is 43200; write it in quotes: time: "12:00:00"'),
@@ -216,17 +228,60 @@ def test_the_ranks_have_as_long_to_save_as_slurm_gives_them(monkeypatch):
     assert "SHUTDOWN_TIMEOUT" not in render(replace(SITE, signal_seconds=0), RUN)
 
 
-@pytest.mark.parametrize("logs", [["x-4711.log"], ["x-4711_1.log", "x-4711_2.log"]])
-def test_the_logs_of_a_job_and_of_an_array_are_followed(tmp_path, logs):
+@pytest.mark.parametrize(
+    ("logs", "state", "code"), [(["x-4711.log"], "COMPLETED", 0), (["x-4711_1.log", "x-4711_2.log"], "FAILED", 1)]
+)
+def test_the_logs_of_a_job_and_of_an_array_are_followed_to_their_end(tmp_path, logs, state, code):
     environment = fake_slurm(tmp_path)
-    tail = tmp_path / "tail"
-    tail.write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/followed\n')
-    tail.chmod(0o755)
+    (tmp_path / "tail").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/followed\nexec sleep 60\n')
+    (tmp_path / "tail").chmod(0o755)
+    (tmp_path / "squeue").write_text(f"#!/bin/bash\n[[ -e {tmp_path}/followed ]] || echo RUNNING\n")
+    (tmp_path / "scontrol").write_text("#!/bin/bash\necho JobState=$STATE Reason=None\n")
     (tmp_path / "cluster.yaml").write_text(f"account: me\npartition: batch\nlogs: {tmp_path}\n")
     for name in [*logs, "x-14711.log", "x-47110_1.log"]:
         (tmp_path / name).write_text("")
-    assert script("follow", "4711", env=environment, cwd=tmp_path).returncode == 0
-    assert (tmp_path / "followed").read_text().split()[2:] == [f"{tmp_path}/{name}" for name in logs]
+    done = script("follow", "4711", env=environment | {"STATE": state}, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (code, f"job 4711: {state}\n")
+    assert (tmp_path / "followed").read_text().split()[3:] == [f"{tmp_path}/{name}" for name in logs]
+
+
+@pytest.mark.parametrize(
+    ("time", "minutes", "message"),
+    [
+        ("01:00:00", 50.0, None),
+        ("01:00:00", 55.1, "checkpoint.minutes=55.1, .* Give at most 55, or a longer time"),
+        ("30", 30.0, "Give at most 25"),
+        ("1-00", 15.0, None),
+        ("infinite", 1e6, None),
+        ("01:00:00", 0.0, "a job may be gone at any step"),
+    ],
+)
+def test_a_job_too_short_for_a_checkpoint_is_refused(time, minutes, message):
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_progress(minutes, replace(SITE, time=time))
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("04:00:01", 14401),
+        ("2-03", 183600),
+        ("2-03:04", 183840),
+        ("2-03:04:05", 183845),
+        ("UNLIMITED", None),
+    ],
+)
+def test_time_limits_are_read_as_slurm_reads_them(time, seconds):
+    assert replace(SITE, time=time).seconds == seconds
+
+
+def test_nodes_without_gpus_start_their_cpu_ranks():
+    site = replace(SITE, hardware="cpu", gpus_per_node=3)
+    assert "gpu" not in render(site, RUN)
+    assert "--nproc-per-node=3 " in render(site, RUN)
+    assert "NCCL" not in render(site, RUN)
 
 
 def recipe(*arguments: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess:
@@ -257,6 +312,9 @@ def test_the_recipe_looks_first_and_submits_what_fits(tmp_path):
     assert dry.stdout.endswith((out / "job.sbatch").read_text())
     assert Run.from_json((out / "run.json").read_text()).nodes == 2
     (tmp_path / "submitted").unlink()
+    again = recipe(*arguments, env=environment, cwd=tmp_path)
+    assert again.returncode == 2
+    assert f"job 4711 writes to {out} or waits to: 4711 RUNNING" in again.stderr
     huge = recipe(*arguments[:-1], "train.seq_length=48", env=environment, cwd=tmp_path)
     assert huge.returncode == 2
     assert "has no packs-48" in huge.stderr

@@ -1,0 +1,187 @@
+"""What a job's script does about what befalls it. Slurm is a stand-in here, and the real one in test_real_slurm.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = "set -euo pipefail\nOUT={out}\nsource launch/survive.sh\nsurvive {command}\nfinished\n"
+STAND_INS = {
+    "squeue": 'for option in "$@"; do [[ $option != --jobs=* ]] || file="$HERE/state-${option#--jobs=}"; done\n'
+    'if [[ -e $file ]]; then cat "$file"; else echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; fi',
+    "scontrol": 'if [[ $1 == show ]]; then echo "   StdOut=$HERE/log"; else echo "$@" >> "$HERE/requeued"; fi',
+    "sinfo": 'cat "$HERE/down" 2> /dev/null || true',
+    "scancel": 'echo "$@" > "$HERE/told"; kill -TERM "$(cat "$HERE/pid")"',
+}
+FAILED = """\
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-22_20:20:52
+  host      : node8
+  rank      : 11 (local_rank: 3)
+  exitcode  : -9 (pid: 13059)
+srun: error: node7: task 0: Exited with exit code 1
+"""
+
+
+class Job:
+    """A job 7 on nodes 7 and 8 that runs one command; `here` has what Slurm's stand-ins know and were told."""
+
+    def __init__(self, here: Path) -> None:
+        self.here, self.out = here, here / "out"
+        self.out.mkdir()
+        for name, body in STAND_INS.items():
+            (here / name).write_text(f"#!/bin/bash\n{body}\n")
+            (here / name).chmod(0o755)
+        (here / "state-7").write_text("RUNNING\n")
+
+    def start(self, command: str, restart: int = 0) -> subprocess.Popen[bytes]:
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_RESTART_COUNT": str(restart)}
+        environment = os.environ | slurm | {"HERE": str(self.here), "PATH": f"{self.here}:{os.environ['PATH']}"}
+        with (self.here / "log").open("ab") as log:
+            script = SCRIPT.format(out=self.out, command=command)
+            return subprocess.Popen(["bash", "-c", script], cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    def run(self, command: str, restart: int = 0) -> int:
+        return self.start(command, restart).wait(timeout=60)
+
+    @property
+    def log(self) -> str:
+        return (self.here / "log").read_text()
+
+    @property
+    def requeued(self) -> bool:
+        return (self.here / "requeued").exists()
+
+    def attempts(self) -> list[list[str]]:
+        """Event, step and words of every line."""
+        lines = [line.split("\t") for line in (self.out / "attempts.tsv").read_text().splitlines()]
+        assert all(line[2] == "7" and line[4] == "node[7-8]" for line in lines)
+        return [[line[0], line[1], line[5]] for line in lines]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def test_a_job_that_ends_well_leaves_the_folder_to_others(job):
+    (job.out / "checkpoints" / "step-000040").mkdir(parents=True)
+    (job.out / "checkpoints" / "step-1000000").mkdir()
+    (job.out / "checkpoints" / ".step-1000001.partial-1-ab").mkdir()
+    assert job.run('bash -c "cat $OUT/job"') == 0
+    assert job.log == "7\n"  # while it runs the folder is its own
+    assert job.attempts() == [["begun", "1000000", ""], ["finished", "1000000", ""]]
+    assert [path.name for path in job.out.glob("*job*")] == []
+    assert not job.requeued
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("srun: error: node8: task 1: Killed\nsrun: error: node7: task 0: Terminated\n", "node8: task 1: Killed"),
+        (FAILED, "rank 11 on node8 ended by signal 9"),
+        ("", ""),
+    ],
+)
+def test_ranks_that_die_are_named_and_the_job_is_requeued(job, said, words):
+    (job.here / "log").write_text("srun: error: node9: of the attempt before\n")
+    (job.here / "said").write_text(said)
+    assert job.run(f'bash -c "cat {job.here}/said; exit 5"') == 5
+    assert job.attempts()[-1] == ["ended", "0", f"exit code 5; {words}"]
+    assert (job.here / "requeued").read_text() == "requeue 7\n"
+    assert (job.out / "job").read_text() == "7\n"  # it waits for its next start
+
+
+def test_a_mistake_is_not_tried_again(job):
+    assert job.run("bash -c 'exit 2'") == 2
+    assert not job.requeued
+    assert not (job.out / "job").exists()
+
+
+@pytest.mark.parametrize(
+    ("down", "event", "words"),
+    [
+        ("", "taken", "Slurm ended it; "),
+        ("node node8 is down (no power)\n", "ended", "Slurm ended it; node node8 is down (no power)"),
+    ],
+)
+def test_what_slurm_takes_is_slurms_to_requeue(job, down, event, words):
+    (job.here / "state-7").write_text("COMPLETING\n")
+    (job.here / "down").write_text(down)
+    assert job.run("bash -c 'exit 9'") == 9
+    assert job.attempts()[-1] == [event, "0", words]
+    assert not job.requeued
+
+
+def test_sigterm_reaches_the_ranks_and_the_job_is_requeued(job):
+    process = job.start(f"bash -c 'echo $$ > {job.here}/pid; exec sleep 60'")
+    deadline = time.monotonic() + 30
+    while not (job.here / "pid").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert (job.here / "told").read_text() == "--signal=TERM 7\n"
+    assert job.attempts()[-1] == ["ended", "0", "exit code 143; the time limit came"]
+    assert job.requeued
+
+
+def attempts(*lines: tuple[str, int, int]) -> str:
+    """attempts.tsv of (event, step, job)."""
+    return "".join(f"{event}\t{step}\t{job}\t{row // 2}\tnode7\twhy\n" for row, (event, step, job) in enumerate(lines))
+
+
+BEGUN, ENDED, TAKEN = ("begun", 0, 7), ("ended", 0, 7), ("taken", 0, 7)
+
+
+@pytest.mark.parametrize(
+    ("before", "stops"),
+    [
+        ([BEGUN, ENDED] * 3, True),
+        ([BEGUN, ENDED] * 2, False),
+        ([BEGUN] * 3, True),  # without a word, as when the first node is gone
+        ([BEGUN, ENDED, BEGUN, BEGUN, ENDED], True),
+        ([BEGUN, ENDED, BEGUN, TAKEN, BEGUN, ENDED], False),  # Slurm's own doing is no death
+        ([BEGUN, TAKEN] * 9, False),
+        ([("begun", 0, 6), ("ended", 0, 6)] * 3, False),  # an earlier job: somebody may have mended it
+        ([BEGUN, ENDED] * 2 + [("begun", 5, 7), ("ended", 5, 7)] + [BEGUN, ENDED], False),
+    ],
+)
+def test_three_deaths_at_one_step_are_enough(job, before, stops):
+    (job.out / "attempts.tsv").write_text(attempts(*before))
+    assert job.run("true", restart=3) == (2 if stops else 0)
+    assert ("after step 0 this run died 3 times and got no further:\n  restart " in job.log) == stops
+    assert not (job.out / "job").exists()
+    assert not job.requeued
+
+
+@pytest.mark.parametrize(("state", "code"), [("RUNNING", 2), ("PENDING", 2), ("", 0), (None, 0)])
+def test_two_jobs_never_write_to_one_folder(job, state, code):
+    (job.out / "job").write_text("6\n")
+    if state is not None:
+        (job.here / "state-6").write_text(state)
+    assert job.run("true") == code
+    assert (f"error: job 6 writes to {job.out}; wait for it, or end it with: scancel 6" in job.log) == bool(code)
+    assert [path.read_text() for path in job.out.glob("*job*")] == (["6\n"] if code else [])
+
+
+def test_where_slurm_does_not_answer_the_other_job_may_live(job):
+    (job.out / "job").write_text("6\n")
+    (job.here / "squeue").write_text("#!/bin/bash\necho 'error: Unable to contact slurm controller' >&2\nexit 1\n")
+    assert job.run("true") == 2
+
+
+def test_a_run_that_was_finished_when_its_job_was_requeued_is_not_started(job):
+    (job.out / "adapter").mkdir()
+    (job.out / "adapter" / "lora.json").write_text("{}")
+    (job.out / "job").write_text("7\n")
+    assert job.run(f"touch {job.here}/ran", restart=1) == 0
+    assert not (job.here / "ran").exists()
+    assert not (job.out / "job").exists()
