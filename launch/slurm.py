@@ -193,6 +193,17 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
+def read_seeds(text: str) -> tuple[int, ...]:
+    """The seeds in `1,2,3`, all different; `UserError` otherwise."""
+    try:
+        seeds = tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise UserError(f"--array {text}: write whole numbers, such as 1,2,3") from None
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise UserError(f"--array {text}: seeds must be different, and at least 0")
+    return seeds
+
+
 def main() -> int:
     own = sys.argv[1:]
     place = own.index("--") if "--" in own else len(own)
@@ -200,10 +211,7 @@ def main() -> int:
     if args.action != "submit":
         return _look(args)
     cluster = Cluster.load(args.cluster)
-    try:
-        seeds = tuple(int(seed) for seed in args.array.split(",")) if args.array else ()
-    except ValueError:
-        raise UserError(f"--array {args.array}: write whole numbers, such as 1,2,3") from None
+    seeds = read_seeds(args.array) if args.array else ()
     prepare = shlex.split(args.prepare) if args.prepare else None
     script = render(cluster, Job(args.name, command, args.nodes, prepare, seeds, args.after, args.survive))
     if args.dry_run:

@@ -38,7 +38,7 @@ claim() {
     echo "$SLURM_JOB_ID" > "$mine"
     until ln "$mine" "$OUT/job" 2> /dev/null; do # which only one can do, on any file system
         owner="$(cat "$OUT/job" 2> /dev/null)" || continue
-        [[ $owner != "$SLURM_JOB_ID" ]] || break
+        [[ $owner != "$SLURM_JOB_ID" && $owner != "${SLURM_ARRAY_JOB_ID:-}" ]] || break # the array's at first
         if lives "$owner"; then
             rm -f "$mine"
             fail "job $owner writes to $OUT; wait for it, or end it with: scancel $owner"

@@ -7,6 +7,7 @@ does once before its ranks start: the base weights are imported unless they are 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from launch.cluster import CPU, EXAMPLE, Cluster
@@ -28,16 +29,32 @@ JOB = "job"
 """In OUT: the number of the one job that may write there; launch/survive.sh sees to that in the job."""
 
 
-def job_of(task: Run, after: int | None = None) -> Job:
-    """The job of a run: its first step and its ranks, once the job `after` has succeeded."""
-    written = str(Path(task.out) / "run.json")
+def seed_folder(task: Run, seed: int | str) -> str:
+    """Where the run of one seed of an array lies."""
+    return str(Path(task.out) / f"seed-{seed}")
+
+
+def of_seed(task: Run, seed: int) -> Run:
+    """The run of one seed of an array: in a folder of its own, with a base of its own unless that is given."""
+    out = seed_folder(task, seed)
+    own = Path(task.base) == Path(task.out) / "base"
+    settings = replace(task.settings, train=replace(task.settings.train, seed=seed))
+    return replace(task, out=out, base=str(Path(out) / "base") if own else task.base, settings=settings)
+
+
+def job_of(task: Run, after: int | None = None, seeds: tuple[int, ...] = ()) -> Job:
+    """The job of a run, or an array of one for each of the seeds: its first step and its ranks, once the job `after`
+    has succeeded."""
+    out = seed_folder(task, "{seed}") if seeds else task.out
+    written = str(Path(out) / "run.json")
     return Job(
         name=Path(task.out).name,
         command=["-m", "recipes.worker", written],
         nodes=task.nodes,
         prepare=["-m", "recipes.cluster_run", written],
+        seeds=seeds,
         after=after,
-        out=task.out,
+        out=out,
     )
 
 
@@ -100,8 +117,27 @@ def refuse_second_job(out: Path) -> None:
         )
 
 
-def submit(task: Run, cluster: Cluster, dry_run: bool, after: int | None = None, watch: bool = False) -> int:
+def make_ready(out: Path) -> None:
+    """The folder `out`, made a run's; `UserError` for a finished run, another job's, or a damaged checkpoint in it."""
+    if owner_of(out) != KIND:
+        with fresh_output(out, KIND):
+            pass
+    refuse_finished(out)
+    refuse_second_job(out)
+    newest(out)  # a damaged checkpoint is refused before the queue; one of another run before the ranks start
+
+
+def submit(
+    task: Run,
+    cluster: Cluster,
+    dry_run: bool,
+    after: int | None = None,
+    watch: bool = False,
+    seeds: tuple[int, ...] = (),
+) -> int:
     """Prints the preflight and the script (`dry_run`), or writes OUT/run.json and submits; the exit code.
+
+    With `seeds` it is an array of runs, in OUT/seed-N.
 
     The job waits for the job `after`, which makes the data or the base: the job's first step looks at them then.
     `watch` shows its log until it ends, and returns 1 if it did not complete.
@@ -109,7 +145,7 @@ def submit(task: Run, cluster: Cluster, dry_run: bool, after: int | None = None,
     Raises:
         UserError: a finished run in OUT, another job for it, too few checkpoints, or Slurm's refusal.
     """
-    out, script = Path(task.out), render(cluster, job_of(task, after))
+    out, script = Path(task.out), render(cluster, job_of(task, after, seeds))
     check_progress(task.settings.checkpoint.minutes, cluster)
     code, text = preflight(task, cluster, after)
     print(text, file=sys.stderr)
@@ -118,16 +154,15 @@ def submit(task: Run, cluster: Cluster, dry_run: bool, after: int | None = None,
         return code
     if code:
         return code
-    if owner_of(out) != KIND:
-        with fresh_output(out, KIND):
-            pass
-    refuse_finished(out)
-    refuse_second_job(out)
-    newest(out)  # a damaged checkpoint is refused before the queue; one of another run before the ranks start
-    (out / "run.json").write_text(task.to_json() + "\n")
+    tasks = [of_seed(task, seed) for seed in seeds] or [task]
+    for folder in {out, *(Path(one.out) for one in tasks)}:
+        make_ready(folder)
+    for one in tasks:
+        (Path(one.out) / "run.json").write_text(one.to_json() + "\n")
     (out / "job.sbatch").write_text(script)
     number = hand_over(script, Path(cluster.logs))
-    (out / JOB).write_text(f"{number}\n")
+    for one in tasks:
+        (Path(one.out) / JOB).write_text(f"{number}\n")
     print(f"submitted job {number}; logs in {cluster.logs}", flush=True)
     return follow(number, Path(cluster.logs)) if watch else 0
 

@@ -21,6 +21,7 @@ from conversion.names import adaptable, adapter_shapes
 from launch.cluster import CPU, Cluster
 from launch.overrides import apply_overrides, flatten
 from launch.plan_settings import default_layout
+from launch.slurm import read_seeds
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError, check_output, run
 from nano3.targets import select, sizes
@@ -80,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="JOB",
         help="on a cluster: job that makes what is not there yet of --data and --base",
     )
+    parse.add_argument("--array", metavar="SEEDS", help="on a cluster: a run for each of 1,2,3 in OUT/seed-1 and so on")
     parse.add_argument("--follow", action="store_true", help="on a cluster: show the job's log until it ends")
     parse.add_argument("--dry-run", action="store_true", help="print the resolved recipe and layout, start nothing")
     parse.add_argument("--overwrite", action="store_true", help="start over in an OUT that has a run")
@@ -207,7 +209,8 @@ def _on_cluster(args: argparse.Namespace, site: Cluster, task: Run, arch: Arch) 
             raise UserError(f"{flag} is for runs on this machine; leave it out with --cluster or --nodes above 1")
     if not args.dry_run and args.after is None:
         check_data(task, arch)
-    return cluster_run.submit(task, site, args.dry_run, args.after, args.follow)
+    seeds = read_seeds(args.array) if args.array else ()
+    return cluster_run.submit(task, site, args.dry_run, args.after, args.follow, seeds)
 
 
 def main() -> int:
@@ -215,8 +218,8 @@ def main() -> int:
     task, arch = resolve(args)
     check_output(task.out, KIND)
     site = _site(args)
-    if site is None and (args.after is not None or args.follow):
-        raise UserError("--after and --follow are about jobs of Slurm; give --cluster too")
+    if site is None and (args.after is not None or args.follow or args.array):
+        raise UserError("--after, --follow and --array are about jobs of Slurm; give --cluster too")
     if args.dry_run:
         if args.data and args.after is None:
             check_data(task, arch)

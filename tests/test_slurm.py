@@ -17,7 +17,7 @@ from conversion.hf_to_nemo import convert
 from data_prep.packing import build_packs
 from launch.cluster import EXAMPLE, Cluster
 from launch.layout import Layout
-from launch.slurm import ENVIRONMENT, Job, render
+from launch.slurm import ENVIRONMENT, Job, read_seeds, render
 from nano3.cli import UserError
 from nano3.token_store import TokenStore, tokenizer_sha256
 from recipes.cluster_run import check_progress, job_of
@@ -198,11 +198,18 @@ def test_the_example_names_every_key_with_its_default():
         ({"command": ["x"], "seeds": (1,)}, "an array of seeds wants {seed}"),
         ({"command": ["{seed}"]}, "wants --array"),
         ({"command": ["x"], "name": "a/b"}, "without / and %"),
+        ({"command": ["x"], "out": "{seed}"}, "wants --array"),
     ],
 )
 def test_jobs_that_mean_nothing_are_refused(job, message):
     with pytest.raises(UserError, match=message):
         Job(**({"name": "x"} | job))
+
+
+@pytest.mark.parametrize("text", ["1,x", "", "1,1", "2,-1"])
+def test_seeds_are_different_whole_numbers(text):
+    with pytest.raises(UserError, match=r"whole numbers|different"):
+        read_seeds(text)
 
 
 def test_what_the_shell_would_split_is_quoted():
@@ -315,6 +322,18 @@ def test_the_recipe_looks_first_and_submits_what_fits(tmp_path):
     again = recipe(*arguments, env=environment, cwd=tmp_path)
     assert again.returncode == 2
     assert f"job 4711 writes to {out} or waits to: 4711 RUNNING" in again.stderr
+    many = tmp_path / "runs" / "many"
+    sent = recipe(*arguments, "--array", "3,5", "--out", str(many), env=environment, cwd=tmp_path)
+    assert sent.returncode == 0, sent.stderr
+    text = (tmp_path / "submitted").read_text()
+    assert "#SBATCH --array=3,5\n" in text
+    assert f'OUT="{many}/seed-$SLURM_ARRAY_TASK_ID"\n' in text
+    assert f'-m recipes.worker "{many}/seed-$SLURM_ARRAY_TASK_ID/run.json"' in text
+    for seed in (3, 5):
+        task = Run.from_json((many / f"seed-{seed}" / "run.json").read_text())
+        assert (task.settings.train.seed, task.out) == (seed, f"{many}/seed-{seed}")
+        assert task.base == f"{many}/seed-{seed}/base"
+    (tmp_path / "submitted").unlink()
     huge = recipe(*arguments[:-1], "train.seq_length=48", env=environment, cwd=tmp_path)
     assert huge.returncode == 2
     assert "has no packs-48" in huge.stderr

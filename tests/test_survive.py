@@ -172,6 +172,14 @@ def test_two_jobs_never_write_to_one_folder(job, state, code):
     assert [path.read_text() for path in job.out.glob("*job*")] == (["6\n"] if code else [])
 
 
+def test_a_job_of_an_array_takes_the_folder_that_was_submitted_for_it(job, monkeypatch):
+    """At submission only the number of the whole array is known, which is that of one of its jobs."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "6")
+    (job.out / "job").write_text("6\n")
+    (job.here / "state-6").write_text("RUNNING")
+    assert job.run("true") == 0
+
+
 def test_where_slurm_does_not_answer_the_other_job_may_live(job):
     (job.out / "job").write_text("6\n")
     (job.here / "squeue").write_text("#!/bin/bash\necho 'error: Unable to contact slurm controller' >&2\nexit 1\n")
