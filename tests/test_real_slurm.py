@@ -191,7 +191,7 @@ def test_a_node_whose_step_is_killed_is_named_and_the_job_goes_on(slurm, folder,
         os.kill(pid, signal.SIGKILL)
     thaw(ranks[:1])
     log = resumed(slurm, number)
-    assert "this attempt ended with exit code 137: error: node2: task 1: Killed" in log, log
+    assert "this attempt ended with exit code 137: node2: task 1: Killed" in log, log
     assert_same(folder / "killed", reference)
 
 
@@ -216,3 +216,19 @@ def test_after_three_deaths_at_one_step_a_job_stops_and_says_why(slurm, hopeless
         f"  restart {restart} on node[1-2]" for restart in range(3)
     ]
     assert not (out / "job").exists()
+
+
+def test_nothing_of_a_private_slurm_outlives_a_killed_test():
+    require_slurm()
+    code = "from tests.slurm_site import slurm_site\nimport time\nwith slurm_site() as site:\n"
+    code += (
+        "    site.submit('#!/bin/bash\\nsetsid sleep 600')\n    print(site.folder, flush=True)\n    time.sleep(600)\n"
+    )
+    test = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert test.stdout is not None
+    slurm = Slurm(Path(test.stdout.readline().strip()))
+    slurm.until(lambda: slurm.job(1)["JobState"] == "RUNNING", "the job to run")
+    assert len(processes_of(slurm)) >= 5  # munged, controller, two nodes, and the job's
+    test.kill()
+    test.wait()
+    slurm.until(lambda: not processes_of(slurm) and not slurm.folder.exists(), "everything to be gone")
