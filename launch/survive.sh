@@ -104,15 +104,18 @@ terminated() {
 }
 trap terminated TERM
 
-# What failed, in a line: nodes that Slurm gave up, else a rank that a signal ended, else the first that srun names.
+# What failed, in a line: nodes that Slurm gave up; else the first launcher or rank that a signal ended, since the others
+# end with an error of their own then; else what srun names first.
 culprit() {
     local words
     words="$(sinfo --Node --noheader --nodes="$SLURM_JOB_NODELIST" --states=down,drain,fail --format='node %N is %T (%E)' |
         sort -u | paste -sd ';')" || true
     [[ -n $words ]] || words="$(this_attempt | awk '
+        said { next }
         / host +: / { host = $NF } / rank +: / { rank = $(NF - 2) }
-        / exitcode +: -/ { sub(/.*: -/, ""); print "rank " rank " on " host " ended by signal " $1; exit }')"
-    [[ -n $words ]] || words="$(this_attempt | sed -n 's/^srun: error: //p' | head -n 1)"
+        / exitcode +: -/ { sub(/.*: -/, ""); print "rank " rank " on " host " ended by signal " $1; said = 1 }
+        /^srun: error: .*: (Killed|Segmentation|Bus error|Aborted)/ { sub(/^srun: error: /, ""); print; said = 1 }')"
+    [[ -n $words ]] || words="$(this_attempt | sed -n 's/^srun: error: //p' | sed -n 1p)"
     echo "$words"
 }
 

@@ -86,6 +86,11 @@ def test_a_job_that_ends_well_leaves_the_folder_to_others(job):
     ("said", "words"),
     [
         ("srun: error: node8: task 1: Killed\nsrun: error: node7: task 0: Terminated\n", "node8: task 1: Killed"),
+        (
+            "srun: error: node7: task 0: Exited with exit code 1\nsrun: error: node8: task 1: Killed\n",
+            "node8: task 1: Killed",
+        ),
+        ("srun: error: node7: task 0: Exited with exit code 1\n", "node7: task 0: Exited with exit code 1"),
         (FAILED, "rank 11 on node8 ended by signal 9"),
         ("", ""),
     ],
