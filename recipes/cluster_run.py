@@ -155,7 +155,7 @@ def submit(
     if code:
         return code
     tasks = [of_seed(task, seed) for seed in seeds] or [task]
-    for folder in {out, *(Path(one.out) for one in tasks)}:
+    for folder in dict.fromkeys([out, *(Path(one.out) for one in tasks)]):
         make_ready(folder)
     for one in tasks:
         (Path(one.out) / "run.json").write_text(one.to_json() + "\n")

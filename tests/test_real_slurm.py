@@ -218,13 +218,20 @@ def test_after_three_deaths_at_one_step_a_job_stops_and_says_why(slurm, hopeless
     assert not (out / "job").exists()
 
 
+SITE_AND_JOB = """
+import time
+from tests.slurm_site import slurm_site
+
+with slurm_site() as site:
+    site.submit("#!/bin/bash\\n#SBATCH --output=/dev/null\\nsetsid sleep 600")
+    print(site.folder, flush=True)
+    time.sleep(600)
+"""
+
+
 def test_nothing_of_a_private_slurm_outlives_a_killed_test():
     require_slurm()
-    code = "from tests.slurm_site import slurm_site\nimport time\nwith slurm_site() as site:\n"
-    code += (
-        "    site.submit('#!/bin/bash\\nsetsid sleep 600')\n    print(site.folder, flush=True)\n    time.sleep(600)\n"
-    )
-    test = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    test = subprocess.Popen([sys.executable, "-c", SITE_AND_JOB], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert test.stdout is not None
     slurm = Slurm(Path(test.stdout.readline().strip()))
     slurm.until(lambda: slurm.job(1)["JobState"] == "RUNNING", "the job to run")
