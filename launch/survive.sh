@@ -94,22 +94,39 @@ state() { # of this job
 }
 
 # SIGTERM: before the time limit, or because Slurm takes the job. The ranks end their step and save.
-asked=""
+asked="" gone=""
 terminated() {
     interrupted=yes
-    [[ $(state) == RUNNING ]] || return 0 # Slurm takes the job and has told the ranks itself
-    asked=yes
-    echo "SIGTERM: the ranks end their step and save"
-    scancel --signal=TERM "$SLURM_JOB_ID" || true
+    if [[ $(state) != RUNNING ]]; then
+        taken
+    else
+        asked=yes
+        echo "SIGTERM: the ranks end their step and save"
+        scancel --signal=TERM "$SLURM_JOB_ID" || true
+    fi
 }
 trap terminated TERM
+
+# Slurm takes the job, has told the ranks itself, and requeues it or not. Noted at once: there may be no time later.
+taken() {
+    local words
+    [[ -z $gone ]] || return 0
+    gone=yes
+    words="$(lost_nodes)"
+    note "$([[ -n $words ]] && echo ended || echo taken)" "Slurm ended it${words:+; $words}"
+    echo "Slurm ends this attempt${words:+: $words}"
+}
+
+lost_nodes() {
+    sinfo --Node --noheader --nodes="$SLURM_JOB_NODELIST" --states=down,fail --format='node %N is %T (%E)' |
+        sort -u | paste -sd ';' || true
+}
 
 # What failed, in a line: nodes that Slurm gave up; else the first launcher or rank that a signal ended, since the others
 # end with an error of their own then; else what srun names first.
 culprit() {
     local words
-    words="$(sinfo --Node --noheader --nodes="$SLURM_JOB_NODELIST" --states=down,drain,fail --format='node %N is %T (%E)' |
-        sort -u | paste -sd ';')" || true
+    words="$(lost_nodes)"
     [[ -n $words ]] || words="$(this_attempt | awk '
         said { next }
         / host +: / { host = $NF } / rank +: / { rank = $(NF - 2) }
@@ -132,12 +149,11 @@ finished() {
 give_way() { # EXIT_CODE
     local words
     trap '' TERM
-    words="$(culprit)"
-    if [[ $(state) != RUNNING ]]; then # Slurm has taken the job, and requeues it or not
-        note "$([[ $words == *"node "*" is "* ]] && echo ended || echo taken)" "Slurm ended it; $words"
-        echo "Slurm ends this attempt${words:+: $words}"
+    if [[ $(state) != RUNNING ]]; then
+        taken
         exit "$1"
     fi
+    words="$(culprit)"
     [[ -z $asked ]] || words="the time limit came"
     note ended "exit code $1; $words"
     echo "this attempt ended with exit code $1: $words"

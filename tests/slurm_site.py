@@ -58,8 +58,11 @@ SelectTypeParameters=CR_Core
 SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0
 SlurmdParameters=config_overrides
-ReturnToService=2
+# A node that is set down stays down; one that did not answer comes back by itself.
+ReturnToService=1
 KillWait=30
+# Seconds that a job is remembered after its end.
+MinJobAge=86400
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=16 RealMemory=16000
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=16 RealMemory=16000
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE

@@ -66,6 +66,14 @@ class Job:
         return [[line[0], line[1], line[5]] for line in lines]
 
 
+def wait_for(path: Path, lines: int = 1) -> None:
+    """Until the file has that many lines."""
+    deadline = time.monotonic() + 30
+    while not path.exists() or path.read_text().count("\n") < lines:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     return Job(tmp_path)
@@ -113,7 +121,7 @@ def test_a_mistake_is_not_tried_again(job):
 @pytest.mark.parametrize(
     ("down", "event", "words"),
     [
-        ("", "taken", "Slurm ended it; "),
+        ("", "taken", "Slurm ended it"),
         ("node node8 is down (no power)\n", "ended", "Slurm ended it; node node8 is down (no power)"),
     ],
 )
@@ -125,12 +133,25 @@ def test_what_slurm_takes_is_slurms_to_requeue(job, down, event, words):
     assert not job.requeued
 
 
+def test_what_slurm_takes_is_noted_at_once(job):
+    """The ranks may save for longer than Slurm lets the script live."""
+    process = job.start(f"bash -c 'echo $$ > {job.here}/pid; exec sleep 60'")
+    wait_for(job.here / "pid")
+    (job.here / "state-7").write_text("COMPLETING\n")
+    (job.here / "down").write_text("node node8 is down* (no power)\n")
+    process.send_signal(signal.SIGTERM)
+    wait_for(job.out / "attempts.tsv", lines=2)
+    assert process.poll() is None
+    assert job.attempts()[-1] == ["ended", "0", "Slurm ended it; node node8 is down* (no power)"]
+    os.kill(int((job.here / "pid").read_text()), signal.SIGTERM)
+    process.wait(timeout=30)
+    assert len(job.attempts()) == 2
+    assert not (job.here / "told").exists()  # Slurm has told the ranks itself
+
+
 def test_sigterm_reaches_the_ranks_and_the_job_is_requeued(job):
     process = job.start(f"bash -c 'echo $$ > {job.here}/pid; exec sleep 60'")
-    deadline = time.monotonic() + 30
-    while not (job.here / "pid").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(job.here / "pid")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
     assert (job.here / "told").read_text() == "--signal=TERM 7\n"
