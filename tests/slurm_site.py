@@ -107,7 +107,7 @@ class Slurm:
         text = self.run("scontrol", "show", "job", "--oneliner", str(number))
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def wait(self, number: int, *states: str, timeout: float = 300.0) -> dict[str, str]:
+    def wait(self, number: int, *states: str, timeout: float = 900.0) -> dict[str, str]:
         """The job, once it is in one of the states; an AssertionError with its log where it ends in another."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 

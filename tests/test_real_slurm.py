@@ -22,7 +22,7 @@ from launch.cluster import Cluster
 from launch.slurm import Job, render
 from nano3.arch import resolve_model
 from nano3.token_store import TokenStore, tokenizer_sha256
-from tests.slurm_site import Slurm, processes_of, require_slurm, slurm_site
+from tests.slurm_site import NODES, Slurm, processes_of, require_slurm, slurm_site
 from tests.tiny_run import metrics
 from tests.tiny_store import tiny_store
 
@@ -100,17 +100,18 @@ def submit(slurm: Slurm, folder: Path, name: str) -> int:
 
 
 def frozen_after(slurm: Slurm, number: int, out: Path, step: int) -> list[int]:
-    """The processes of the job's two ranks, stopped once `step` is done: what happens next happens in mid-run."""
+    """The processes of the job's two ranks, by node, stopped once `step` is done: what happens next is in mid-run."""
     begun = len(metrics(out)) if (out / "metrics.jsonl").exists() else 0
 
     def ranks() -> list[int]:
-        return [min(processes_of(slurm, SLURM_JOB_ID=str(number), RANK=rank)) for rank in ("0", "1")]
+        here = {"SLURM_JOB_ID": str(number), "LOCAL_RANK": "0"}
+        return [min(processes_of(slurm, SLURMD_NODENAME=node, **here)) for node in NODES]
 
     def reached() -> bool:
         assert slurm.job(number)["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), slurm.log(number)
         return (out / "metrics.jsonl").exists() and len(metrics(out)) >= max(step, begun + 1)
 
-    slurm.until(reached, f"step {step}", 300, lambda: slurm.log(number))
+    slurm.until(reached, f"step {step}", 900, lambda: slurm.log(number))
     found = ranks()
     for pid in found:
         os.kill(pid, signal.SIGSTOP)

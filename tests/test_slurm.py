@@ -13,17 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from conversion.hf_to_nemo import convert
 from data_prep.packing import build_packs
 from launch.cluster import EXAMPLE, Cluster
-from launch.layout import Layout
 from launch.slurm import ENVIRONMENT, Job, read_seeds, render
 from nano3.cli import UserError
 from nano3.token_store import TokenStore, tokenizer_sha256
 from recipes.cluster_run import check_progress, job_of
-from recipes.settings import LoraSettings, Run, Settings, TrainSettings
+from recipes.settings import Run
 from tests.tiny import tiny_hf_folder
-from tests.tiny_run import metrics, run, write_run
 from tests.tiny_store import tiny_store
 
 ROOT = Path(__file__).parents[1]
@@ -340,32 +337,6 @@ def test_the_recipe_looks_first_and_submits_what_fits(tmp_path):
     local = recipe(*arguments, "--overwrite", env=environment, cwd=tmp_path)
     assert "--overwrite is for runs on this machine" in local.stderr
     assert not (tmp_path / "submitted").exists()
-
-
-@pytest.mark.full
-def test_a_script_on_two_nodes_trains_what_two_local_ranks_train(tmp_path):
-    """The script runs once for each node, srun and scontrol are stand-ins; launchers and ranks are the real ones."""
-    environment = fake_slurm(tmp_path) | {"SLURM_JOB_NODELIST": "localhost", "OMP_NUM_THREADS": "1"}
-    (tmp_path / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\n")
-    model = tiny_hf_folder(tmp_path / "hf")
-    convert(model, tmp_path / "nemo", context=False)
-    build_packs(TokenStore(tiny_store(tmp_path / "store", 40, 60, 128)), 64)
-    train = TrainSettings(steps=2, warmup=0, lr=1e-3, global_batch=4, seq_length=64)
-    settings = Settings(layout=Layout(ep=2), lora=LoraSettings(rank=4), train=train)
-    local = run(write_run(tmp_path, "local", 2, settings))
-    written = write_run(tmp_path, "nodes", 2, settings)
-    (tmp_path / "nodes").mkdir()
-    site = replace(
-        SITE, gpus_per_node=0, workdir=str(ROOT), python=sys.executable, environment={"GLOO_SOCKET_IFNAME": "lo"}
-    )
-    script = render(site, Job("x", ["-m", "recipes.worker", str(written)], 2))
-    nodes = [
-        subprocess.Popen(["bash", "-c", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for _ in range(2)
-    ]
-    said = [node.communicate(timeout=300)[0].decode() for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
-    assert [row["loss"] for row in metrics(tmp_path / "nodes")] == [row["loss"] for row in metrics(local)]
 
 
 @pytest.mark.full
