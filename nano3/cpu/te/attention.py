@@ -2,9 +2,9 @@
 
 Shapes: `sbhd` query (s, b, heads, d), key and value (s, b, groups, d); `thd` (tokens, heads, d) with `cu_seqlens`.
 Output (s, b, heads * d) or (tokens, heads * d). A packed batch is computed document by document, so one document's
-values cannot reach another's. PyTorch's fused kernel keeps query, key, value, output and log-sum-exp for backward, as
-flash attention does on GPUs. Under context parallelism the inputs are a rank's share of the pack
-(`nano3.context_parallel`), and `cu_seqlens` those of the whole.
+values cannot reach another's. Query, key, value, output and log-sum-exp are kept for backward, as flash attention does
+on GPUs. Under context parallelism the inputs are a rank's share of the pack (`nano3.context_parallel`), and
+`cu_seqlens` those of the whole.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from nano3.cpu.te.base import TransformerEngineBaseModule, refuse
+from nano3.cpu.te.causal import CausalAttention
 from nano3.cpu.te.context import Share
 
 
@@ -135,6 +136,8 @@ class DotProductAttention(TransformerEngineBaseModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """(s, b, heads, d) -> (s, b, heads * d); without a mask, causal."""
+        if mask is None and query.device.type == "cpu":
+            return CausalAttention.apply(query, key, value, self.softmax_scale).flatten(2)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(
             q,
