@@ -16,12 +16,16 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
 from megatron.core.ssm.mamba_mixer import MambaMixer, _split_tensor_factory
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from nemo.collections.llm.peft.lora import LoRALinear
 from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_attributes_from_linear
 from torch import nn
 
+from nano3.delta import add_product
 from nano3.dora import MAGNITUDE, Decomposed, Part
 from nano3.dropout import InputDropout
 
@@ -79,6 +83,23 @@ class DenseAdapter(ParallelLinearAdapter, Decomposed):
             replicated = {"sequence_parallel": base.config.sequence_parallel}
             split = {"tensor_model_parallel": True, "partition_dim": 0, "partition_stride": 1}
             self.add_magnitude(base, **(replicated if row_parallel else split))
+
+    def add_to(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output `out`, which may be overwritten, with the delta for its input added.
+
+        The same steps as NeMo's `forward`, up to the product with B. Where ranks still have to exchange that product,
+        between slices of a row-parallel layer, NeMo's `forward` it is.
+        """
+        ranks = self.linear_out.tp_group.size()
+        if ranks > 1 and self.linear_out.gather_output:
+            return out + self(x).reshape(out.shape)
+        x = self.dropout(x)
+        if not self.disable_sequence_parallel_comm:
+            x = gather_from_sequence_parallel_region(x)
+        low, _ = self.linear_in(x)
+        if ranks > 1:
+            low = copy_to_tensor_model_parallel_region(low, group=self.linear_out.tp_group)
+        return add_product(out, low, self.linear_out.weight, self.scale)
 
     def parts(self, base: Any) -> list[Part]:
         """Of a row-parallel layer some columns of all rows, of a column-parallel layer some whole rows."""
@@ -177,11 +198,11 @@ class SharedExpertsAdapter(ExpertsAdapter):
             parameter.sequence_parallel = base.config.sequence_parallel  # type: ignore[attr-defined]
         self._finish(base, options.dora)
 
-    def forward(self, x: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
-        """(tokens, in) -> (tokens, out), of the local slices."""
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
+        """(tokens, out), which may be overwritten, with the delta for (tokens, in) added; of the local slices."""
         del splits  # one adapter for all experts
         low = F.linear(self.dropout(x), self.linear_in.weight[:, self.columns])
-        return F.linear(low, self.linear_out.weight[self.rows]) * self.scale
+        return add_product(out, low, self.linear_out.weight[self.rows], self.scale)
 
     def parts(self, base: Any) -> list[Part]:
         """One for every local expert, all with the same factors."""
@@ -232,7 +253,11 @@ class EachExpertAdapter(ExpertsAdapter):
     def forward(self, x: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
         """(tokens, in) -> (tokens, out)."""
         low, _ = self.linear_in(self.dropout(x), splits)
-        return self.linear_out(low, splits)[0] * self.scale
+        return self.linear_out(low * self.scale, splits)[0]
+
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
+        """(tokens, out) with the delta for (tokens, in) added."""
+        return out + self(x, splits)
 
     def parts(self, base: Any) -> list[Part]:
         """One for every local expert."""
@@ -257,7 +282,7 @@ class AdaptedLinear(LoRALinear):
     def forward(self, x: torch.Tensor, *splits: Sequence[int], **settings: Any) -> tuple[torch.Tensor, Any]:
         """The layer's output with the delta added and, under DoRA, its rows rescaled; and the layer's bias."""
         out, bias, entered = self.base_linear_forward(x, *splits, **settings)
-        out = out + self.adapter(entered.contiguous(), *splits).reshape(out.shape)
+        out = self.adapter.add_to(out, entered.contiguous(), *splits)
         if self.adapter.magnitude is not None:
             out = rescale(out, self.adapter.row_scale(self.to_wrap), *splits)
         return out, bias

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn import Parameter
 
 from nano3.cpu.te.base import TransformerEngineBaseModule, initialize, refuse
@@ -25,10 +24,29 @@ def _mappings() -> Any:
     return mappings
 
 
-def _project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x Wᵀ over the last dimension, as one matrix product. Left to itself PyTorch computes the first layer, where the
-    embedding's transposed output meets a frozen weight, token by token."""
-    return F.linear(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+class _Product(torch.autograd.Function):
+    """x Wᵀ over the last dimension, as one matrix product into a tensor of its own, which adapters may add to.
+
+    Left to itself PyTorch computes the first layer, where the embedding's transposed output meets a frozen weight,
+    token by token. Saves the weight, and the input where the weight is trained.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        torch.mm(x.flatten(0, -2), weight.t(), out=out.view(-1, weight.shape[0]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        rows, dx, dweight = grads[0].flatten(0, -2), None, None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(rows, weight).view(*grads[0].shape[:-1], -1)
+        if x is not None:
+            dweight = torch.mm(rows.t(), x.flatten(0, -2))
+        return dx, dweight
 
 
 def _mark_parallel(weight: Any, parallel_mode: str | None) -> None:
@@ -122,7 +140,7 @@ class Linear(_ParallelLinear):
 
     def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
         del is_first_microbatch  # chooses when FP8 weights are cast again
-        return self._finish(self._leave(_project(self._enter(inp), self.weight)))
+        return self._finish(self._leave(_Product.apply(self._enter(inp), self.weight)))
 
 
 class LayerNormLinear(_ParallelLinear):
@@ -180,7 +198,7 @@ class LayerNormLinear(_ParallelLinear):
         del is_first_microbatch
         normalized = rms_norm(inp, self.layer_norm_weight, self.eps)
         entered = self._enter(normalized)
-        out = self._finish(self._leave(_project(entered, self.weight)))
+        out = self._finish(self._leave(_Product.apply(entered, self.weight)))
         if not self.return_layernorm_output:
             return out
         gathered = self.return_layernorm_output_gathered and self.sequence_parallel
