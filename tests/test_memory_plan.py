@@ -85,11 +85,6 @@ def standins_keep_more(work: Workload, stage: int) -> int:
                 * linear.inputs * (batch.value - 1)
                 for linear in linears(arch, layout, number, letter)
             )  # fmt: skip
-    norms = len(mine) + (stage == layout.pp - 1)
-    if work.bf16:  # the norm's input in FP32 too
-        total += norms * local * arch.hidden_size * 2
-    if work.adapters is None:  # and the normalized input, for the gradient of its weight
-        total += norms * local * arch.hidden_size * 4
     return total
 
 

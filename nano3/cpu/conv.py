@@ -111,17 +111,21 @@ class Convolution:
         dy = dout.to(self.weight.dtype)
         dy = silu_backward(dy, self.preactivation) if self.silu else dy.clone()
         dbias = dy.sum((0, 1)) if parameters else None
-        dpadded = torch.zeros(self.padded.shape, dtype=dy.dtype, device=dy.device)
+        dpadded = torch.empty(self.padded.shape, dtype=dy.dtype, device=dy.device)
         dweight = torch.zeros_like(self.weight) if parameters else None
+        dtaps = None
         if self.edges is not None:
             dedge = dy[self.edges.token].unsqueeze(1)  # (r, 1, d)
             dy[self.edges.token] = 0.0
             if dweight is not None:
                 dweight += (dedge * self.edge_taps(self.edges)).sum(0)
             dtaps = (dedge * self.weight).masked_fill_(self.edges.foreign, 0.0)
-            dpadded.index_put_((self.edges.batch.expand_as(self.edges.taps), self.edges.taps), dtaps, accumulate=True)
-        for k in range(self.weight.shape[0]):
+        torch.mul(dy, self.weight[0], out=dpadded[:, : self.length])
+        dpadded[:, self.length :] = 0.0
+        for k in range(1, self.weight.shape[0]):
             dpadded[:, k : k + self.length].addcmul_(dy, self.weight[k])
+        if self.edges is not None and dtaps is not None:
+            dpadded.index_put_((self.edges.batch.expand_as(self.edges.taps), self.edges.taps), dtaps, accumulate=True)
         if dweight is not None:
             product = torch.empty_like(dy)  # one buffer: fresh memory costs more than the arithmetic
             for k in range(self.weight.shape[0]):

@@ -1,7 +1,7 @@
 """Where Megatron-Core 0.16.1 needs another answer than a wrapped factory can give.
 
-Two places decide by `Tensor.is_cuda`; and gloo gathers and scatters equal parts only, while expert tensor parallelism
-exchanges as many tokens as each rank has.
+Two places decide by `Tensor.is_cuda`; gloo gathers and scatters equal parts only, while expert tensor parallelism
+exchanges as many tokens as each rank has; and two functions rely on a GPU's fused kernels for their speed.
 """
 
 from __future__ import annotations
@@ -54,13 +54,56 @@ def _reduce_scatter(function: Callable[..., torch.Tensor]) -> Callable[..., torc
     return reduce_scatter
 
 
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)², which saves relu(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (positive,) = ctx.saved_tensors
+        return (grads[0] * positive).mul_(2)
+
+
+def _squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """Megatron-Core's, which torch.compile makes one kernel of on a GPU."""
+    return _SquaredReLU.apply(x)
+
+
+def _sort_chunks(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`sort_chunks_by_idxs` that copies nothing where the chunks are in order, as on a rank that has all experts."""
+
+    @functools.wraps(function)
+    def sort(
+        input: torch.Tensor,
+        split_sizes: torch.Tensor,
+        sorted_idxs: torch.Tensor,
+        probs: torch.Tensor | None = None,
+        fused: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if sorted_idxs.tolist() == list(range(len(sorted_idxs))):
+            return input, probs
+        return function(input, split_sizes, sorted_idxs, probs=probs, fused=fused)
+
+    return sort
+
+
 def install() -> None:
     """Replaces the functions where Megatron-Core looks them up."""
+    from megatron.core import activations
+    from megatron.core.fusions import fused_weighted_squared_relu
     from megatron.core.tensor_parallel import mappings
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import experts, moe_utils, token_dispatcher
 
     mappings._gather_along_first_dim = _gather(mappings._gather_along_first_dim)
     mappings._reduce_scatter_along_first_dim = _reduce_scatter(mappings._reduce_scatter_along_first_dim)
 
     moe_utils.maybe_move_tensor_to_cpu = _to_host
     token_dispatcher.maybe_move_tensor_to_cpu = _to_host
+    token_dispatcher.sort_chunks_by_idxs = _sort_chunks(token_dispatcher.sort_chunks_by_idxs)
+    for module in (activations, fused_weighted_squared_relu, experts):
+        module.squared_relu = _squared_relu

@@ -40,7 +40,7 @@ class RMSNormFn(torch.autograd.Function):
         if gate is not None and not norm_before_gate:
             u = u * gate
         rstd = grouped(u, group_size).square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        y = (grouped(u, group_size) * rstd).reshape(x.shape) * weight.to(dtype)
+        y = (grouped(u, group_size) * rstd).reshape(x.shape).mul_(weight.to(dtype))
         if bias is not None:
             y = y + bias.to(dtype)
         if gate is not None and norm_before_gate:
@@ -67,7 +67,8 @@ class RMSNormFn(torch.autograd.Function):
         dweight = (dy * xhat).sum(tokens).to(weight.dtype) if ctx.needs_input_grad[1] else None
         dbias = dy.sum(tokens).to(bias.dtype) if ctx.needs_input_grad[2] else None
         dxhat, xg = grouped(dy * w, size), grouped(xhat, size)
-        du = (rstd * (dxhat - xg * (dxhat * xg).mean(-1, keepdim=True))).reshape(x.shape)
+        along = (dxhat * xg).mean(-1, keepdim=True)
+        du = dxhat.addcmul_(xg, along, value=-1).mul_(rstd).reshape(x.shape)
         if gate_first:
             dz = silu_backward(du * xf, zf)
             du = du * F.silu(zf)

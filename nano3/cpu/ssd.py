@@ -32,9 +32,9 @@ INFINITE: Limit = (0.0, float("inf"))
 LOG2_E = math.log2(math.e)
 """exp(x) = exp2(x * LOG2_E), which is also what GPUs compute. PyTorch's exp on CPUs is Intel MKL's, which takes up to a
 hundred times as long where the result is zero or denormal, as it is for half of all pairs of tokens."""
-LARGEST_CHUNK = 64
-"""Callers ask for the GPU kernel's tile (128 for Nemotron-H); on a CPU chunks of 64 are faster at pico's sizes, and the
-result does not depend on it beyond rounding."""
+LARGEST_CHUNK = 32
+"""Callers ask for the GPU kernel's tile (128 for Nemotron-H); on a CPU chunks as long as a head is wide are faster, and
+the result does not depend on it beyond rounding."""
 
 
 class Plan(NamedTuple):
@@ -190,12 +190,16 @@ class Scan(NamedTuple):
         """
         weighted = shared((self.xd * self.decay.leave.unsqueeze(-1)).transpose(-1, -2), self.groups)
         added = torch.matmul(weighted, self.B.unsqueeze(3)).flatten(2, 3)
-        state = torch.zeros_like(added[:, 0]) if initial is None else initial.to(added.dtype)
-        before = []
-        for c in range(added.shape[1]):
-            before.append(state)
-            state = torch.addcmul(added[:, c], state, self.decay.carry[:, c, :, None, None])
-        return torch.stack(before, 1), state
+        states = added.new_empty(added.shape[0], added.shape[1] + 1, *added.shape[2:])
+        steps = states.unbind(1)
+        if initial is None:
+            steps[0].zero_()
+        else:
+            steps[0].copy_(initial)
+        carry = self.decay.carry[..., None, None].unbind(1)
+        for state, more, factor, after in zip(steps[:-1], added.unbind(1), carry, steps[1:], strict=True):
+            torch.addcmul(more, state, factor, out=after)
+        return states[:, :-1], steps[-1]
 
 
 def prepare(
@@ -252,12 +256,15 @@ def state_gradients(entering: Tensor, decay: Decays, dfinal: Tensor) -> tuple[Te
 
     `entering` (b, c, h, p, n): what the chunk's own outputs ask of the state before it.
     """
-    grad = dfinal.to(entering.dtype)
-    after = []
-    for c in reversed(range(entering.shape[1])):
-        after.append(grad)
-        grad = torch.addcmul(entering[:, c], grad, decay.carry[:, c, :, None, None])
-    return torch.stack(after[::-1], 1), grad
+    grads = entering.new_empty(entering.shape[0], entering.shape[1] + 1, *entering.shape[2:])
+    steps = grads.unbind(1)
+    steps[-1].copy_(dfinal)
+    carry = decay.carry[..., None, None].unbind(1)
+    for grad, asked, factor, before in reversed(
+        list(zip(steps[1:], entering.unbind(1), carry, steps[:-1], strict=True))
+    ):
+        torch.addcmul(asked, grad, factor, out=before)
+    return grads[:, 1:], steps[0]
 
 
 def scan_backward(

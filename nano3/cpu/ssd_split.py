@@ -18,8 +18,8 @@ from torch import Tensor
 from nano3.cpu import ssd
 from nano3.cpu.conv import ACTIVATIONS, Convolution, arithmetic, ids_with_context, silu_backward, with_context
 
-SPAN = 1024
-"""Tokens at a time: at pico's widths the largest array of a span is 2 MB. Results depend on it by rounding only."""
+SPAN = 512
+"""Tokens at a time: at pico's widths the largest array of a span is 1 MB. Results depend on it by rounding only."""
 
 
 class Widths:
