@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -237,7 +238,8 @@ def main() -> int:
         )
     facts: dict[str, Any] = conditions()
     print(json.dumps(facts), HEAD, sep="\n", flush=True)
-    folder = args.folder.resolve() / "conversion"
+    args.folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="conversion-", dir=args.folder.resolve()))  # removed at the end
     rows: list[dict[str, Any]] = []
     try:
         for layers in args.layers:

@@ -25,7 +25,7 @@ import torch
 from conversion.fp8 import Selection, matrices
 from conversion.layerwise import Hidden, build_layer, count_tokens, hidden_bytes
 from conversion.safetensors_io import HFFolder
-from nano3.cli import UserError
+from nano3.cli import UserError, hidden_prefix
 from nano3.imports import hidden
 
 
@@ -58,7 +58,7 @@ def calibrate(
     """
     found = Activations(tokens=sum(len(sample) for sample in samples))
     beside.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.calibration-", dir=beside.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=hidden_prefix(beside), dir=beside.parent) as scratch:
         hidden = Hidden(hf, samples, Path(scratch), torch.bfloat16)
         for number in range(len(hf.arch.layers)):
             _calibrate_layer(hf, selection, number, hidden, found)

@@ -34,6 +34,7 @@ from conversion.model_card import model_card, read_readme
 from conversion.revision import base_revision
 from conversion.safetensors_io import side_files
 from conversion.work import PART
+from nano3.arch import is_nemo_checkpoint
 from nano3.cli import UserError
 
 _TOOLS = ("nano3-lora", "torch", "safetensors", "megatron-core", "nvidia-modelopt")
@@ -106,7 +107,7 @@ def side_digests(folder: Path) -> dict[str, str]:
     Not README.md: the base's gives way to the model card when the folder is uploaded. Nor weights that are hidden until
     the folder is complete.
     """
-    side = folder / SIDE if (folder / SIDE).is_dir() else folder
+    side = folder / SIDE if is_nemo_checkpoint(folder) else folder
     names = {str(path) for path in side_files(side)} - {"README.md"}
     return {name: file_sha256(side / name) for name in sorted(names) if not name.endswith(PART)}
 

@@ -61,10 +61,11 @@ def _against(certificate: dict[str, Any], folder: Path, base: Path, altered: boo
         problems = differences(found, said(best, "input"), f"{base}")
         if problems:
             return [f"{base} is not the model that the certificate names as input of the {best['kind']}", *problems]
+        problems = _other_settings(folder, base)
         if best is certificate and not altered:
             with open_model(folder, quantized=True) as made:
-                return wrong_numbers(made, model, certificate)
-    return []
+                problems += wrong_numbers(made, model, certificate)
+    return problems
 
 
 def differences(found: Facts, told: Facts, where: str) -> list[str]:
@@ -87,13 +88,38 @@ def _unequal(found: Facts, told: Facts) -> list[str]:
 
 
 def _other_files(folder: Path, certificate: dict[str, Any]) -> list[str]:
-    """Files beside the tensors that are not what they were. Ones that came later are nobody's concern."""
-    found = side_digests(folder)
-    return [
+    """Files beside the tensors that are not what they were, are gone, or came later: a chat template, an adapter beside
+    a model and the like change what it does. Only README.md may come later."""
+    found, told = side_digests(folder), certificate["files"]
+    problems = [
         f"{folder}: {name} is {'not what the certificate says' if name in found else 'missing'}"
-        for name, digest in certificate["files"].items()
+        for name, digest in told.items()
         if found.get(name) != digest
     ]
+    problems += [f"{folder}: {name} is not in the certificate" for name in sorted(found.keys() - told.keys())]
+    problems += [f"{folder}: {path.name} is not in the certificate" for path in foreign_weights(folder)]
+    if is_nemo_checkpoint(folder) and ((folder / "config.json").exists() or any(folder.glob("*.safetensors"))):
+        problems.append(f"{folder} holds a Hugging Face model beside a NeMo checkpoint; only the second is certified")
+    return problems
+
+
+def foreign_weights(folder: Path) -> list[Path]:
+    """Weights in forms that this project never writes, which some readers load in place of or on top of ours."""
+    return sorted(path for path in folder.iterdir() if path.suffix in (".gguf", ".bin", ".pt", ".pth"))
+
+
+def _other_settings(folder: Path, base: Path) -> list[str]:
+    """Files beside the tensors that are not BASE's, but for what a quantization adds."""
+    mine, theirs = _settings(folder), _settings(base)
+    names = sorted(mine.keys() | theirs.keys())
+    return [f"{folder}: {name} is not that of {base}" for name in names if mine.get(name) != theirs.get(name)]
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    config = json.loads(((folder / SIDE if is_nemo_checkpoint(folder) else folder) / "config.json").read_text())
+    config.pop("quantization_config", None)
+    digests = {name: digest for name, digest in side_digests(folder).items() if name != "hf_quant_config.json"}
+    return digests | {"config.json": config}
 
 
 def main() -> int:

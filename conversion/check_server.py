@@ -14,6 +14,7 @@ the response a list with null for the first token and {token id: {logprob, rank,
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import urllib.error
@@ -91,7 +92,7 @@ class Server:
             raise UserError(f"{self.url}{path} answers {error.code}: {_detail(error)}{_remedy(path, error)}") from None
         except TimeoutError:
             raise UserError(f"{self.url}{path} did not answer within {self.timeout:g} s; see --timeout") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 raise UserError(f"{self.url}{path} did not answer within {self.timeout:g} s; see --timeout") from None

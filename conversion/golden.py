@@ -30,7 +30,7 @@ from conversion.golden_file import Golden, Tolerance
 from conversion.layout import FP8
 from conversion.safetensors_io import HFFolder
 from nano3.arch import resolve_model
-from nano3.cli import UserError, run
+from nano3.cli import UserError, hidden_prefix, run, tidy
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +123,8 @@ def logprobs(
     from conversion.layerwise import Hidden
 
     reached = 0
-    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.golden-", dir=beside.parent) as scratch:
+    tidy(beside)
+    with tempfile.TemporaryDirectory(prefix=hidden_prefix(beside), dir=beside.parent) as scratch:
         hidden = Hidden(hf, tokens, Path(scratch), dtype)
         name = str(dtype).removeprefix("torch.")
         for number in tqdm(range(len(hf.arch.layers)), desc=f"golden {name}", unit="layer", disable=None):

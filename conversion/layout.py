@@ -119,10 +119,19 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
-        """The layout that `to_json` wrote."""
-        data = json.loads(text)
-        index = data["index"].encode() if data["index"] is not None else None
-        return cls({file: header.encode() for file, header in data["headers"].items()}, index)
+        """The layout that `to_json` wrote. Raises `UserError` for a damaged one, and for files in other folders."""
+        try:
+            data = json.loads(text)
+            index = data["index"].encode() if data["index"] is not None else None
+            headers = {file: header.encode() for file, header in data["headers"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"the record of the safetensors files is damaged ({error!r}): copy the checkpoint again"
+            ) from None
+        for file in headers:
+            if Path(file).name != file:
+                raise UserError(f"the record of the safetensors files names {file!r}, which is no plain file name")
+        return cls(headers, index)
 
     def to_json(self) -> str:
         """The layout as text, byte for byte recoverable."""

@@ -65,6 +65,11 @@ def _configs(folder: Path, hf: HFFolder) -> tuple[dict[str, Any], list[Finding]]
     ):
         if first != second:
             problems.append((EVERYONE, f"hf_quant_config.json and config.json differ in {what}"))
+    for what, needed in (("quant_algo", ("FP8",)), ("kv_cache_quant_algo", (None, "FP8"))):
+        if told.get(what) not in needed:
+            problems.append(
+                (EVERYONE, f"hf_quant_config.json: {what} is {told.get(what)!r}, and what is on disk is FP8")
+            )
     if "hybrid_override_pattern" not in hf.config:
         problems.append((VLLM, "config.json has no hybrid_override_pattern, from which vLLM builds the layers"))
     return told, problems

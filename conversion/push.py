@@ -4,8 +4,8 @@
 
 DIR is what conversion/merge_lora.py, quantize_fp8.py or nemo_to_hf.py wrote (they take --push NAME too). A new
 repository is private unless --public is given; one that is public already is refused without it. Everything is one
-commit, which also removes weight files that an earlier upload left there. The token is huggingface_hub's: `hf auth
-login`, or HF_TOKEN; HF_ENDPOINT names another Hub.
+commit, which also removes weights and settings that an earlier upload left there. The token is huggingface_hub's:
+`hf auth login`, or HF_TOKEN; HF_ENDPOINT names another Hub.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from conversion.certificate_json import read_certificate
 from conversion.certify import verify
 from conversion.folders import CARD, CERTIFICATE
 from conversion.layout import INDEX, Layout
+from conversion.model_card import model_card, read_readme
 from conversion.safetensors_io import side_files
 from nano3.arch import is_nemo_checkpoint
 from nano3.cli import UserError, run
 
 README = "README.md"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_OURS = (INDEX, "hf_quant_config.json", "adapter_config.json", "chat_template.jinja", "generation_config.json")
+"""What an earlier upload may have left that makes readers take this model for another."""
 
 
 class Hub:
@@ -55,9 +59,10 @@ class Hub:
         if not self.exists:
             self._ask("create", self._api.create_repo, self.repository, private=not self.public)
         there = self._ask("list", self._api.list_repo_files, self.repository) if self.exists else []
-        stale = [name for name in there if (name.endswith(".safetensors") or name == INDEX) and name not in files]
+        stale = [name for name in there if (name.endswith(_WEIGHTS) or name in _OURS) and name not in files]
+        card = model_card(read_certificate(folder), read_readme(folder)).encode()  # whatever lies there as its card
         operations = [
-            *(CommitOperationAdd(name, path) for name, path in files.items()),
+            *(CommitOperationAdd(name, card if name == README else path) for name, path in files.items()),
             *(CommitOperationDelete(name) for name in stale),
         ]
         message = f"{read_certificate(folder)['kind']}, certified"

@@ -29,7 +29,7 @@ from conversion.safetensors_io import HFFolder, side_files
 from conversion.scan import scan
 from conversion.work import check_room, work_folder
 from nano3.arch import Arch, resolve_model
-from nano3.cli import UserError, check_output, run
+from nano3.cli import UserError, check_output, run, tidy
 from nano3.token_store import TokenStore
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) 
     from conversion.calibrate import calibrate, scratch_bytes
 
     refuse_overlap(out, source)
-    check_output(out, HF_KIND)
+    tidy(check_output(out, HF_KIND))  # a killed calibration leaves gigabytes
     with HFFolder(source) as hf:
         layout = Layout.make(selection.table(hf.dtypes))
         check_room(out, layout.total_bytes + scratch_bytes(hf, samples))

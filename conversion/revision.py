@@ -1,6 +1,6 @@
 """Which published revision a model folder is of, as far as it can be read from the folder. Torch-free.
 
-Nothing in the weights says it; whoever downloaded them left it in one of five places, or nowhere. The answer names
+Nothing in the weights says it; whoever downloaded them left it in one of four places, or nowhere. The answer names
 where it was found, and is "unknown" rather than a guess: the content hash (conversion/facts.py) is what counts.
 """
 
@@ -11,6 +11,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from nano3.base_identity import FILE
 
@@ -28,7 +29,7 @@ def base_revision(folder: Path, sha256: str) -> dict[str, str]:
     recorded = _base_json(folder).get("sha256", sha256)
     if recorded != sha256:
         return {"name": folder.name, "revision": UNKNOWN, "found_in": f"{FILE}, which is of other weights"}
-    for look in (_recorded, _cache, _download, _git, _config):
+    for look in (_recorded, _cache, _download, _git):
         found = look(folder)
         if found is not None:
             return {"name": folder.name, **found}
@@ -84,15 +85,20 @@ def _git(folder: Path) -> dict[str, str] | None:
         return None
     if not _COMMIT.fullmatch(head):
         return None
+    name = _repository(git / "config")
+    return {**({"name": name} if name else {}), "revision": head, "found_in": ".git"}
+
+
+def _repository(file: Path) -> str:
+    """Organization and name that a clone came from; "" where its address is of another form. Never its host, before
+    which credentials may stand."""
     config = configparser.ConfigParser(strict=False, interpolation=None)
     try:
-        config.read(git / "config")
-        remote = config.get('remote "origin"', "url", fallback="")
-    except configparser.Error:
-        remote = ""
-    # Credentials may stand before an @ in a URL; the last two parts are the organization and the name.
-    name = "/".join(remote.removesuffix(".git").rstrip("/").split("/")[-2:])
-    return {**({"name": name} if remote.startswith("https://") else {}), "revision": head, "found_in": ".git"}
+        config.read(file)
+        remote = urlsplit(config.get('remote "origin"', "url", fallback=""))
+    except (configparser.Error, ValueError):
+        return ""
+    return "/".join(remote.path.strip("/").removesuffix(".git").split("/")[-2:]) if remote.scheme == "https" else ""
 
 
 def _loose(file: Path) -> str:
@@ -102,11 +108,3 @@ def _loose(file: Path) -> str:
 def _packed(file: Path, name: str) -> str:
     lines = file.read_text().splitlines() if file.is_file() else []
     return next((line.split()[0] for line in lines if line.endswith(f" {name}")), "")
-
-
-def _config(folder: Path) -> dict[str, str] | None:
-    try:
-        found = json.loads((folder / "config.json").read_text())["_commit_hash"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return {"revision": found, "found_in": "config.json"} if _COMMIT.fullmatch(str(found)) else None

@@ -50,7 +50,10 @@ class TorchDistReader:
                 f"{folder} is not a Megatron torch_dist checkpoint (.metadata, metadata.json): wrong folder?"
             )
         self.folder = folder
-        metadata = FileSystemReader(folder).read_metadata()
+        try:
+            metadata = FileSystemReader(folder).read_metadata()
+        except Exception as error:  # whatever unpickling raises
+            raise UserError(f"{folder}/.metadata is damaged ({error!r}): copy the checkpoint again") from None
         self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._places: dict[str, dict[tuple[int, ...], _StorageInfo]] = {}
         lengths: dict[str, int] = {}

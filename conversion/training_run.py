@@ -20,12 +20,20 @@ def training_facts(adapter: Path) -> dict[str, Any]:
     if isinstance(steps, int):
         facts["steps"] = steps
     folder = adapter.resolve()
-    run = next((found for parent in (*folder.parents[:2],) if (found := _read(parent / "run.json"))), {})
+    where = _run_of(folder)
+    run = _read(where / "run.json") if where is not None else {}
     if "settings" in run and "data" in run:
         facts["data"] = _data(Path(str(run["data"])))
         facts["settings"] = {group: _no_paths(values) for group, values in run["settings"].items()}
         facts["ranks"] = run.get("nodes", 1) * run.get("ranks_per_node", 1)
     return facts
+
+
+def _run_of(adapter: Path) -> Path | None:
+    """The folder of the run that wrote an adapter; None for one that lies elsewhere, though a run may be near it."""
+    if adapter.name in ("adapter", "best"):
+        return adapter.parent
+    return adapter.parents[1] if adapter.parent.name == "checkpoints" else None
 
 
 def _no_paths(values: Any) -> Any:

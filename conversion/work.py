@@ -117,11 +117,19 @@ def _begin(folder: Path, job: dict[str, Any]) -> None:
         same = False
     if same:
         print(f"going on with the unfinished work in {folder}", file=sys.stderr)
+        _only_weights(folder)
         return
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (folder / _RECORDS).mkdir()
     (folder / _RECORDS / _JOB).write_text(json.dumps(job))
+
+
+def _only_weights(folder: Path) -> None:
+    """Removes what is written anew whatever was there: `job` says nothing of a source's side files."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if _RECORDS not in path.relative_to(folder).parts and path.suffix not in (PART, ".distcp"):
+            path.unlink()
 
 
 @contextmanager
@@ -133,7 +141,7 @@ def _alone(folder: Path, out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = folder.is_dir() and os.path.samestat(os.fstat(lock), folder.stat())
-        except OSError:
+        except BlockingIOError:
             mine = False
         if not mine:
             raise UserError(f"another process is writing {out}; wait for it, or choose another output folder")

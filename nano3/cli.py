@@ -71,6 +71,10 @@ def check_output(out: Path | str, kind: str) -> Path:
     out = Path(out).resolve()
     if out.is_file():
         raise UserError(f"output {out} is a file; give a folder that does not exist yet")
+    if out.is_mount():
+        raise UserError(
+            f"output {out} is where a disk is mounted, which no folder can replace; give a folder inside it"
+        )
     if out.is_dir() and any(out.iterdir()) and owner_of(out) != kind:
         raise UserError(
             f"output folder {out} exists and holds files that are not a {kind} of this project; "
@@ -128,6 +132,11 @@ def fresh_file(out: Path | str) -> Iterator[Path]:
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def hidden_prefix(out: Path) -> str:
+    """What a temporary folder's name beside `out` begins with, so that after a kill `tidy` removes it."""
+    return f".{out.name}.partial-{os.getpid()}-"
 
 
 def _mine() -> str:

@@ -250,6 +250,28 @@ def test_other_settings_than_certified_are_found_out(folders, tmp_path):
     assert verify(tmp_path / "copy") == [f"{tmp_path / 'copy'}: config.json is not what the certificate says"]
 
 
+def test_files_that_came_later_are_found_out(folders, tmp_path):
+    """A chat template makes another model of it for its users; so does an adapter, which transformers would apply."""
+    altered(folders, tmp_path / "copy")
+    for name in ("chat_template.jinja", "adapter_config.json", "adapter_model.bin"):
+        assert not (tmp_path / "copy" / name).exists()
+        (tmp_path / "copy" / name).write_text("{}")
+        assert verify(tmp_path / "copy") == [f"{tmp_path / 'copy'}: {name} is not in the certificate"]
+        (tmp_path / "copy" / name).unlink()
+    assert verify(tmp_path / "copy") == []
+
+
+def test_a_certificate_made_to_fit_other_settings_is_found_out_by_the_base(folders, tmp_path):
+    said = altered(folders, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy/config.json").read_text())
+    (tmp_path / "copy/config.json").write_text(json.dumps(config | {"routed_scaling_factor": 1.0}))
+    said["files"]["config.json"] = hashlib.sha256((tmp_path / "copy/config.json").read_bytes()).hexdigest()
+    write(tmp_path / "copy", said)
+    assert verify(tmp_path / "copy") == []
+    base = folders / "base"
+    assert verify(tmp_path / "copy", base) == [f"{tmp_path / 'copy'}: config.json is not that of {base}"]
+
+
 def test_a_certificate_with_parts_missing_is_refused(folders, tmp_path):
     said = read_certificate(folders / "merged")
     for change in (

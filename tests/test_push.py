@@ -125,6 +125,7 @@ def test_an_upload_is_the_folder_with_the_card_as_readme(hub, merged, monkeypatc
     assert expected["README.md"].startswith(b"---\nlicense: other\nlicense_name: some-terms\n")
     # Again: what another layout left there would make the folder unreadable.
     hub[NAME]["files"] |= {"model-00003-of-00003.safetensors": b"stale", "notes.txt": b"kept"}
+    hub[NAME]["files"] |= {"hf_quant_config.json": b"of an FP8 model that lay there", "adapter_model.bin": b"stale"}
     Hub(NAME).upload(merged)
     assert hub[NAME]["files"] == expected | {"notes.txt": b"kept"}
 

@@ -65,10 +65,20 @@ def test_a_detached_head_and_a_broken_one(tmp_path):
     assert base_revision(tmp_path, HASH)["revision"] == "unknown"
 
 
-@pytest.mark.parametrize(("said", "expected"), [(COMMIT, COMMIT), ("main", "unknown"), (None, "unknown")])
-def test_config_json_is_the_last_resort(tmp_path, said, expected):
-    write(tmp_path / "config.json", json.dumps({"_commit_hash": said}))
-    assert base_revision(tmp_path, HASH)["revision"] == expected
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://user:secret@huggingface.co/gpt2", "gpt2"),
+        ("https://user:secret@huggingface.co/", None),
+        ("https://user:secret@host", None),
+        ("https://[broken/a/b", None),
+        ("git@host:nvidia/A-Model.git", None),
+    ],
+)
+def test_no_credentials_of_a_clone_get_into_the_name(tmp_path, url, name):
+    write(tmp_path / ".git/HEAD", f"{COMMIT}\n")
+    write(tmp_path / ".git/config", f'[remote "origin"]\n\turl = {url}\n')
+    assert base_revision(tmp_path, HASH)["name"] == (name or tmp_path.name)
 
 
 def test_a_nemo_checkpoint_says_what_its_import_found(tmp_path):
