@@ -12,6 +12,7 @@ every token and head of a group, r = h/g rows a token.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -86,9 +87,10 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tenso
         k_block, v_block = k[start:stop], v[start:stop]
         k_across, v_across, k_plain = k_block.t(), v_block.t(), k_block[:, :width].contiguous()
         dk_across, dv_across = q.new_zeros(2, width, keys)
-        # The first rows are those of the block's own tokens, of which each sees the keys up to itself.
-        for top in range(start * r, rows, ROWS):
-            bottom = min(top + ROWS, rows)
+        # The first rows are those of the block's own tokens, of which each sees the keys up to itself: the mask is
+        # theirs, in one piece, however many heads share a key.
+        first = min(max(start * r + ROWS, stop * r), rows)
+        for top, bottom in pairwise([start * r, *range(first, rows, ROWS), rows]):
             scores, dscores = buffers[:, : (bottom - top) * keys].view(2, bottom - top, keys)
             q_rows, do_rows = q[top:bottom], do[top:bottom]
             torch.mm(q_rows, k_across, out=scores)
