@@ -18,10 +18,11 @@ class _AddProduct(torch.autograd.Function):
     def forward(ctx: Any, out: torch.Tensor, low: torch.Tensor, high: torch.Tensor, scale: float) -> torch.Tensor:
         ctx.save_for_backward(low, high)
         ctx.scale = scale
-        rows, columns = out.flatten(0, -2), high.t()
+        columns = high.t()
         if out.device.type != "cpu":  # Transformer Engine may keep its output, or have it in a buffer of its own
-            return torch.addmm(rows, low.flatten(0, -2), columns, alpha=scale).view(out.shape)
-        rows.addmm_(low.flatten(0, -2), columns, alpha=scale)
+            return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), columns, alpha=scale).view(out.shape)
+        # view, never a copy: the product would be added to that and lost
+        out.view(-1, out.shape[-1]).addmm_(low.flatten(0, -2), columns, alpha=scale)
         ctx.mark_dirty(out)
         return out
 

@@ -15,7 +15,7 @@ _KIND = ("rank", "alpha", "rank_pattern", "alpha_pattern", "rslora", "dora", "ex
 def adopt(lora: LoraSettings) -> None:
     """Sets the settings that say what kind of adapter it is to those of `lora.init_from`, whose path becomes absolute.
 
-    Raises `UserError` for a folder that is no adapter, and for a setting that was given and says otherwise.
+    Raises `UserError` for a folder that is no adapter, and for a setting that is not at its default and says otherwise.
     """
     folder = Path(lora.init_from).resolve()
     info, defaults = read_lora_json(folder), {field.name: field.default for field in fields(LoraSettings)}
