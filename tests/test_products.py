@@ -1,0 +1,63 @@
+"""Attention's own backward, the stand-ins' norm and the delta's product against the same in plain PyTorch, in FP64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nano3.cpu.te.causal import KEYS, ROWS, CausalAttention
+from nano3.cpu.te.norm import rms_norm
+from nano3.delta import add_product
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """(s, b, h, d) by the definition: a softmax over all tokens up to the query's own."""
+    share = query.shape[2] // key.shape[2]
+    key, value = (t.repeat_interleave(share, 2) for t in (key, value))
+    scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * scale
+    scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+    return torch.einsum("bhqk,kbhd->qbhd", scores.softmax(-1), value)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, KEYS, KEYS + 3, ROWS // 2 + KEYS + 1])
+@pytest.mark.parametrize(("batch", "heads", "groups"), [(1, 4, 2), (2, 2, 2), (2, 3, 1)])
+def test_causal_attention_and_its_gradients_are_the_definition(tokens, batch, heads, groups):
+    torch.manual_seed(0)
+    inputs = random(tokens, batch, heads, 4), random(tokens, batch, groups, 4), random(tokens, batch, groups, 4)
+    dout = torch.randn(tokens, batch, heads, 4, dtype=torch.float64)
+    out, expected = CausalAttention.apply(*inputs, 0.3), attention(*inputs, 0.3)
+    torch.testing.assert_close(out, expected)
+    for got, want in zip(
+        torch.autograd.grad(out, inputs, dout), torch.autograd.grad(expected, inputs, dout), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_large_scores_stay_finite():
+    query, key, value = (random(40, 1, 2, 8, dtype=torch.float32) for _ in range(3))
+    out = CausalAttention.apply(query * 100, key * 100, value, 1.0)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.square().sum(), (query, key, value)))
+
+
+def test_norm_and_its_gradients_are_pytorchs():
+    x, weight, dout = random(3, 2, 8), random(8), torch.randn(3, 2, 8, dtype=torch.float64)
+    out, expected = rms_norm(x, weight, 1e-3), F.rms_norm(x, (8,), weight, 1e-3)
+    torch.testing.assert_close(out, expected)
+    for got, want in zip(
+        torch.autograd.grad(out, (x, weight), dout), torch.autograd.grad(expected, (x, weight), dout), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_delta_is_added_in_place_with_its_gradients():
+    x, low, high = random(3, 2, 5), random(3, 2, 4), random(5, 4)
+    assert torch.autograd.gradcheck(lambda *t: add_product(t[0] * 1, t[1], t[2], 0.5), (x, low, high))
+    out = torch.ones(1, 2)
+    made = add_product(out, torch.tensor([[2.0]]), torch.tensor([[3.0], [-1.0]]), 0.5)
+    assert made.tolist() == [[4.0, 0.0]]
+    assert made.data_ptr() == out.data_ptr()
