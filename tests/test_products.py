@@ -1,41 +1,17 @@
-"""Attention's own backward, the stand-ins' norm and the delta's product against the same in plain PyTorch, in FP64."""
+"""The stand-ins' norm and the delta's product against plain PyTorch in FP64; attention at scores that overflow."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from nano3.cpu.te.causal import KEYS, ROWS, CausalAttention
+from nano3.cpu.te.causal import CausalAttention
 from nano3.cpu.te.norm import rms_norm
 from nano3.delta import add_product
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(*shape, dtype=dtype).requires_grad_()
-
-
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """(s, b, h, d) by the definition: a softmax over all tokens up to the query's own."""
-    share = query.shape[2] // key.shape[2]
-    key, value = (t.repeat_interleave(share, 2) for t in (key, value))
-    scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * scale
-    scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
-    return torch.einsum("bhqk,kbhd->qbhd", scores.softmax(-1), value)
-
-
-@pytest.mark.parametrize("tokens", [1, 5, KEYS, KEYS + 3, ROWS // 2 + KEYS + 1])
-@pytest.mark.parametrize(("batch", "heads", "groups"), [(1, 4, 2), (2, 2, 2), (2, 3, 1)])
-def test_causal_attention_and_its_gradients_are_the_definition(tokens, batch, heads, groups):
-    torch.manual_seed(0)
-    inputs = random(tokens, batch, heads, 4), random(tokens, batch, groups, 4), random(tokens, batch, groups, 4)
-    dout = torch.randn(tokens, batch, heads, 4, dtype=torch.float64)
-    out, expected = CausalAttention.apply(*inputs, 0.3), attention(*inputs, 0.3)
-    torch.testing.assert_close(out, expected)
-    for got, want in zip(
-        torch.autograd.grad(out, inputs, dout), torch.autograd.grad(expected, inputs, dout), strict=True
-    ):
-        torch.testing.assert_close(got, want)
 
 
 def test_large_scores_stay_finite():
