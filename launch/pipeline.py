@@ -1,9 +1,10 @@
-"""From questions to a scored FP8 checkpoint: prepare, import, train, merge, quantize, evaluate; here or on Slurm.
+"""From questions to a merged model, scored, and its FP8 checkpoint, checked and not scored; here or on Slurm.
 
     python launch/pipeline.py run --model FOLDER --input TRAIN.jsonl --questions HELD.jsonl --out OUT --nodes 2
     python launch/pipeline.py run --model pico ... --out OUT --local --ranks 2 layout.ep=2 train.steps=200
     python launch/pipeline.py status OUT
 
+The stages are prepare, import, train, merge, quantize, evaluate; README.md has how to score the FP8 checkpoint as well.
 On Slurm every stage is a job that waits for the one before (afterok), on CPU nodes where no GPU is needed; the site is
 in cluster.yaml. Key=value are the recipe's. The same command again goes on: finished stages are not repeated, a
 training that was interrupted resumes. Stages are command lines (launch/stages.py): nothing here imports what they run.
@@ -12,7 +13,6 @@ training that was interrupted resumes. Stages are command lines (launch/stages.p
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import re
 import shlex
@@ -20,8 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch.cluster import Cluster
@@ -30,11 +29,12 @@ from launch.mounts import parse_mount
 from launch.plan_export import plan_export
 from launch.preflight_checks import unmounted
 from launch.slurm import Job, render
-from launch.slurm_queue import queue, submit
+from launch.slurm_queue import cancel, queue, submit
 from launch.stage_records import KIND, Records
 from launch.stages import NAMES, TRAIN, Chain, Stage, model_folder
 from nano3.arch import Arch
 from nano3.cli import UserError, check_output, fresh_output, run
+from nano3.lock import alone
 
 ROOT = Path(__file__).resolve().parents[1]
 RESOURCES = ("nodes", "gpus_per_node", "ranks")
@@ -157,11 +157,19 @@ def script_of(stage: Stage, cluster: Cluster, out: Path, after: int | None) -> s
     return render(site, Job(f"{out.name}-{stage.name}", command, after=after, ranks=False))
 
 
-def submit_all(stages: tuple[Stage, ...], records: Records, cluster: Cluster, site: Path) -> None:
-    """Hands the stages to Slurm, each after the one before; those that are queued already stay."""
-    alive, before = queue(), None
+def submit_all(
+    stages: tuple[Stage, ...], records: Records, cluster: Cluster, site: Path, queued: Mapping[int, str]
+) -> None:
+    """Hands the stages to Slurm, each after the one before; those among the jobs `queued` stay.
+
+    But not behind a stage that is handed in now: they waited for an older job of it, and can never start.
+    """
+    alive, before, fresh = dict(queued), None, False
     for stage in stages:
         number = records.job(stage)
+        if fresh and number in alive:
+            cancel(number)
+            print(f"{stage.name:<9} job {number} is cancelled: {alive.pop(number)}")
         if number in alive:
             print(f"{stage.name:<9} job {number} is queued already: {alive[number]}")
         elif stage.name == TRAIN:
@@ -169,6 +177,7 @@ def submit_all(stages: tuple[Stage, ...], records: Records, cluster: Cluster, si
         else:
             number = submit(script_of(stage, cluster, records.out, before), Path(cluster.logs))
         if number not in alive:
+            fresh = True
             records.submitted(stage, number)
             print(f"{stage.name:<9} job {number}" + (f", after {before}" if before else ""), flush=True)
         before = number
@@ -201,17 +210,6 @@ def print_scripts(chain: Chain, stages: tuple[Stage, ...], cluster: Cluster, sit
         print(done.stdout[done.stdout.index("#!/bin/bash") :])
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Refuses a second `run` on the same folder while one is alive."""
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another pipeline is at work on {out}; wait for it, or choose another --out") from None
-        yield
-
-
 def start(arguments: list[str]) -> int:
     """`run`: checks everything, then runs or submits what is not finished."""
     args = parser().parse_intermixed_args(arguments)
@@ -235,17 +233,19 @@ def start(arguments: list[str]) -> int:
     if not chain.out.exists():
         with fresh_output(chain.out, KIND):
             pass
-    with _alone(chain.out):
+    with alone(chain.out, f"another pipeline is at work on {chain.out}; wait for it, or choose another --out"):
+        alive = {} if cluster is None else queue()  # before what is finished: a job that ends now is one or the other
         if args.again:
-            records.forget(args.again, queue() if cluster is not None else {})
+            records.forget(args.again, alive)
         todo = records.unfinished(chain.stages())
+        records.refuse_other_jobs(todo, alive)
         check_room(chain, todo)
         records.plan(chain.stages())
         for stage in chain.stages()[: len(NAMES) - len(todo)]:
             print(f"{stage.name:<9} finished before: {stage.output}", file=sys.stderr)
         if cluster is None:
             return run_here(todo, records)
-        submit_all(todo, records, cluster, site)
+        submit_all(todo, records, cluster, site, alive)
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from launch.stages import NAMES, TRAIN, Stage
 from nano3.cli import UserError, fresh_file
+from nano3.lock import LOCK, alone
 
 KIND = "pipeline"
 """Of the folder (see `nano3.cli.fresh_output`)."""
@@ -84,12 +85,26 @@ class Records:
             )
         return stages[first:]
 
+    def refuse_other_jobs(self, stages: tuple[Stage, ...], alive: Mapping[int, str]) -> None:
+        """Raises `UserError` for a stage among the jobs `alive` that was planned with other commands than now."""
+        queued = [stage for stage in stages if self.job(stage) in alive]
+        before = {stage.name: stage.commands for stage in self.planned()} if queued else {}
+        for stage in queued:
+            job = self.job(stage)
+            if job is not None and before.get(stage.name) != stage.commands:
+                raise UserError(
+                    f"stage {stage.name} is job {job}, {alive[job]}, with other settings; give those again, or cancel "
+                    f"it first: scancel {job}"
+                )
+
     def forget(self, name: str, alive: Mapping[int, str]) -> None:
         """Makes a stage and all after it unfinished; a training run's folder stays beside, under another name.
 
         Raises:
-            UserError: one of them is among the jobs `alive`.
+            UserError: one of them is among the jobs `alive`, or trains here.
         """
+        if NAMES.index(name) <= NAMES.index(TRAIN):
+            self._refuse_training()
         for later in NAMES[NAMES.index(name) :]:
             job = self._job(later)
             if job in alive:
@@ -103,9 +118,21 @@ class Records:
 
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[Result]:
-        """Records how the stage ends, and how long it took."""
+        """Records how the stage ends, and how long it took; until then it is unfinished, whatever was recorded before.
+
+        A training may outlive whoever waits for it. So its settings are recorded when it begins, and its adapter says
+        that it ended; unless one is there already, of which nobody knows what it was made with.
+
+        Raises:
+            UserError: a training that was begun earlier is still at work.
+        """
+        if stage.name == TRAIN:
+            self._refuse_training()
         self.folder.mkdir(parents=True, exist_ok=True)
         started, inputs = time.monotonic(), _states(stage)
+        (self.folder / f"{stage.name}.json").unlink(missing_ok=True)
+        if stage.name == TRAIN and not stage.output.exists():
+            self._begun(stage, inputs)
         result = Result()
         try:
             yield result
@@ -115,11 +142,11 @@ class Records:
             self._write(self.folder / f"{stage.name}.json", self._identity(stage, inputs) | facts)
 
     def submitted(self, stage: Stage, job: int) -> None:
-        """Remembers the job of a stage. That of training knows nothing of pipelines: its adapter says that it ended."""
+        """Remembers the job of a stage."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{stage.name}.json").unlink(missing_ok=True)
         if stage.name == TRAIN:
-            self._write(self.folder / f"{stage.name}.json", self._identity(stage, _states(stage)) | {"exit_code": 0})
+            self._begun(stage, _states(stage))
         (self.folder / f"{stage.name}.job").write_text(f"{job}\n")
 
     def job(self, stage: Stage) -> int | None:
@@ -137,6 +164,16 @@ class Records:
         if found.get("exit_code"):
             return f"FAILED with exit code {found['exit_code']}, {found['ended']}" + (f", job {job}" if job else "")
         return f"job {job} ended and did not finish it; see its log" if job else "to do"
+
+    def _begun(self, stage: Stage, inputs: dict[str, list[int]]) -> None:
+        """Of a training, which knows nothing of pipelines: finished once its adapter is there."""
+        self._write(self.folder / f"{stage.name}.json", self._identity(stage, inputs) | {"exit_code": 0})
+
+    def _refuse_training(self) -> None:
+        run = self.out / "lora"
+        if (run / LOCK).exists():
+            with alone(run, f"a training that was begun earlier still writes to {run}; wait until it ends"):
+                pass
 
     def _ended_well(self, stage: Stage) -> bool:
         return self._read(stage).get("exit_code") == 0 and stage.output.exists()

@@ -1,4 +1,4 @@
-"""The stages from questions to a scored FP8 checkpoint, each as the command lines that a user would type.
+"""The stages from questions to a scored model and its FP8 checkpoint, each as command lines that a user would type.
 
 `launch/pipeline.py` runs them. Nothing of the other packages is imported: a stage is python's arguments.
 """
@@ -19,6 +19,8 @@ NAMES = ("prepare", "import", "train", "merge", "quantize", "evaluate")
 EXTENDABLE = ("prepare", "quantize", "evaluate")
 """Stages whose script takes more flags than paths; those of training are key=value."""
 TRAIN = "train"
+_PACKS = ("layout.", "train.seq_length=", "train.pad_multiple=")
+"""The recipe's settings on which the packs of its data depend."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ class Chain:
 
     @property
     def plan(self) -> Plan:
-        """Layout and pack length of the settings; the recipe itself checks the others."""
+        """Layout and packs of the settings; the recipe itself checks the others."""
         plan = Plan()
-        apply_overrides(plan, [item for item in self.settings if item.startswith(("layout.", "train.seq_length="))])
+        apply_overrides(plan, [item for item in self.settings if item.startswith(_PACKS)])
         return plan
 
     def recipe(self, stored: bool = True) -> tuple[str, ...]:
@@ -129,7 +131,7 @@ class Chain:
         inputs = [word for path in self.inputs for word in ("--input", str(path))]
         command = ["data_prep/prepare.py", *inputs, "--tokenizer", str(self.model), "--out", str(self.out / "data")]
         command += ["--seq-length", str(plan.train.seq_length)]
-        multiple = plan.layout.document_multiple
+        multiple = plan.document_multiple
         command += ["--pad-multiple", str(multiple)] if multiple > 1 else []
         return (*overlap, (*command, *self._more("prepare")))
 

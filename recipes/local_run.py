@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from conversion.identity import holds
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.checkpoint_folder import FOLDER, checkpoints, clear_unfinished, newest, refuse_other_run, step_of
 from nano3.cli import UserError, fresh_output, owner_of
+from nano3.lock import alone
 from recipes.settings import Run
 
 KIND = "lora-run"
@@ -35,7 +33,7 @@ def train(task: Run, overwrite: bool = False) -> int:
     if owner_of(out) != KIND:
         with fresh_output(out, KIND):
             pass
-    with _alone(out):
+    with alone(out, f"another run is writing to {out}; wait for it, or choose another --out"):
         if overwrite:
             _put_aside(out)
         refuse_finished(out)
@@ -60,17 +58,6 @@ def refuse_finished(out: Path) -> None:
     """Refuses an OUT with an adapter."""
     if (out / "adapter").exists():
         raise UserError(f"{out} holds a finished run; choose another --out, or run again there with --overwrite")
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Refuses a second run in the same folder while one is alive. The lock dies with the process, however it dies."""
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another run is writing to {out}; wait for it, or choose another --out") from None
-        yield
 
 
 def _put_aside(out: Path) -> None:

@@ -18,6 +18,7 @@ from launch.stage_records import Records
 from launch.stages import NAMES, Chain, Stage
 from nano3.arch import resolve_model
 from nano3.cli import UserError
+from nano3.lock import alone
 from recipes.pico_tasks import DEMO, rows
 from tests.test_slurm import fake_slurm
 
@@ -60,6 +61,69 @@ def test_a_stage_whose_command_fails_in_the_middle_is_not_finished(tmp_path):
     twice = Stage("prepare", (*first.commands, ("-c", "raise SystemExit(1)"), *first.commands), first.output)
     assert run_toys(tmp_path, (twice,)) == (1, ["prepare"])  # its output is there; the check after it failed
     assert Records(tmp_path).unfinished((twice,)) == (twice,)
+
+
+def test_a_stage_that_is_done_over_is_unfinished_until_its_last_command_ends(tmp_path):
+    """Killed there, its output is back and the check of it has not run."""
+    first, *_ = toy_stages(tmp_path)
+    assert run_toys(tmp_path, (first,)) == (0, ["prepare"])
+    records = Records(tmp_path)
+    with records.timed(first) as result:
+        assert first.output.exists()
+        assert records.unfinished((first,)) == (first,)
+        result.code = 0
+    assert records.unfinished((first,)) == ()
+
+
+def test_a_training_that_outlived_its_pipeline_is_finished(tmp_path):
+    records, (_, _, train, *_) = Records(tmp_path), toy_stages(tmp_path)
+    killed = records.timed(train)
+    killed.__enter__()  # and nobody leaves it
+    assert records.unfinished((train,)) == (train,)
+    (tmp_path / "lora").mkdir()
+    other = toy_stages(tmp_path, word="other")[2]
+    with alone(tmp_path / "lora", ""):  # its child trains on
+        with pytest.raises(UserError, match="begun earlier still writes to"), records.timed(other):
+            pass
+        with pytest.raises(UserError, match="begun earlier still writes to"):
+            records.forget("import", {})
+    train.output.write_text("")  # and has ended
+    assert records.unfinished((train,)) == ()
+    with pytest.raises(UserError, match="train is finished, but was run with other settings"):
+        records.unfinished((other,))
+
+
+def test_an_adapter_that_was_there_before_is_not_the_trainings(tmp_path):
+    records, (_, _, train, *_) = Records(tmp_path), toy_stages(tmp_path)
+    train.output.write_text("")  # nobody knows what it was made with
+    with records.timed(train):
+        assert records.unfinished((train,)) == (train,)
+    assert records.unfinished((train,)) == (train,)  # the recipe refuses, with an exit code that is not 0
+
+
+def test_a_queued_job_is_not_taken_for_one_of_other_settings(tmp_path):
+    stages, other, records = toy_stages(tmp_path), toy_stages(tmp_path, word="other"), Records(tmp_path)
+    records.refuse_other_jobs(stages, {7: "PENDING"})  # nothing was planned
+    records.plan(stages)
+    records.submitted(stages[2], 7)
+    records.refuse_other_jobs(stages, {7: "PENDING"})
+    records.refuse_other_jobs(other, {8: "PENDING"})
+    with pytest.raises(UserError, match=r"stage train is job 7, PENDING, with other settings; .*: scancel 7$"):
+        records.refuse_other_jobs(other, {7: "PENDING"})
+
+
+def test_no_job_is_chained_behind_one_that_can_never_start(tmp_path, monkeypatch):
+    stages, records = toy_stages(tmp_path), Records(tmp_path)
+    for number, stage in enumerate(stages, 1):
+        records.submitted(stage, number)
+    sent, cancelled = iter(range(11, 20)), []
+    monkeypatch.setattr(pipeline, "submit", lambda *_: next(sent))
+    monkeypatch.setattr(pipeline, "_submit_training", lambda *_: next(sent))
+    monkeypatch.setattr(pipeline, "cancel", cancelled.append)
+    alive = {2: "RUNNING", 4: "PENDING (DependencyNeverSatisfied)", 5: "PENDING (Dependency)"}
+    pipeline.submit_all(stages[1:], records, Cluster("me", "gpu", logs=str(tmp_path)), tmp_path, alive)
+    assert cancelled == [4, 5]  # the import goes on; the training before the merge is a new job
+    assert [records.job(stage) for stage in stages] == [1, 2, 11, 12, 13, 14]
 
 
 def test_what_is_finished_is_not_taken_for_something_else(tmp_path):
@@ -155,6 +219,10 @@ def test_jobs_wait_for_each_other_and_are_not_submitted_twice(tmp_path, asked):
     assert again.returncode == 0, again.stderr
     assert "train     job 103 is queued already: PENDING (Priority)" in again.stdout
     assert len(list((tmp_path / "sent").iterdir())) == 6
+    other = script(*asked, "train.steps=400", env=fake)
+    assert other.returncode == 2
+    assert "stage train is job 103, PENDING (Priority), with other settings" in other.stderr
+    assert "train.steps=400" not in (tmp_path / "out" / "pipeline.json").read_text()
     look = script("status", f"{tmp_path}/out", env=fake)
     assert "evaluate  job 106 PENDING (Priority)" in look.stdout
     for number in (101, 102, 103):  # these ended; the training wrote its adapter, the first two nothing
@@ -222,6 +290,9 @@ def test_the_run_knows_the_packs_that_it_needs(tmp_path):
     chain = Chain(Path("/model"), (tmp_path / "a",), tmp_path / "a", tmp_path, ("layout.cp=4", "train.seq_length=64"))
     words = " ".join(chain.stages()[0].commands[-1])
     assert words.endswith("--seq-length 64 --pad-multiple 8")
+    settings = ("train.pad_multiple=16", "train.steps=3")
+    words = " ".join(Chain(Path("/model"), chain.inputs, chain.questions, tmp_path, settings).stages()[0].commands[-1])
+    assert words.endswith("--seq-length 4096 --pad-multiple 16")
 
 
 def test_one_process_goes_where_its_stage_belongs():
