@@ -36,6 +36,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 INSTALL = f"there is no Slurm here; on Debian or Ubuntu: apt-get install --no-install-recommends {PACKAGES}"
 NODES = ("node1", "node2")
 START_SECONDS = 60.0
+SHOWN = 10_000
+"""Characters of a log in a failure's message."""
 CONFIGURATION = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -113,7 +115,7 @@ class Slurm:
 
         def reached() -> bool:
             state = self.job(number)["JobState"]
-            assert state in states or state not in ended, f"job {number} is {state}:\n{self.log(number)}"
+            assert state in states or state not in ended, f"job {number} is {state}:\n{self.log(number)[-SHOWN:]}"
             return state in states
 
         self.until(reached, f"job {number} to be {' or '.join(states)}", timeout, lambda: self.log(number))
@@ -125,13 +127,13 @@ class Slurm:
         """Waits until `holds`; an AssertionError with what `log` gives when that takes too long."""
         deadline = time.monotonic() + timeout
         while not holds():
-            assert time.monotonic() < deadline, f"{timeout:.0f} s were not enough for {what}\n{log()}"
+            assert time.monotonic() < deadline, f"{timeout:.0f} s were not enough for {what}\n{log()[-SHOWN:]}"
             time.sleep(0.1)
 
     def log(self, number: int) -> str:
-        """The end of what the job has printed so far."""
+        """What the job has printed so far."""
         path = Path(self.job(number).get("StdOut", "/nowhere"))
-        return path.read_text(errors="replace")[-20_000:] if path.is_file() else ""
+        return path.read_text(errors="replace") if path.is_file() else ""
 
 
 @contextmanager
