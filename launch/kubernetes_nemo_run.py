@@ -45,7 +45,8 @@ def manifest(cluster: Cluster, job: Job, volumes: dict[str, str], namespace: str
             "Kubernetes has no arrays and no afterok: submit one job for each seed, when the last has ended"
         )
     ranks = [cluster.python, "-m", "torch.distributed.run", *job.command]
-    lines = ["set -euo pipefail", f"cd {shlex.quote(cluster.workdir)}", *cluster.setup, f"exec {shlex.join(ranks)}"]
+    lines = ["set -eo pipefail", f"cd {shlex.quote(cluster.workdir)}", *cluster.setup]
+    lines += ["set -u", f"exec {shlex.join(ranks)}"]  # after the site's lines, as in a Slurm script
     made = _Offline(
         namespace=namespace,
         image=cluster.container.replace("#", "/"),

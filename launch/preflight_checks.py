@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launch.hardware import GIB
@@ -52,6 +52,8 @@ class Paths:
     mounts: tuple[Mount, ...] | None = None
     imported: bool = False
     """Whether the base weights lie, or will lie, elsewhere than in `out`."""
+    also: Mapping[str, Path] = field(default_factory=dict)
+    """What else the run reads, by the setting that names it; only looked for among the mounts."""
 
 
 def check_store(plan: Plan, arch: Arch, paths: Paths) -> tuple[list[Finding], int | None]:
@@ -181,7 +183,8 @@ def check_mounts(paths: Paths) -> list[Finding]:
     if paths.mounts is None:
         return []
     named = {"--model": paths.model, "--data": paths.data, "--validation": paths.validation, "--out": paths.out}
-    return unmounted({what: path for what, path in named.items() if path is not None}, paths.mounts)
+    seen = {what: path for what, path in named.items() if path is not None}
+    return unmounted(seen | dict(paths.also), paths.mounts)
 
 
 def unmounted(named: Mapping[str, Path], mounts: tuple[Mount, ...]) -> list[Finding]:

@@ -111,11 +111,12 @@ def srun_options(cluster: Cluster) -> list[str]:
 def environment(cluster: Cluster) -> dict[str, str]:
     """Variables of every process: ours on GPUs, how long the ranks may take to save, then the site's.
 
-    torch.distributed.run passes SIGTERM on to its ranks and kills them 30 s later unless it is told how long to wait.
+    torch.distributed.run passes SIGTERM on to its ranks and kills them 30 s later unless it is told how long to wait:
+    three quarters of the time before Slurm ends the job, which leaves the script some to have it requeued.
     """
     own = ENVIRONMENT if cluster.gpus else {"PYTHONUNBUFFERED": "1"}
     if cluster.signal_seconds:
-        own = own | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(cluster.signal_seconds)}
+        own = own | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, cluster.signal_seconds * 3 // 4))}
     return own | cluster.environment
 
 
@@ -126,7 +127,8 @@ def render(cluster: Cluster, job: Job) -> str:
         f"#SBATCH --{name}{f'={shlex.quote(value)}' if value else ''}"
         for name, value in sbatch_options(cluster, job).items()
     ]
-    lines += ["", "set -euo pipefail", f"cd {shlex.quote(cluster.workdir)}", *cluster.setup]
+    # -u after the site's lines: conda's and modules' own scripts read variables that are not set.
+    lines += ["", "set -eo pipefail", f"cd {shlex.quote(cluster.workdir)}", *cluster.setup, "set -u"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment(cluster).items()]
     srun = shlex.join(["srun", *srun_options(cluster)])
     if not job.ranks:
@@ -134,7 +136,10 @@ def render(cluster: Cluster, job: Job) -> str:
     lines += _RENDEZVOUS
     if job.out is not None:
         lines += ["", "# What befalls the job, it survives: launch/survive.sh says how."]
-        lines += [f"OUT={_arguments([job.out])}", "source launch/survive.sh"]
+        # One job of an array has the array's own number, which means all of them. Not for the shell to find out: a job
+        # that is submitted from within an array's has these variables too.
+        name = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.seeds else "$SLURM_JOB_ID"
+        lines += [f"OUT={_arguments([job.out])}", f'JOB="{name}"', "source launch/survive.sh"]
     if job.prepare is not None:
         lines += ["", "# Once, before the ranks start."]
         before = "survive " if job.out is not None else ""

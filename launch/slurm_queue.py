@@ -19,8 +19,8 @@ def submit(script: str, logs: Path) -> int:
     return int(_slurm(["sbatch", "--parsable"], script).split(";")[0])
 
 
-def status(number: int) -> str:
-    """State, nodes and reason of a job that is queued or runs; empty for one that Slurm does not list any more."""
+def status(number: int | str) -> str:
+    """State, nodes and reason of a job, or of one of an array (`12_3`), that is queued or runs; else empty."""
     try:
         return _slurm(["squeue", "--noheader", f"--jobs={number}", "--format=%i %T %M of %l on %D nodes %R"])
     except UserError as error:

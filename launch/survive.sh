@@ -1,4 +1,5 @@
-# Sourced by the scripts that launch/slurm.py renders for runs that go on from their checkpoints; OUT is the run's folder.
+# Sourced by the scripts that launch/slurm.py renders for runs that go on from their checkpoints. OUT is the run's folder,
+# JOB what Slurm's commands call the job: its number, or ARRAY_INDEX for a job of an array.
 #
 # What befalls a job, and what becomes of it:
 #   SIGTERM before the time limit    all ranks save and end; the job is requeued
@@ -18,7 +19,7 @@ fail() { # MESSAGE
 }
 
 note() { # EVENT WORDS
-    printf '%s\t' "$1" "$STEP" "$SLURM_JOB_ID" "$RESTART" "$SLURM_JOB_NODELIST" >> "$OUT/attempts.tsv"
+    printf '%s\t' "$1" "$STEP" "$JOB" "$RESTART" "$SLURM_JOB_NODELIST" >> "$OUT/attempts.tsv"
     printf '%s\n' "$2" >> "$OUT/attempts.tsv"
 }
 
@@ -33,12 +34,12 @@ lives() { # JOB: whether it is queued or runs; where Slurm does not answer, it m
 
 # Makes OUT this job's own, or ends the job: of two that write to one OUT, neither would be right.
 claim() {
-    local owner mine="$OUT/.job.$SLURM_JOB_ID"
+    local owner mine="$OUT/.job.$JOB"
     [[ -d $OUT ]] || fail "no folder $OUT: submit the run again"
-    echo "$SLURM_JOB_ID" > "$mine"
+    echo "$JOB" > "$mine"
     until ln "$mine" "$OUT/job" 2> /dev/null; do # which only one can do, on any file system
         owner="$(cat "$OUT/job" 2> /dev/null)" || continue
-        [[ $owner != "$SLURM_JOB_ID" && $owner != "${SLURM_ARRAY_JOB_ID:-}" ]] || break # the array's at first
+        [[ $owner != "$JOB" ]] || break
         if lives "$owner"; then
             rm -f "$mine"
             fail "job $owner writes to $OUT; wait for it, or end it with: scancel $owner"
@@ -54,8 +55,14 @@ begin() {
     local deaths
     STEP="$(ls "$OUT/checkpoints" 2> /dev/null | sed -n 's/^step-0*\([0-9][0-9]*\)$/\1/p' | sort -n | tail -n 1)" || true
     STEP="${STEP:-0}"
+    if ((RESTART > 0)) && [[ -e $OUT/adapter/lora.json ]]; then # however often it died: it has what it was to make
+        echo "the run was finished when its job was requeued: $OUT/adapter"
+        note begun ""
+        finished
+        exit 0
+    fi
     # The last starts at this step, each with its end: `taken` is no death, and one without an end died without a word.
-    deaths="$(awk -F '\t' -v job="$SLURM_JOB_ID" -v step="$STEP" '
+    deaths="$(awk -F '\t' -v job="$JOB" -v step="$STEP" '
         function close_attempt() { if (open) died[++count] = "  " open ": no word of its end: its first node was lost" }
         $3 != job { next }
         $2 != step { open = ""; count = 0; next }
@@ -70,11 +77,6 @@ $deaths
 Mend what stands there (the log above has all of it), then give the same command again"
     fi
     note begun ""
-    if ((RESTART > 0)) && [[ -e $OUT/adapter/lora.json ]]; then
-        echo "the run was finished when its job was requeued: $OUT/adapter"
-        finished
-        exit 0
-    fi
 }
 
 # Runs a step of the job, whatever signals come meanwhile; when it fails, so does the attempt.
@@ -89,8 +91,13 @@ survive() { # srun ARGUMENTS
     ((code == 0)) || give_way "$code"
 }
 
-state() { # of this job
-    squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2> /dev/null || true
+state() { # of this job; where Slurm does not answer it is the one that a script sees: its job runs
+    local said
+    if said="$(squeue --noheader --jobs="$JOB" --format=%T 2>&1)"; then
+        tail -n 1 <<< "$said" # below a warning
+    elif [[ $said != *"Invalid job id"* ]]; then
+        echo RUNNING
+    fi
 }
 
 # SIGTERM: before the time limit, or because Slurm takes the job. The ranks end their step and save.
@@ -102,7 +109,7 @@ terminated() {
     else
         asked=yes
         echo "SIGTERM: the ranks end their step and save"
-        scancel --signal=TERM "$SLURM_JOB_ID" || true
+        scancel --signal=TERM "$JOB" || true
     fi
 }
 trap terminated TERM
@@ -161,11 +168,11 @@ give_way() { # EXIT_CODE
         rm -f "$OUT/job"
         exit 2
     fi
-    scontrol requeue "$SLURM_JOB_ID" && echo "requeued: it goes on from the newest checkpoint in $OUT"
+    scontrol requeue "$JOB" && echo "requeued: it goes on from the newest checkpoint in $OUT"
     exit "$1"
 }
 
-LOG="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')"
+LOG="$(scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p')" || true # then nobody is named
 LOG_BEGINS="$(stat -c %s "$LOG" 2> /dev/null || echo 0)"
 claim
 begin

@@ -6,6 +6,7 @@ does once before its ranks start: the base weights are imported unless they are 
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,8 @@ from recipes.local_run import KIND, import_base, last_checkpoint, refuse_finishe
 from recipes.settings import Run
 
 JOB = "job"
-"""In OUT: the number of the one job that may write there; launch/survive.sh sees to that in the job."""
+"""In OUT: the number of the one job that may write there, `12` or `12_SEED`; launch/survive.sh sees to that in the
+job."""
 
 
 def seed_folder(task: Run, seed: int | str) -> str:
@@ -63,6 +65,7 @@ def preflight(task: Run, cluster: Cluster, after: int | None = None) -> tuple[in
     base = Path(task.base)
     own = base == Path(task.out) / "base"
     made = [path for path in (Path(task.data), base) if after is not None and not path.exists()]
+    read = {"--model": task.model, "--base": "" if own else task.base, "lora.init_from": task.settings.lora.init_from}
     paths = Paths(
         model=Path(task.model) if own or base in made else base,
         data=Path(task.data) if task.data and Path(task.data) not in made else None,
@@ -70,6 +73,7 @@ def preflight(task: Run, cluster: Cluster, after: int | None = None) -> tuple[in
         out=Path(task.out),
         mounts=tuple(map(parse_mount, cluster.mounts)) if cluster.container is not None else None,
         imported=not own,
+        also={what: Path(path) for what, path in read.items() if path},
     )
     arch, plan = Arch.load(task.model), plan_of(task.settings)
     if cluster.hardware == CPU:
@@ -107,13 +111,13 @@ def check_progress(minutes: float, cluster: Cluster) -> None:
 def refuse_second_job(out: Path) -> None:
     """Raises `UserError` while a job that was submitted for the folder `out` is queued or runs."""
     try:
-        number = int((out / JOB).read_text())
-    except (OSError, ValueError):
+        number = (out / JOB).read_text().strip()
+    except OSError:
         return
-    if status(number):
+    if re.fullmatch(r"\d+(_\d+)?", number) and (state := status(number)):
         raise UserError(
-            f"job {number} writes to {out} or waits to: {status(number)}. Wait for it, end it with "
-            f"launch/slurm.py cancel {number}, or choose another --out"
+            f"job {number} writes to {out} or waits to: {state}. Wait for it, end it with scancel {number}, or choose "
+            "another --out"
         )
 
 
@@ -161,16 +165,27 @@ def submit(
         (Path(one.out) / "run.json").write_text(one.to_json() + "\n")
     (out / "job.sbatch").write_text(script)
     number = hand_over(script, Path(cluster.logs))
-    for one in tasks:
-        (Path(one.out) / JOB).write_text(f"{number}\n")
+    names = [f"{number}_{seed}" for seed in seeds] or [f"{number}"]
+    for one, name in zip(tasks, names, strict=True):
+        (Path(one.out) / JOB).write_text(f"{name}\n")
     print(f"submitted job {number}; logs in {cluster.logs}", flush=True)
     return follow(number, Path(cluster.logs)) if watch else 0
 
 
-def main() -> None:
+def main() -> int:
+    """0, or 1 for what a file system refuses: 2 is a user's mistake to the job, which is not tried again."""
+    try:
+        first_step(Run.from_json(Path(sys.argv[1]).read_text()))
+    except OSError as error:  # such as a node's stale mount; another node may read it
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def first_step(task: Run) -> None:
+    """What the job does once; `UserError` for what does not fit the run."""
     from recipes.nemotron_lora import check_data  # which imports this module, to submit
 
-    task = Run.from_json(Path(sys.argv[1]).read_text())
     refuse_finished(Path(task.out))
     clear_unfinished(Path(task.out))
     check_data(task, Arch.load(task.model))  # what an earlier job of a chain has made was not there to be looked at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import stat
@@ -18,6 +19,7 @@ from launch.cluster import EXAMPLE, Cluster
 from launch.slurm import ENVIRONMENT, Job, read_seeds, render
 from nano3.cli import UserError
 from nano3.token_store import TokenStore, tokenizer_sha256
+from recipes import cluster_run
 from recipes.cluster_run import check_progress, job_of
 from recipes.settings import Run
 from tests.tiny import tiny_hf_folder
@@ -105,6 +107,56 @@ def test_a_job_prepares_once_and_starts_a_launcher_that_finds_the_first_node(tmp
     assert "--rdzv-id=4711|" in ranks
     assert "--nnodes=2|--nproc-per-node=8|" in ranks
     assert ranks.endswith("-m|recipes.worker|runs/lora/run.json|")
+
+
+@pytest.mark.parametrize(("seeds", "name"), [((), "4711"), ((3,), "4700_3")])
+def test_a_job_of_an_array_has_its_name_from_there_and_no_other_has(tmp_path, seeds, name):
+    """A job that is submitted from within an array's has these variables too."""
+    array = {"SLURM_ARRAY_JOB_ID": "4700", "SLURM_ARRAY_TASK_ID": "3"}
+    job = replace(LASTING, seeds=seeds, out="{seed}") if seeds else LASTING
+    script = render(replace(SITE, workdir=str(tmp_path)), job)
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "survive.sh").write_text('echo "<$JOB>"; exit\n')
+    environment = fake_slurm(tmp_path) | array
+    done = subprocess.run(["bash"], input=script, text=True, capture_output=True, env=environment, check=False)
+    assert done.stdout.splitlines()[-1] == f"<{name}>", done.stderr
+
+
+def test_a_sites_own_lines_may_read_what_is_not_set(tmp_path):
+    """As conda's and modules' scripts do; a variable of ours that is not set still ends the job."""
+    site = replace(SITE, workdir=str(tmp_path), setup=['echo "<$NOT_SET>"'])
+    script = render(site, RUN)
+    done = subprocess.run(["bash"], input=script, text=True, capture_output=True, env=fake_slurm(tmp_path), check=False)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "<>"), done.stderr
+    without = {name: value for name, value in fake_slurm(tmp_path).items() if name != "SLURM_JOB_NODELIST"}
+    assert subprocess.run(["bash"], input=script, text=True, capture_output=True, env=without, check=False).returncode
+
+
+def test_a_sick_file_system_is_no_mistake_of_the_users(tmp_path, monkeypatch, capsys):
+    """1 is tried again, on another node perhaps; 2 is not (launch/survive.sh)."""
+
+    def stale(self: Path) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle", str(self))
+
+    monkeypatch.setattr(sys, "argv", ["cluster_run", str(tmp_path / "run.json")])
+    monkeypatch.setattr(Path, "read_text", stale)
+    assert cluster_run.main() == 1
+    assert "error: [Errno 116] Stale file handle" in capsys.readouterr().err
+
+
+def test_everything_that_a_run_reads_is_looked_for_among_the_containers_mounts(tmp_path):
+    model = tiny_hf_folder(tmp_path / "hf")
+    task = Run(str(model), "/base", str(tmp_path / "store"), None, str(tmp_path / "out"), 1, 1, True)
+    task.settings.lora.init_from = "/first"
+    site = replace(SITE, hardware="cpu", container="image.sqsh", mounts=[f"{tmp_path}:{tmp_path}"])
+    code, text = cluster_run.preflight(task, site)
+    assert code
+    for what in ("--base /base", "lora.init_from /first"):
+        assert f"WRONG: {what} is not mounted into the container" in text
+    elsewhere = replace(site, mounts=["/base:/base", "/first:/first"])
+    assert f"WRONG: --model {model} is not mounted into the container" in cluster_run.preflight(task, elsewhere)[1]
+    seen = replace(site, mounts=[*site.mounts, *elsewhere.mounts])
+    assert "not mounted" not in cluster_run.preflight(task, seen)[1]
 
 
 def test_a_failed_preparation_ends_the_job(tmp_path):
@@ -216,8 +268,8 @@ def test_what_the_shell_would_split_is_quoted():
     assert "#SBATCH --comment='two words'\n" in text
 
 
-def test_the_ranks_have_as_long_to_save_as_slurm_gives_them(monkeypatch):
-    """What torch.distributed.run makes of the exported variable, not only that it is exported."""
+def test_the_ranks_have_three_quarters_of_slurms_time_to_save(monkeypatch):
+    """The script has the rest. What torch.distributed.run makes of the exported variable, not only that it is there."""
     from torch.distributed.launcher.api import LaunchConfig
 
     exported = dict(
@@ -228,7 +280,7 @@ def test_the_ranks_have_as_long_to_save_as_slurm_gives_them(monkeypatch):
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     assert LaunchConfig(1, 1, 1).shutdown_timeout == 30
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", exported["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
-    assert LaunchConfig(1, 1, 1).shutdown_timeout == 77
+    assert LaunchConfig(1, 1, 1).shutdown_timeout == 57
     assert "SHUTDOWN_TIMEOUT" not in render(replace(SITE, signal_seconds=0), RUN)
 
 
@@ -330,6 +382,9 @@ def test_the_recipe_looks_first_and_submits_what_fits(tmp_path):
         task = Run.from_json((many / f"seed-{seed}" / "run.json").read_text())
         assert (task.settings.train.seed, task.out) == (seed, f"{many}/seed-{seed}")
         assert task.base == f"{many}/seed-{seed}/base"
+        assert (many / f"seed-{seed}" / "job").read_text() == f"4711_{seed}\n"
+    again = recipe(*arguments, "--array", "3,5", "--out", str(many), env=environment, cwd=tmp_path)
+    assert f"job 4711_3 writes to {many}/seed-3 or waits to: 4711 RUNNING" in again.stderr
     (tmp_path / "submitted").unlink()
     huge = recipe(*arguments[:-1], "train.seq_length=48", env=environment, cwd=tmp_path)
     assert huge.returncode == 2
@@ -349,4 +404,4 @@ def test_nemo_run_gets_the_same_settings():
     assert (made.container_image, made.container_mounts) == (site.container, site.mounts)
     assert (made.gres, made.signal, made.exclusive) == ("gpu:8", "TERM@300", True)
     assert made.additional_parameters == {"qos": "high"}
-    assert made.env_vars == ENVIRONMENT | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", "HF_HOME": "/lustre/me/hf"}
+    assert made.env_vars == ENVIRONMENT | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "225", "HF_HOME": "/lustre/me/hf"}

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = "set -euo pipefail\nOUT={out}\nsource launch/survive.sh\nsurvive {command}\nfinished\n"
+SCRIPT = "set -euo pipefail\nOUT={out}\nJOB={name}\nsource launch/survive.sh\nsurvive {command}\nfinished\n"
 STAND_INS = {
     "squeue": 'for option in "$@"; do [[ $option != --jobs=* ]] || file="$HERE/state-${option#--jobs=}"; done\n'
     'if [[ -e $file ]]; then cat "$file"; else echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; fi',
-    "scontrol": 'if [[ $1 == show ]]; then echo "   StdOut=$HERE/log"; else echo "$@" >> "$HERE/requeued"; fi',
+    "scontrol": 'if [[ $1 == show ]]; then echo "$@" > "$HERE/shown"; echo "   StdOut=$HERE/log"\n'
+    'else echo "$@" >> "$HERE/requeued"; fi',
     "sinfo": 'cat "$HERE/down" 2> /dev/null || true',
     "scancel": 'echo "$@" > "$HERE/told"; kill -TERM "$(cat "$HERE/pid")"',
 }
@@ -34,7 +35,7 @@ class Job:
     """A job 7 on nodes 7 and 8 that runs one command; `here` has what Slurm's stand-ins know and were told."""
 
     def __init__(self, here: Path) -> None:
-        self.here, self.out = here, here / "out"
+        self.here, self.out, self.name = here, here / "out", "7"
         self.out.mkdir()
         for name, body in STAND_INS.items():
             (here / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -45,7 +46,7 @@ class Job:
         slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_RESTART_COUNT": str(restart)}
         environment = os.environ | slurm | {"HERE": str(self.here), "PATH": f"{self.here}:{os.environ['PATH']}"}
         with (self.here / "log").open("ab") as log:
-            script = SCRIPT.format(out=self.out, command=command)
+            script = SCRIPT.format(out=self.out, name=self.name, command=command)
             return subprocess.Popen(["bash", "-c", script], cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     def run(self, command: str, restart: int = 0) -> int:
@@ -116,6 +117,23 @@ def test_a_mistake_is_not_tried_again(job):
     assert job.run("bash -c 'exit 2'") == 2
     assert not job.requeued
     assert not (job.out / "job").exists()
+
+
+def test_where_slurm_does_not_answer_what_dies_is_requeued(job):
+    """A busy controller is no sign that Slurm has taken the job, and a log that it cannot name does not end it."""
+    for name in ("squeue", "scontrol"):
+        busy = "[[ $1 == requeue ]] || { echo 'error: Unable to contact slurm controller' >&2; exit 1; }"
+        (job.here / name).write_text(f"#!/bin/bash\n{busy}\n{STAND_INS[name]}\n")
+    assert job.run("bash -c 'exit 5'") == 5
+    assert job.attempts() == [["begun", "0", ""], ["ended", "0", "exit code 5; "]]
+    assert job.requeued
+
+
+def test_a_job_that_slurm_does_not_know_any_more_is_gone(job):
+    (job.here / "state-7").unlink()
+    assert job.run("bash -c 'exit 5'") == 5
+    assert job.attempts()[-1] == ["taken", "0", "Slurm ended it"]
+    assert not job.requeued
 
 
 @pytest.mark.parametrize(
@@ -198,12 +216,32 @@ def test_two_jobs_never_write_to_one_folder(job, state, code):
     assert [path.read_text() for path in job.out.glob("*job*")] == (["6\n"] if code else [])
 
 
-def test_a_job_of_an_array_takes_the_folder_that_was_submitted_for_it(job, monkeypatch):
-    """At submission only the number of the whole array is known, which is that of one of its jobs."""
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "6")
-    (job.out / "job").write_text("6\n")
-    (job.here / "state-6").write_text("RUNNING")
-    assert job.run("true") == 0
+@pytest.fixture
+def of_array(job: Job) -> Job:
+    """The job of an array that has the array's own number: by that, Slurm would mean all of them."""
+    job.name = "7_3"
+    (job.here / "state-7").write_text("RUNNING\nPENDING\n")
+    (job.here / "state-7_3").write_text("RUNNING\n")
+    (job.here / "state-7_4").write_text("RUNNING\n")
+    return job
+
+
+def test_a_job_of_an_array_asks_and_tells_slurm_of_itself_only(of_array):
+    process = of_array.start(f"bash -c 'echo $$ > {of_array.here}/pid; exec sleep 60'")
+    wait_for(of_array.here / "pid")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert (of_array.here / "told").read_text() == "--signal=TERM 7_3\n"
+    assert (of_array.here / "requeued").read_text() == "requeue 7_3\n"
+    assert (of_array.here / "shown").read_text() == "show job 7_3\n"
+    assert (of_array.out / "job").read_text() == "7_3\n"
+    assert [line.split("\t")[2] for line in (of_array.out / "attempts.tsv").read_text().splitlines()] == ["7_3", "7_3"]
+
+
+@pytest.mark.parametrize(("owner", "code"), [("7_3", 0), ("7_4", 2)])
+def test_a_job_of_an_array_takes_the_folder_that_was_submitted_for_it(of_array, owner, code):
+    (of_array.out / "job").write_text(f"{owner}\n")
+    assert of_array.run("true") == code
 
 
 def test_where_slurm_does_not_answer_the_other_job_may_live(job):
@@ -212,7 +250,9 @@ def test_where_slurm_does_not_answer_the_other_job_may_live(job):
     assert job.run("true") == 2
 
 
-def test_a_run_that_was_finished_when_its_job_was_requeued_is_not_started(job):
+@pytest.mark.parametrize("deaths", [0, 3])
+def test_a_run_that_was_finished_when_its_job_was_requeued_is_not_started(job, deaths):
+    (job.out / "attempts.tsv").write_text(attempts(*[BEGUN, ENDED] * deaths))
     (job.out / "adapter").mkdir()
     (job.out / "adapter" / "lora.json").write_text("{}")
     (job.out / "job").write_text("7\n")
