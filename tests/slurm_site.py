@@ -216,14 +216,18 @@ def _stop(slurm: Slurm, processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def processes_of(slurm: Slurm, **variables: str) -> list[int]:
-    """Processes of this Slurm that are alive, those that have all these variables in their environment."""
+    """Processes of this Slurm that are alive, those that have all these variables in their environment; oldest first.
+
+    By the time they began, field 22 of /proc/PID/stat: numbers begin again after the largest.
+    """
     wanted = {f"{name}={value}".encode() for name, value in ({"SLURM_CONF": slurm.conf} | variables).items()}
-    found = []
+    found: list[tuple[int, int]] = []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # it has ended, or is somebody else's
             if wanted <= set(environment.read_bytes().split(b"\0")):
-                found.append(int(environment.parent.name))
-    return [pid for pid in found if pid != os.getpid()]
+                began = (environment.parent / "stat").read_text().rpartition(")")[2].split()[19]
+                found.append((int(began), int(environment.parent.name)))
+    return [pid for _, pid in sorted(found) if pid != os.getpid()]
 
 
 def main() -> None:

@@ -105,7 +105,7 @@ def frozen_after(slurm: Slurm, number: int, out: Path, step: int) -> list[int]:
 
     def ranks() -> list[int]:
         here = {"SLURM_JOB_ID": str(number), "LOCAL_RANK": "0"}
-        return [min(processes_of(slurm, SLURMD_NODENAME=node, **here)) for node in NODES]
+        return [processes_of(slurm, SLURMD_NODENAME=node, **here)[0] for node in NODES]  # before its helpers
 
     def reached() -> bool:
         assert slurm.job(number)["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), slurm.log(number)
