@@ -11,10 +11,8 @@ to twice the model (9.5 GB at 7 layers, 17 GB at 14, 63 GB at 52), memory: 3 GB;
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,15 +22,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nano3.arch import resolve_model
-from nano3.cli import UserError, fresh_file, run
+from results import ROOT, conditions, save
 
-ROOT = Path(__file__).parents[1]
+from nano3.arch import resolve_model
+from nano3.cli import UserError, run
+from nano3.token_store import file_sha256
+
 BOUNDS = {"HF -> NeMo": 0.5, "NeMo -> HF": 0.5, "merge, attention only": 0.5, "merge, all targets": 0.2, "FP8": 0.15}
 """Least ratio to `cp`. A merge of attention adapters copies nearly everything, one of all targets changes it."""
 MOST_RSS = 3e9
@@ -156,8 +155,7 @@ def hashes(folder: Path) -> dict[str, str]:
     found = {}
     for path in files_of(folder):
         if path.suffix == ".safetensors" or path.name in ("config.json", "model.safetensors.index.json"):
-            with path.open("rb") as file:
-                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[str(path.relative_to(folder))] = file_sha256(path)
     return found
 
 
@@ -202,18 +200,6 @@ def compare(folder: Path, config: dict[str, Any], layers: int) -> Iterator[tuple
     shutil.rmtree(model)
 
 
-def conditions() -> dict[str, str]:
-    """What a number means nothing without."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "command": " ".join(sys.argv),
-        "commit": git.stdout.strip() or "unknown",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} at the start",
-        "torch": version("torch"),
-    }
-
-
 COLUMNS = ("layers", "GB", "step", "GB/s", "`cp`, GB/s", "ratio to `cp`", "bound", "peak RSS, GB", "load")
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
@@ -236,7 +222,7 @@ def main() -> int:
         raise UserError(
             f"--layers must be {pattern.index('*') + 1} (the first with attention) to {len(pattern)} for {args.model}"
         )
-    facts: dict[str, Any] = conditions()
+    facts = {"command": " ".join(sys.argv), **conditions(), "torch": version("torch")}
     print(json.dumps(facts), HEAD, sep="\n", flush=True)
     args.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="conversion-", dir=args.folder.resolve()))  # removed at the end
@@ -254,9 +240,7 @@ def main() -> int:
             rows.append({"layers": args.connector, "step": name, **asdict(row)})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if args.out:
-        with fresh_file(args.out) as path:
-            path.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    save(args.out, facts, rows)
     return 0
 
 

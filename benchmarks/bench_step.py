@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lockstep import Job, Step, Worker
+from results import ROOT, conditions, save
 
 from nano3.arch import Arch, resolve_model
-from nano3.cli import UserError, fresh_file, run
+from nano3.cli import UserError, run
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = {"peft": "step_peft.py", "megatron": "step_megatron.py", "recipe": "step_recipe.py"}
 WARMUP = 3
 """Rounds that are not counted: first calls allocate, and adapters move before A has a gradient."""
@@ -147,13 +144,10 @@ COLUMNS = ("positions", "transformers + PEFT, tokens/s", "Megatron-Core's loop",
 HEAD = f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
-def conditions(args: argparse.Namespace) -> dict[str, Any]:
-    """What a number means nothing without."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+def facts_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What these numbers mean nothing without."""
     return {
-        "commit": git.stdout.strip() or "unknown",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} at the start",
+        **conditions(),
         "versions": {
             name: version(name) for name in ("torch", "transformers", "peft", "megatron-core", "nemo-toolkit")
         },
@@ -180,7 +174,7 @@ def notes(experts: str) -> str:
 def main() -> int:
     args = parser().parse_args()
     check(args)
-    facts, rows = conditions(args), []
+    facts, rows = facts_of(args), []
     print(json.dumps(facts), notes(args.experts), HEAD, sep="\n", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -191,9 +185,7 @@ def main() -> int:
             row = measure(folder, length, args)
             rows.append(row | {"summary": summary(row)})
             print(line(length, rows[-1]["summary"]), flush=True)
-    if args.out:
-        with fresh_file(args.out) as path:
-            path.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    save(args.out, facts, rows)
     return 0
 
 

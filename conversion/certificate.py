@@ -29,13 +29,13 @@ from typing import Any
 
 from conversion.certificate_json import FORMAT, MAY, SIDES, count_lines, happened, read_certificate
 from conversion.facts import Facts, content_hash
-from conversion.folders import CARD, CERTIFICATE, SIDE
+from conversion.folders import CARD, CERTIFICATE, side_folder
 from conversion.model_card import model_card, read_readme
 from conversion.revision import base_revision
 from conversion.safetensors_io import side_files
 from conversion.work import PART
-from nano3.arch import is_nemo_checkpoint
 from nano3.cli import UserError
+from nano3.token_store import file_sha256
 
 _TOOLS = ("nano3-lora", "torch", "safetensors", "megatron-core", "nvidia-modelopt")
 
@@ -107,7 +107,7 @@ def side_digests(folder: Path) -> dict[str, str]:
     Not README.md: the base's gives way to the model card when the folder is uploaded. Nor weights that are hidden until
     the folder is complete.
     """
-    side = folder / SIDE if is_nemo_checkpoint(folder) else folder
+    side = side_folder(folder)
     names = {str(path) for path in side_files(side)} - {"README.md"}
     return {name: file_sha256(side / name) for name in sorted(names) if not name.endswith(PART)}
 
@@ -118,12 +118,6 @@ def folder_sha256(folder: Path) -> str:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)}\n{file_sha256(path)}\n".encode())
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of one file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def norm_ratio(part: float, whole: float) -> float | None:

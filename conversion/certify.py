@@ -22,10 +22,11 @@ from conversion.certificate import side_digests
 from conversion.certificate_json import chain, read_certificate, said
 from conversion.consistency import contradictions
 from conversion.facts import Facts
-from conversion.folders import SIDE
+from conversion.folders import side_folder
 from conversion.model_card import model_card, read_readme
 from conversion.nemo_folder import NemoFolder, named_model, open_model
 from conversion.recompute import wrong_numbers, wrong_scales
+from conversion.safetensors_io import FOREIGN_WEIGHTS
 from conversion.scan import facts_of
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.cli import UserError, run
@@ -34,7 +35,7 @@ from nano3.cli import UserError, run
 def verify(folder: Path, base: Path | None = None) -> list[str]:
     """Every difference between DIR, its certificate and BASE. Raises `UserError` when there is no certificate."""
     certificate = read_certificate(folder)
-    side = folder / SIDE if is_nemo_checkpoint(folder) else folder
+    side = side_folder(folder)
     problems = _other_files(folder, certificate)
     try:
         config = json.loads((side / "config.json").read_text())
@@ -104,8 +105,8 @@ def _other_files(folder: Path, certificate: dict[str, Any]) -> list[str]:
 
 
 def foreign_weights(folder: Path) -> list[Path]:
-    """Weights in forms that this project never writes, which some readers load in place of or on top of ours."""
-    return sorted(path for path in folder.iterdir() if path.suffix in (".gguf", ".bin", ".pt", ".pth"))
+    """Weights that no certificate speaks of."""
+    return sorted(path for path in folder.iterdir() if path.suffix in FOREIGN_WEIGHTS)
 
 
 def _other_settings(folder: Path, base: Path) -> list[str]:
@@ -116,7 +117,7 @@ def _other_settings(folder: Path, base: Path) -> list[str]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    config = json.loads(((folder / SIDE if is_nemo_checkpoint(folder) else folder) / "config.json").read_text())
+    config = json.loads((side_folder(folder) / "config.json").read_text())
     config.pop("quantization_config", None)
     digests = {name: digest for name, digest in side_digests(folder).items() if name != "hf_quant_config.json"}
     return digests | {"config.json": config}

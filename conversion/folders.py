@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nano3.cli import UserError
+from nano3.arch import is_nemo_checkpoint
+from nano3.cli import UserError, free_disk
 
 NEMO_KIND = "nemo-checkpoint"
 HF_KIND = "hf-model"
@@ -44,12 +45,14 @@ def require_adapter(folder: Path) -> None:
         raise UserError(f"{folder} is no adapter folder (no lora.json); {hint}")
 
 
+def side_folder(model: Path) -> Path:
+    """Where config.json and the tokenizer of a model lie: in it, or in the `hf/` of a NeMo checkpoint."""
+    return model / SIDE if is_nemo_checkpoint(model) else model
+
+
 def require_space(out: Path, needed: int) -> None:
     """Refuses to begin when the disk of `out` has less than `needed` bytes free (an old output stays until the end)."""
-    parent = out.resolve()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    parent, free = free_disk(out)
     if free < needed:
         raise UserError(f"{out} needs {needed / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} GB free; make room")
 

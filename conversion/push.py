@@ -19,12 +19,11 @@ from conversion.certify import verify
 from conversion.folders import CARD, CERTIFICATE
 from conversion.layout import INDEX, Layout
 from conversion.model_card import model_card, read_readme
-from conversion.safetensors_io import side_files
+from conversion.safetensors_io import WEIGHT_ENDS, side_files
 from nano3.arch import is_nemo_checkpoint
 from nano3.cli import UserError, run
 
 README = "README.md"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _OURS = (INDEX, "hf_quant_config.json", "adapter_config.json", "chat_template.jinja", "generation_config.json")
 """What an earlier upload may have left that makes readers take this model for another."""
 
@@ -59,7 +58,7 @@ class Hub:
         if not self.exists:
             self._ask("create", self._api.create_repo, self.repository, private=not self.public)
         there = self._ask("list", self._api.list_repo_files, self.repository) if self.exists else []
-        stale = [name for name in there if (name.endswith(_WEIGHTS) or name in _OURS) and name not in files]
+        stale = [name for name in there if (name.endswith(WEIGHT_ENDS) or name in _OURS) and name not in files]
         card = model_card(read_certificate(folder), read_readme(folder)).encode()  # whatever lies there as its card
         operations = [
             *(CommitOperationAdd(name, card if name == README else path) for name, path in files.items()),

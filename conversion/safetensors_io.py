@@ -16,6 +16,10 @@ from nano3.arch import Arch
 from nano3.cli import MARKER, UserError
 from nano3.hf_config import FP8_ACTIVATIONS, read_config
 
+FOREIGN_WEIGHTS = (".gguf", ".bin", ".pt", ".pth")
+"""How weights end in forms that this project never writes, which some readers load in place of or on top of ours."""
+WEIGHT_ENDS = (".safetensors", *FOREIGN_WEIGHTS)
+
 
 def side_files(folder: Path) -> list[Path]:
     """Everything in a model folder but weights and hidden files, relative to it: configuration, tokenizer, licence."""
@@ -79,7 +83,7 @@ def read_exactly(file: int, buffer: memoryview, position: int) -> bool:
 def _is_weights(relative: Path) -> bool:
     """Weights in any form, what describes them, our marker, certificate and card; a stale copy must not travel."""
     name = relative.name
-    return name.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth")) or name in (
+    return name.endswith(WEIGHT_ENDS) or name in (
         CARD,
         CERTIFICATE,
         FP8_ACTIVATIONS,

@@ -16,7 +16,6 @@ import argparse
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +32,7 @@ from launch.slurm_queue import cancel, queue, submit
 from launch.stage_records import KIND, Records
 from launch.stages import NAMES, TRAIN, Chain, Stage, model_folder
 from nano3.arch import Arch
-from nano3.cli import UserError, check_output, fresh_output, run
+from nano3.cli import UserError, check_output, free_disk, fresh_output, run
 from nano3.lock import alone
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,8 +107,7 @@ def check_room(chain: Chain, stages: tuple[Stage, ...]) -> None:
     """Raises `UserError` where the disk has no room for these stages' large outputs; training looks for its own."""
     plans = [plan for plan in plan_export(Arch.load(chain.model)) if plan.name in {stage.name for stage in stages}]
     need = sum(plan.disk for plan in plans) + max((plan.scratch for plan in plans), default=0)
-    there = next(parent for parent in (chain.out, *chain.out.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    _, free = free_disk(chain.out)
     if need > free:
         raise UserError(
             f"{chain.out} needs about {need / GIB:.1f} GiB for {', '.join(plan.name for plan in plans)} and its disk "

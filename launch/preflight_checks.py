@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from launch.mounts import Mount
 from launch.plan_settings import Plan
 from launch.plan_weights import adapter_weights
 from nano3.arch import Arch, is_nemo_checkpoint
-from nano3.cli import UserError, owner_of
+from nano3.cli import UserError, free_disk, owner_of
 from nano3.pack_index import read_index
 from nano3.token_store import TokenStore
 
@@ -148,14 +147,11 @@ def check_output(plan: Plan, arch: Arch, paths: Paths, nodes: int) -> list[Findi
     out = paths.out.resolve()
     if out.is_dir() and any(out.iterdir()) and owner_of(out) is None:
         return [Finding(True, f"{out} holds files that are no run of this project; choose another --out")]
-    there = next(parent for parent in (out, *out.parents) if parent.exists())
+    there, free = free_disk(out)
     found = []
     if not os.access(there, os.W_OK):
         found.append(Finding(True, f"{there} cannot be written; choose another --out"))
-    need, free = (
-        disk_bytes(plan, arch, not (paths.imported or is_nemo_checkpoint(paths.model))),
-        shutil.disk_usage(there).free,
-    )
+    need = disk_bytes(plan, arch, not (paths.imported or is_nemo_checkpoint(paths.model)))
     room = f"{out} needs about {need / GIB:.1f} GiB and its disk has {free / GIB:.1f} GiB free"
     found.append(Finding(need > free, room + ("; free some or choose another --out" if need > free else "")))
     kind = file_system(there)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nano3.cli import MARKER, UserError
+from nano3.cli import MARKER, UserError, free_disk
 
 FOLDER = "checkpoints"
 FILES = "files.json"
@@ -154,10 +154,7 @@ def sync(folder: Path) -> None:
 
 def disk_full(out: Path, needed: int | None) -> UserError:
     """The error for `out` when the disk cannot take it; `needed` bytes, if known."""
-    parent = out.resolve()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    parent, free = free_disk(out)
     wants = f"{needed:,} bytes are needed and " if needed is not None else ""
     return UserError(
         f"the disk is full: {out} could not be written; {wants}{free:,} bytes are free in {parent}. What was saved "

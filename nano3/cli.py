@@ -58,6 +58,13 @@ def _nobody_reads() -> bool:
     return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
+def free_disk(path: Path) -> tuple[Path, int]:
+    """The nearest folder above `path`, or itself, that exists, and the bytes that are free on its disk."""
+    path = path.resolve()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    return there, shutil.disk_usage(there).free
+
+
 def owner_of(folder: Path) -> str | None:
     """The kind of a folder that this project wrote (see `fresh_output`), or None when it is not ours."""
     try:

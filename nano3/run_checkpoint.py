@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import signal
 import threading
 import time
@@ -41,6 +40,7 @@ from nano3.adapter_checkpoint import (
     write_adapter,
     write_sharded,
 )
+from nano3.cli import free_disk
 from nano3.replicas import require_equal_replicas
 from nano3.router import require_router
 from nano3.training_state import (
@@ -268,12 +268,8 @@ def _require_space(target: Path, state: dict[str, Any]) -> int:
     dist.all_reduce(needed)
     total = int(needed.item()) + SPARE_BYTES
     error: list[Any] = [None]
-    if dist.get_rank() == 0:
-        parent = target.parent
-        while not parent.exists():
-            parent = parent.parent
-        if shutil.disk_usage(parent).free < total:
-            error = [folders.disk_full(target, total)]
+    if dist.get_rank() == 0 and free_disk(target)[1] < total:
+        error = [folders.disk_full(target, total)]
     dist.broadcast_object_list(error, src=0)
     if error[0] is not None:
         raise error[0]

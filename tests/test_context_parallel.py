@@ -1,9 +1,6 @@
 """Context parallelism: packs cut document by document, and two or four ranks that compute what one computes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from nano3.context_parallel import cut_batch, partitioned_indices
 from nano3.cpu.te.context import Share
 from nano3.token_store import TokenStore
 from recipes.settings import LoraSettings, Settings, TrainSettings
+from tests.probes import made_by
 from tests.tiny import tiny_hf_folder
 from tests.tiny_run import metrics, run, write_run
 from tests.tiny_store import tiny_store
@@ -100,11 +98,7 @@ def test_queries_meet_the_keys_of_their_document_up_to_themselves():
 def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Results of tests/context_probe.py: Megatron-Core's model with all parameters trained, no NeMo."""
     out: Path = tmp_path_factory.mktemp("context") / "out.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANO3_CPU": "1"}
-    command = [sys.executable, "-m", "tests.context_probe", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return json.loads(made_by("context_probe", out, NANO3_CPU="1").read_text())
 
 
 @pytest.mark.parametrize("layout", ["cp2", "cp4", "cp2.ep2", "tp2.cp2.ep2"])

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +19,7 @@ from nano3.cli import UserError
 from nano3.parity.case import ARCH, PACK
 from nano3.targets import PRESETS, VOCABULARY, select, sizes
 from tests.memory_cases import LAYOUTS, RUNS, VARIANT_LAYOUTS, VARIANTS
+from tests.probes import made_by
 
 NANO = Arch.load(resolve_model("nano"))
 
@@ -51,11 +48,7 @@ def adapters_of(arch: Arch, settings: dict[str, Any], rank: int = 32) -> Adapter
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("memory") / "found.json"
-    command = [sys.executable, "-m", "tests.memory_probe", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(Path(out).read_text())
+    return json.loads(made_by("memory_probe", out).read_text())
 
 
 @pytest.mark.full

@@ -251,7 +251,7 @@ def test_a_disk_that_is_too_small_is_found_before(tmp_path, monkeypatch):
     # Base and merged model of 58.8 GiB, 30.4 in FP8, and 21 for hidden states while it is calibrated.
     for free, refused in ((170, False), (168, True)):
         full = shutil._ntuple_diskusage(2**40, 0, free << 30)  # type: ignore[attr-defined]
-        monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _path, full=full: full)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path, full=full: full)
         pipeline.check_room(chain, chain.stages()[4:])
         if refused:
             with pytest.raises(UserError, match=r"needs about 169\.1 GiB for import, merge, quantize"):

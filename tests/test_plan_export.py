@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -17,6 +14,7 @@ from launch.hardware import GIB
 from launch.plan_export import calibration_bytes, fp8_bytes, model_bytes
 from nano3.arch import Arch, resolve_model
 from tests.calibration_cases import CASES
+from tests.probes import made_by
 from tests.tiny import TINY_CONFIG
 
 FIXED = 10_000_000
@@ -63,12 +61,9 @@ def test_the_streaming_scripts_have_the_buffers_that_are_planned():
 @pytest.mark.full
 def test_calibration_takes_no_more_than_planned_and_not_much_less(tmp_path):
     out = tmp_path / "found.json"
-    command = [sys.executable, "-m", "tests.calibration_probe", str(out)]
     # Freed memory goes back at once, as that of a real model's tensors does, which are larger than 32 MiB.
-    heap = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | heap, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(out.read_text())
+    heap = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}
+    found = json.loads(made_by("calibration_probe", out, **heap).read_text())
     assert found.pop("imported") < plan_export.PROCESS
     for name, (pattern, tokens, sizes) in CASES.items():
         arch = Arch.from_config(TINY_CONFIG | {"hybrid_override_pattern": pattern} | sizes)

@@ -255,11 +255,11 @@ def test_a_truncated_or_missing_checkpoint_is_found(world, tmp_path):
 
 def test_the_output_needs_room_and_a_place_of_its_own(world, tmp_path, monkeypatch):
     roomy = shutil._ntuple_diskusage(2**40, 0, 2**40)  # type: ignore[attr-defined]  # whatever this machine has
-    monkeypatch.setattr(preflight_checks.shutil, "disk_usage", lambda _path: roomy)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: roomy)
     assert not wrong(check_output(Plan(), NANO, Paths(world.model, out=tmp_path / "new"), 1)[:1])
     (tmp_path / "notes.txt").write_text("mine")
     assert "are no run of this project" in wrong(check_output(Plan(), NANO, Paths(world.model, out=tmp_path), 1))[0]
-    monkeypatch.setattr(preflight_checks.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1))
     full = wrong(check_output(Plan(), NANO, Paths(world.model, out=tmp_path / "new"), 1))
     elsewhere = wrong(check_output(Plan(), NANO, Paths(world.model, out=tmp_path / "new", imported=True), 1))
     assert "about 60.6 GiB" in full[0]

@@ -4,9 +4,6 @@ The parity suite compares layouts with that rank; here the rank itself: loss and
 """
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from conversion.names import Linear, adaptable, adapter_shapes, megatron_tensors
 from evaluation.hf_model import load_reference
 from nano3.parity.case import ALPHA, RANK, Case
 from nano3.targets import PRESETS, select
+from tests.probes import made_by
 from tests.tiny import TINY_CONFIG
 
 pytestmark = pytest.mark.full
@@ -93,11 +91,7 @@ def changed(model: torch.nn.Module, deltas: dict[str, Tensor]) -> dict[str, Tens
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     out = tmp_path_factory.mktemp("reference") / "out.safetensors"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANO3_CPU": "1"}
-    command = [sys.executable, "-m", "tests.reference_probe", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(out)
+    return load_file(made_by("reference_probe", out, NANO3_CPU="1"))
 
 
 def test_loss_and_adapter_gradients_are_those_of_plain_transformers(megatron, tmp_path):

@@ -167,11 +167,16 @@ def test_what_slurm_takes_is_noted_at_once(job):
     assert not (job.here / "told").exists()  # Slurm has told the ranks itself
 
 
-def test_sigterm_reaches_the_ranks_and_the_job_is_requeued(job):
+def is_told_to_end(job: Job) -> None:
+    """Starts the job and ends it as Slurm does before the time limit."""
     process = job.start(f"bash -c 'echo $$ > {job.here}/pid; exec sleep 60'")
     wait_for(job.here / "pid")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
+
+
+def test_sigterm_reaches_the_ranks_and_the_job_is_requeued(job):
+    is_told_to_end(job)
     assert (job.here / "told").read_text() == "--signal=TERM 7\n"
     assert job.attempts()[-1] == ["ended", "0", "exit code 143; the time limit came"]
     assert job.requeued
@@ -227,10 +232,7 @@ def of_array(job: Job) -> Job:
 
 
 def test_a_job_of_an_array_asks_and_tells_slurm_of_itself_only(of_array):
-    process = of_array.start(f"bash -c 'echo $$ > {of_array.here}/pid; exec sleep 60'")
-    wait_for(of_array.here / "pid")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    is_told_to_end(of_array)
     assert (of_array.here / "told").read_text() == "--signal=TERM 7_3\n"
     assert (of_array.here / "requeued").read_text() == "requeue 7_3\n"
     assert (of_array.here / "shown").read_text() == "show job 7_3\n"

@@ -9,14 +9,13 @@ from __future__ import annotations
 import ast
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nano3.cpu.te import VERSION
+from tests.probes import made_by
 from tests.te_wheel import Found, Parameter, Wheel, as_signature
 
 ROOT = Path(__file__).parent.parent
@@ -37,11 +36,7 @@ def wheel() -> Wheel:
 @pytest.fixture(scope="module")
 def standin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("te") / "calls.json"
-    command = [sys.executable, "-m", "tests.te_calls", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANO3_CPU": "1"}
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(out.read_text())
+    return json.loads(made_by("te_calls", out, NANO3_CPU="1").read_text())
 
 
 def offered(standin: dict[str, Any]) -> list[tuple[str, str, str, list[Parameter]]]:

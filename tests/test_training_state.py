@@ -1,12 +1,11 @@
 """What of a run's state belongs to no parameter: Adam's step in either style, random numbers of another layout."""
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from tests.probes import made_by
 
 pytestmark = pytest.mark.full
 
@@ -14,11 +13,7 @@ pytestmark = pytest.mark.full
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("training-state") / "out.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANO3_CPU": "1"}
-    command = [sys.executable, "-m", "tests.training_state_probe", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return json.loads(made_by("training_state_probe", out, NANO3_CPU="1").read_text())
 
 
 @pytest.mark.parametrize("style", ["by parameter", "by group"])
