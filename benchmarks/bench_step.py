@@ -29,6 +29,8 @@ from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError, run
 
 SCRIPTS = {"peft": "step_peft.py", "megatron": "step_megatron.py", "recipe": "step_recipe.py"}
+STARTS = 3
+"""How often every loop is started anew: where its memory lies changes a process's speed by 5 %, for its whole life."""
 WARMUP = 3
 """Rounds that are not counted: first calls allocate, and adapters move before A has a gradient."""
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -43,7 +45,12 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--lengths", type=int, nargs="+", default=LENGTHS, help="positions in a step (default: %(default)s)"
     )
-    parse.add_argument("--repeats", type=int, default=15, help="counted steps of each loop (default: %(default)s)")
+    parse.add_argument(
+        "--repeats", type=int, default=15, help="counted steps of a loop from each start (default: %(default)s)"
+    )
+    parse.add_argument(
+        "--starts", type=int, default=STARTS, help="how often each loop is started anew (default: %(default)s)"
+    )
     parse.add_argument("--rank", type=int, default=16, help="of the adapters (default: %(default)s)")
     parse.add_argument("--experts", default="shared", help="lora.experts of the recipe (default: %(default)s)")
     parse.add_argument("--out", type=Path, help="JSON file to write")
@@ -52,8 +59,8 @@ def parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Refuses what cannot be measured. Raises `UserError`."""
-    if args.repeats < 1 or min(args.lengths) < 2:
-        raise UserError("--repeats must be at least 1 and every length at least 2")
+    if min(args.repeats, args.starts) < 1 or min(args.lengths) < 2:
+        raise UserError("--repeats and --starts must be at least 1 and every length at least 2")
 
 
 def write_data(folder: Path, arch: Arch, length: int, documents: int) -> Path:
@@ -93,19 +100,23 @@ def rounds(workers: dict[str, Worker], repeats: int) -> dict[str, list[Step]]:
 
 
 def measure(folder: Path, length: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One row: all loops at one length."""
+    """One row: all loops at one length, from all starts."""
     model, steps = resolve_model("pico"), WARMUP + args.repeats
     store = write_data(folder, Arch.load(model), length, min(steps, 8))
     base = str(folder / "base")
-    with ExitStack() as stack:
-        workers = {}
-        for name, script in SCRIPTS.items():
-            out = folder / f"{name}-{length}"
-            out.mkdir()
-            job = Job(str(model), base, str(store), str(out), length, args.rank, 2.0 * args.rank, args.experts, steps)
-            workers[name] = stack.enter_context(Worker(script, job))
-        facts = {name: worker.ready() for name, worker in workers.items()}
-        taken = rounds(workers, args.repeats)
+    taken: dict[str, list[Step]] = {name: [] for name in SCRIPTS}
+    for start in range(args.starts):
+        with ExitStack() as stack:
+            workers = {}
+            for name, script in SCRIPTS.items():
+                out = folder / f"{name}-{length}-{start}"
+                out.mkdir()
+                shape = (length, args.rank, 2.0 * args.rank, args.experts, steps)
+                job = Job(str(model), base, str(store), str(out), *shape)
+                workers[name] = stack.enter_context(Worker(script, job))
+            facts = {name: worker.ready() for name, worker in workers.items()}
+            for name, more in rounds(workers, args.repeats).items():
+                taken[name] += more
     return {"length": length, "facts": facts, "steps": {k: [asdict(s) for s in v] for k, v in taken.items()}}
 
 
@@ -154,6 +165,7 @@ def facts_of(args: argparse.Namespace) -> dict[str, Any]:
         "rank": args.rank,
         "experts": args.experts,
         "repeats": args.repeats,
+        "starts": args.starts,
     }
 
 

@@ -152,14 +152,11 @@ class _Rank:
         return kept + self.adapter(out.path, self.tokens, out.inputs, self.scattered)
 
     def routed_experts(self, number: int, recompute_activation: bool) -> int:
-        """relu(x), its square (for the gradient of the token's weight), the weight, and their product."""
+        """x before the activation, the token's weight (their fused kernel keeps no more), and the product."""
         into, out, _, _ = linears(self.arch, self.layout, number, "E")
         kept = self.adapter(into.path, self.dispatched, into.inputs, into.outputs)
-        width = self.dispatched * into.outputs * self.value
-        kept += width + self.dispatched * FP32
-        if recompute_activation:  # x and the weight stay instead
-            return kept + self.adapter(out.path, self.dispatched, out.inputs, out.outputs, kept=True)
-        return kept + width + self.adapter(out.path, self.dispatched, out.inputs, out.outputs)
+        kept += self.dispatched * (into.outputs * self.value + FP32)
+        return kept + self.adapter(out.path, self.dispatched, out.inputs, out.outputs, kept=recompute_activation)
 
     def layer(self, number: int, letter: str, recompute: tuple[str, ...]) -> int:
         """Bytes that a layer keeps."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
@@ -25,7 +24,7 @@ from nemo.collections.llm.peft.lora import LoRALinear
 from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_attributes_from_linear
 from torch import nn
 
-from nano3.delta import add_product
+from nano3.delta import add_product, projected
 from nano3.dora import MAGNITUDE, Decomposed, Part
 from nano3.dropout import InputDropout
 
@@ -87,8 +86,8 @@ class DenseAdapter(ParallelLinearAdapter, Decomposed):
     def add_to(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The layer's output `out`, which may be overwritten, with the delta for its input added.
 
-        The same steps as NeMo's `forward`, up to the product with B. Where ranks still have to exchange that product,
-        between slices of a row-parallel layer, NeMo's `forward` it is.
+        The same steps as NeMo's `forward`, up to the product with B, and on one rank up to that with A. Where ranks
+        still have to exchange the product with B, between slices of a row-parallel layer, NeMo's `forward` it is.
         """
         ranks = self.linear_out.tp_group.size()
         if ranks > 1 and self.linear_out.gather_output:
@@ -96,8 +95,10 @@ class DenseAdapter(ParallelLinearAdapter, Decomposed):
         x = self.dropout(x)
         if not self.disable_sequence_parallel_comm:
             x = gather_from_sequence_parallel_region(x)
-        low, _ = self.linear_in(x)
-        if ranks > 1:
+        if ranks == 1:
+            low = projected(x, self.linear_in.weight)
+        else:
+            low, _ = self.linear_in(x)
             low = copy_to_tensor_model_parallel_region(low, group=self.linear_out.tp_group)
         return add_product(out, low, self.linear_out.weight, self.scale)
 
@@ -201,7 +202,7 @@ class SharedExpertsAdapter(ExpertsAdapter):
     def add_to(self, out: torch.Tensor, x: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
         """(tokens, out), which may be overwritten, with the delta for (tokens, in) added; of the local slices."""
         del splits  # one adapter for all experts
-        low = F.linear(self.dropout(x), self.linear_in.weight[:, self.columns])
+        low = projected(self.dropout(x), self.linear_in.weight[:, self.columns])
         return add_product(out, low, self.linear_out.weight[self.rows], self.scale)
 
     def parts(self, base: Any) -> list[Part]:

@@ -92,6 +92,8 @@ def _fusions() -> dict[str, Any]:
         "bias_dropout_fusion": on_gpu,
         "gradient_accumulation_fusion": False,  # base weights are frozen: there are no large gradients to accumulate
         "moe_permute_fusion": on_gpu,
+        # Keeps one of the experts' wide tensors less, on CPUs too; without CUDA its kernel is nano3/cpu/megatron.py's.
+        "use_fused_weighted_squared_relu": True,
     }
 
 
@@ -107,17 +109,28 @@ def mask_padded_vocabulary(model: MambaModel, vocab_size: int) -> None:
     layer = model.output_layer
     local = layer.weight.shape[0]
     first = layer.tp_group.rank() * local
-    columns = torch.arange(first, first + local, device=layer.weight.device)
-    padded = columns >= vocab_size
 
     def hook(_module: torch.nn.Module, _inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         logits, bias = output
-        mask = (
-            padded if logits.shape[-1] == local else torch.arange(logits.shape[-1], device=logits.device) >= vocab_size
-        )
-        return logits.masked_fill(mask, torch.finfo(logits.dtype).min), bias
+        real = vocab_size - first if logits.shape[-1] == local else vocab_size
+        return _MaskedFrom.apply(logits, min(max(real, 0), logits.shape[-1])), bias
 
     layer.register_forward_hook(hook)
+
+
+class _MaskedFrom(torch.autograd.Function):
+    """Sets the logits from column `real` on to their dtype's lowest value, in place: no pass over all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, real: int) -> torch.Tensor:
+        logits[..., real:] = torch.finfo(logits.dtype).min
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        del ctx
+        return grads[0], None  # a softmax gives those columns the probability 0 and with it the gradient 0, exactly
 
 
 def keep_fp32_exact(model: MambaModel) -> None:

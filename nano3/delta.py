@@ -1,4 +1,4 @@
-"""out + scale * low @ highᵀ: how an adapter's delta gets into its layer's output.
+"""out + scale * (x @ Aᵀ) @ Bᵀ: how an adapter's delta gets into its layer's output.
 
 NeMo multiplies a delta as wide as the layer by the scale and then adds it, two passes over memory in forward and one in
 backward beside the product. Here the product adds, and the scale is multiplied where the delta is as wide as its rank.
@@ -9,6 +9,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+from nano3.cpu.products import product
+
+
+class _Projected(torch.autograd.Function):
+    """Saves the input and A."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, low)
+        return product(x, low)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, low = ctx.saved_tensors
+        dx = product(grads[0], low.t()) if ctx.needs_input_grad[0] else None
+        dlow = torch.mm(grads[0].flatten(0, -2).t(), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return dx, dlow
+
+
+def projected(x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """(..., in) times A (rank, in) transposed: (..., rank)."""
+    return _Projected.apply(x, low)
 
 
 class _AddProduct(torch.autograd.Function):
@@ -32,9 +55,9 @@ class _AddProduct(torch.autograd.Function):
         rows = grads[0].flatten(0, -2)
         dlow = dhigh = None
         if ctx.needs_input_grad[1]:
-            dlow = torch.mm(rows, high).mul_(ctx.scale).view(low.shape)
+            dlow = product(rows, high.t()).mul_(ctx.scale).view(low.shape)
         if ctx.needs_input_grad[2]:
-            dhigh = torch.mm(rows.t(), low.flatten(0, -2)).mul_(ctx.scale)
+            dhigh = torch.mm(low.flatten(0, -2).t(), rows).mul_(ctx.scale).t()  # rank-high products are the faster ones
         return grads[0], dlow, dhigh, None
 
 

@@ -28,6 +28,8 @@ def quiet() -> None:
     nemo_logging.set_verbosity(logging.ERROR)
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("nv_one_logger"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+            logger = logging.getLogger(name)
+            logger.setLevel(logging.CRITICAL)
+            logger.addHandler(logging.NullHandler())  # without one it sets its level, slowly, at every call
         elif name.startswith(("lightning", "pytorch_lightning", "megatron", "nemo_run")):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -35,7 +35,7 @@ def test_help_and_refusals_load_no_torch():
     assert done.stdout == "False\n"
     done = bench("--repeats", "0")
     assert done.returncode == 2
-    assert "--repeats must be at least 1" in done.stderr
+    assert "--repeats and --starts must be at least 1" in done.stderr
 
 
 def test_summary_by_hand(module):
@@ -57,8 +57,8 @@ def test_summary_by_hand(module):
 
 @pytest.mark.full
 def test_the_loops_take_turns_and_compute_the_same_loss(tmp_path):
-    done = bench("--lengths", "64", "--repeats", "1", "--out", str(tmp_path / "out.json"))
+    done = bench("--lengths", "64", "--repeats", "1", "--starts", "2", "--out", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert {name: len(steps) for name, steps in row["steps"].items()} == {"peft": 1, "megatron": 1, "recipe": 1}
+    assert {name: len(steps) for name, steps in row["steps"].items()} == {"peft": 2, "megatron": 2, "recipe": 2}
     assert "| 64 | " in done.stdout

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nano3.cpu import mamba_standin, ssd_split
+from nano3.cpu import mamba_standin, scan_row
 from nano3.cpu.conv import causal_conv1d_fn, causal_conv1d_varlen_states
 from nano3.cpu.norm import RMSNorm, rmsnorm_fn
 from nano3.cpu.ssd_combined import mamba_chunk_scan_combined
-from nano3.cpu.ssd_split import mamba_split_conv1d_scan_combined
+from nano3.cpu.ssd_split import Widths, mamba_split_conv1d_scan_combined, one_after_the_other
 from nano3.cpu.te.linear import GroupedLinear
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -154,13 +154,13 @@ def split_reference(inputs: list[Tensor], seq: Tensor, h: int = 4, p: int = 3, g
     return recurrence(x, F.softplus(dt + dt_bias), A, B, C, D, z, None, seq)[0].flatten(2)
 
 
-@pytest.mark.parametrize("span", [ssd_split.SPAN, 8, 5, 2])
+@pytest.mark.parametrize("span", [scan_row.SPAN, 8, 5, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_split_conv_scan_is_convolution_then_recurrence(
     dtype: torch.dtype, span: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole, and in spans that cut documents, that begin with one, and that are shorter than the convolution."""
-    monkeypatch.setattr(ssd_split, "SPAN", span)
+    monkeypatch.setattr(scan_row, "SPAN", span)
     lengths = [3, 1, 1, 9, 23]
     inputs = [leaf(v, dtype, device) for v in split_inputs(sum(lengths))]
     wide = [leaf(v, torch.float64, device) for v in inputs]
@@ -168,6 +168,19 @@ def test_split_conv_scan_is_convolution_then_recurrence(
     output = mamba_split_conv1d_scan_combined(*inputs, 8, seq_idx=seq, headdim=3, ngroups=2)
     assert output.dtype == dtype
     compare((output,), (split_reference(wide, seq),), inputs, wide, TOLERANCE[dtype])
+
+
+def test_on_other_devices_it_is_the_same_function() -> None:
+    """What CUDA tensors would go through, here on the CPU: initial states, D by channel, a clamp, a batch of 2."""
+    zxbcdt, weight, bias, dt_bias, A, _ = split_inputs(23)
+    raw = [zxbcdt.repeat(2, 1, 1), weight, bias, dt_bias, A, torch.randn(4, 3), torch.randn(2, 4, 3, 5)]
+    seq = seq_idx_of([3, 1, 19], "cpu").repeat(2, 1)
+    inputs, wide = ([leaf(v, torch.float64, "cpu") for v in raw] for _ in range(2))
+    compiled = mamba_split_conv1d_scan_combined(
+        *inputs[:6], 8, inputs[6], seq, (0.01, 0.3), return_final_states=True, headdim=3, ngroups=2
+    )
+    widths = Widths(wide[0], weight, wide[5], 3, 2)
+    compare(compiled, one_after_the_other(*wide, seq, (0.01, 0.3), "silu", widths, 8), inputs, wide, 1e-10)
 
 
 def test_bfloat16_inputs_are_summed_in_fp32(device: str) -> None:
@@ -203,11 +216,11 @@ def test_frozen_parameters_get_no_gradient_and_change_none(device: str) -> None:
     assert grads[1][1:] == [None] * 5
 
 
-@pytest.mark.parametrize("span", [ssd_split.SPAN, 4])
+@pytest.mark.parametrize("span", [scan_row.SPAN, 4])
 @pytest.mark.parametrize("chunk", [4, 16, 128])
 def test_documents_do_not_leak(chunk: int, span: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: B's output and gradients stay when A and C change wildly; A's and C's gradients are exactly zero."""
-    monkeypatch.setattr(ssd_split, "SPAN", span)
+    monkeypatch.setattr(scan_row, "SPAN", span)
     lengths = [6, 9, 5]
     seq, b = seq_idx_of(lengths, device), slice(6, 15)
     zxbcdt, *rest = (v.to(device) for v in split_inputs(20))

@@ -52,8 +52,8 @@ def test_core_attention_keeps_what_others_keep(found):
 
 
 def test_each_part_saves_what_it_says(found):
-    # Activation of routed experts: relu(x), its square and the product with the router's weight go, x itself stays.
-    assert fall(found, "moe_act") == MOE * 2 * ROUTED
+    # Activation of routed experts: what fc2's adapter gets goes; the fused kernel keeps x and the router's weight.
+    assert fall(found, "moe_act") == MOE * ROUTED
     # Shared expert: relu(x) and its square go, and the low-rank middle of both adapters.
     assert fall(found, "shared_experts") == MOE * (2 * SHARED + 2 * TOKENS * RANK * FP32)
     assert fall(found, "layernorm") == MOE * NORM

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from nano3.cpu import row_loops
+from nano3.cpu.arrays import array
+
 
 def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """`maybe_move_tensor_to_cpu`: the alltoall dispatcher wants NumPy counts, also for tensors that are on the CPU."""
@@ -54,19 +57,47 @@ def _reduce_scatter(function: Callable[..., torch.Tensor]) -> Callable[..., torc
     return reduce_scatter
 
 
+def _wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Their values as compiled loops take them: contiguous, FP32 or FP64."""
+    return [t.to(torch.promote_types(t.dtype, torch.float32)).contiguous() for t in tensors]
+
+
 class _SquaredReLU(torch.autograd.Function):
     """relu(x)², which saves relu(x)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        positive = x.relu()
-        ctx.save_for_backward(positive)
-        return positive * positive
+        (wide,) = _wide(x)
+        positive, out = torch.empty_like(wide), torch.empty_like(wide)
+        row_loops.squared_relu(*(array(t.view(-1)) for t in (wide, positive, out)))
+        ctx.save_for_backward(positive.to(x.dtype))
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         (positive,) = ctx.saved_tensors
-        return (grads[0] * positive).mul_(2)
+        dout, wide = _wide(grads[0], positive)
+        dx = torch.empty_like(wide)
+        row_loops.squared_relu_backward(*(array(t.view(-1)) for t in (dout, wide, dx)))
+        return dx.to(positive.dtype)
+
+
+def _weighted_squared_relu(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """relu(x)² * weights: x (tokens, width), weights (tokens, 1)."""
+    wide, factors = _wide(x, weights.flatten())
+    out = torch.empty_like(wide)
+    row_loops.weighted_squared_relu(*(array(t) for t in (wide, factors, out)))
+    return out.to(x.dtype)
+
+
+def _weighted_squared_relu_back(
+    g: torch.Tensor, x: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its gradients with respect to x and weights."""
+    dout, wide, factors = _wide(g, x, weights.flatten())
+    dx, dweights = torch.empty_like(wide), torch.empty_like(factors)
+    row_loops.weighted_squared_relu_backward(*(array(t) for t in (dout, wide, factors, dx, dweights)))
+    return dx.to(x.dtype), dweights.view(weights.shape).to(weights.dtype)
 
 
 def _squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -105,5 +136,7 @@ def install() -> None:
     moe_utils.maybe_move_tensor_to_cpu = _to_host
     token_dispatcher.maybe_move_tensor_to_cpu = _to_host
     token_dispatcher.sort_chunks_by_idxs = _sort_chunks(token_dispatcher.sort_chunks_by_idxs)
-    for module in (activations, fused_weighted_squared_relu, experts):
+    for module in (activations, experts):
         module.squared_relu = _squared_relu
+    fused_weighted_squared_relu.weighted_squared_relu = _weighted_squared_relu
+    fused_weighted_squared_relu.weighted_squared_relu_back = _weighted_squared_relu_back

@@ -13,11 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nano3.cpu.conv import arithmetic, silu_backward
-
-
-def grouped(x: Tensor, group_size: int) -> Tensor:
-    """(..., d) -> (..., d / group_size, group_size)."""
-    return x.reshape(*x.shape[:-1], -1, group_size)
+from nano3.cpu.rms import normalize, normalize_backward, normalized
 
 
 class RMSNormFn(torch.autograd.Function):
@@ -39,36 +35,34 @@ class RMSNormFn(torch.autograd.Function):
         gate = None if z is None else F.silu(z.to(dtype))
         if gate is not None and not norm_before_gate:
             u = u * gate
-        rstd = grouped(u, group_size).square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        y = (grouped(u, group_size) * rstd).reshape(x.shape).mul_(weight.to(dtype))
+        y, rstd = normalize(u, weight.to(dtype), eps, group_size)
         if bias is not None:
             y = y + bias.to(dtype)
         if gate is not None and norm_before_gate:
             y = y * gate
-        ctx.save_for_backward(x, weight, bias, rstd, z)
-        ctx.group_size, ctx.norm_before_gate = group_size, norm_before_gate
+        ctx.save_for_backward(x, weight, bias, rstd.unsqueeze(-1), z)
+        ctx.norm_before_gate = norm_before_gate
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, bias, rstd, z = ctx.saved_tensors
-        dtype, size = rstd.dtype, ctx.group_size
+        rstd, dtype = rstd.squeeze(-1), rstd.dtype
         dy, xf, w = grads[0].to(dtype), x.to(dtype), weight.to(dtype)
         zf = xf if z is None else z.to(dtype)  # without a gate neither branch below reads it
         gate_first, gate_last = z is not None and not ctx.norm_before_gate, z is not None and ctx.norm_before_gate
         u = xf * F.silu(zf) if gate_first else xf
-        xhat = (grouped(u, size) * rstd).reshape(x.shape)
-        dz = None
+        dz = dweight = dbias = None
         if gate_last:
-            y = xhat * w if bias is None else xhat * w + bias.to(dtype)
-            dz = silu_backward(dy * y, zf)
+            y = normalized(u, rstd) * w
+            dz = silu_backward(dy * (y if bias is None else y + bias.to(dtype)), zf)
             dy = dy * F.silu(zf)
         tokens = tuple(range(x.dim() - 1))
-        dweight = (dy * xhat).sum(tokens).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        dbias = dy.sum(tokens).to(bias.dtype) if ctx.needs_input_grad[2] else None
-        dxhat, xg = grouped(dy * w, size), grouped(xhat, size)
-        along = (dxhat * xg).mean(-1, keepdim=True)
-        du = dxhat.addcmul_(xg, along, value=-1).mul_(rstd).reshape(x.shape)
+        if ctx.needs_input_grad[1]:
+            dweight = (dy * normalized(u, rstd)).sum(tokens).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(tokens).to(bias.dtype)
+        du = normalize_backward(dy, u, w, rstd)
         if gate_first:
             dz = silu_backward(du * xf, zf)
             du = du * F.silu(zf)

@@ -73,11 +73,11 @@ def cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if grad is None or like is None else grad.to(like.dtype)
 
 
-def make_plan(seq_idx: Tensor | None, length: int, chunk: int, like: Tensor, entering: Tensor | None = None) -> Plan:
+def make_plan(seq_idx: Tensor | None, length: int, chunk: int, like: Tensor) -> Plan:
     """The masks of a scan over `length` tokens. `seq_idx` (b, l): equal within a document, whose tokens are contiguous.
 
-    The initial state belongs to the document `entering` (b, 1), or to document 0 without it, as the originals'
-    `initial_states` do. The tail of the last chunk counts to the last document.
+    The initial state belongs to document 0, as the originals' `initial_states` do. The tail of the last chunk counts to
+    the last document.
     """
     chunk = min(chunk, length, LARGEST_CHUNK)
     pad = -length % chunk
@@ -87,8 +87,7 @@ def make_plan(seq_idx: Tensor | None, length: int, chunk: int, like: Tensor, ent
         seq_idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1)
     document = seq_idx.reshape(seq_idx.shape[0], -1, 1, chunk)
     last = document[..., -1]
-    first = torch.zeros_like(last[:, :1]) if entering is None else entering.unsqueeze(-1)
-    before = torch.cat([first, last[:, :-1]], 1)
+    before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], 1)
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=like.device).tril()
     same = (document.transpose(-1, -2) == document) & causal
     return Plan(

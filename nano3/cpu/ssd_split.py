@@ -1,25 +1,27 @@
 """`mamba_split_conv1d_scan_combined` of `mamba_ssm.ops.triton.ssd_combined` 2.3.x: what megatron-core trains with.
 
-Everything between the Mamba mixer's in_proj and its norm. It takes the tokens in spans that fit into a core's cache,
-each from the state that the last one left, because on a CPU the passes over memory cost more than the arithmetic.
-Backward recomputes from what the original saves, as `mamba_chunk_scan_combined` does.
+Everything between the Mamba mixer's in_proj and its norm. On a CPU compiled loops do it (`scan_row.py`); on any other
+device it is the convolution and the scan of this folder, one after the other, which `make gpu-check` compares with the
+GPU's kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nano3.cpu import ssd
-from nano3.cpu.conv import ACTIVATIONS, Convolution, arithmetic, ids_with_context, silu_backward, with_context
+from nano3.cpu.arrays import array
+from nano3.cpu.conv import ACTIVATIONS, arithmetic, causal_conv1d_fn
+from nano3.cpu.ssd_combined import mamba_chunk_scan_combined
 
-SPAN = 512
-"""Tokens at a time: at pico's widths the largest array of a span is 1 MB. Results depend on it by rounding only."""
+if TYPE_CHECKING:  # Numba compiles for a CPU alone, and need not be there on a GPU
+    from nano3.cpu.scan_row import Row
 
 
 class Widths:
@@ -44,14 +46,26 @@ class Widths:
         z, xBC, dt = zxbcdt.split([self.inner, self.conv, self.heads], -1)
         return z, xBC, dt
 
+    def heads_of(self, tensor: Tensor) -> Tensor:
+        """(b, l, h*p) -> (b, l, h, p)."""
+        return tensor.unflatten(-1, (self.heads, self.headdim))
+
     def x_B_C(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, l, h, p), B and C (b, l, g, n)."""
         x, B, C = xBC.split([self.inner, self.group_state, self.group_state], -1)
-        return (
-            x.unflatten(-1, (self.heads, self.headdim)),
-            B.unflatten(-1, (self.groups, -1)),
-            C.unflatten(-1, (self.groups, -1)),
-        )
+        return self.heads_of(x), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
+
+
+def documents(seq_idx: Tensor | None, row: int, length: int) -> np.ndarray:
+    """The index of the first token of each token's document, -1 for document 0, which the initial state belongs to."""
+    if seq_idx is None:
+        return np.full(length, -1)
+    numbers = array(seq_idx[min(row, len(seq_idx) - 1)])
+    starts = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 1))
+    first = np.repeat(starts, np.diff(starts, append=length))
+    if numbers[0] == 0:
+        first[first == 0] = -1
+    return first
 
 
 @dataclass
@@ -64,79 +78,37 @@ class Call:
     dt_bias: Tensor
     A: Tensor
     D: Tensor
+    initial: Tensor | None
     seq_idx: Tensor | None
-    chunk: int
     limit: ssd.Limit
     silu: bool
     widths: Widths
 
-    def spans(self) -> Iterator[Span]:
-        """The call's tokens in order."""
-        length = self.zxbcdt.shape[1]
-        for start in range(0, length, SPAN):
-            yield Span(self, start, min(start + SPAN, length))
+    def __post_init__(self) -> None:
+        self.dtype = arithmetic(self.zxbcdt)
+        _, _, self.dt = self.widths.parts(self.zxbcdt)
+        self.steps = ssd.step_sizes(self.dt, self.dt_bias, True, self.limit, self.dtype).contiguous()
 
-    def context(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """The convolution's input and its documents for the tokens from `start` to `stop` and the w-1 before."""
-        wanted = self.weight.shape[1] - 1
-        first = max(start - wanted, 0)
-        _, xBC, _ = self.widths.parts(self.zxbcdt[:, first:stop])
-        ids = None if self.seq_idx is None else self.seq_idx[:, first:stop]
-        missing = wanted - (start - first)
-        return (with_context(xBC, missing), ids_with_context(ids, missing)) if missing else (xBC, ids)
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
 
+    def rows(self) -> Iterator[Row]:
+        """The rows of the batch, each ready for its way through the loops."""
+        from nano3.cpu.scan_row import Parameters, Row
 
-class Span:
-    """Some consecutive tokens of a call, on their way through the convolution into the scan."""
+        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+        skip = self.D.reshape(self.widths.heads, -1).expand(-1, self.widths.headdim)
+        taps, bias, A, skip = (t.detach().to(self.dtype).contiguous() for t in (self.weight.t(), bias, self.A, skip))
+        parameters = Parameters(taps, bias, A, skip, self.widths.groups, self.silu)
+        for number, (row, steps) in enumerate(zip(self.zxbcdt.to(self.dtype), self.steps, strict=True)):
+            yield Row(row.contiguous(), steps, documents(self.seq_idx, number, len(row)), parameters)
 
-    def __init__(self, call: Call, start: int, stop: int) -> None:
-        self.call, self.tokens, self.length = call, slice(start, stop), stop - start
-        self.z, _, self.dt = call.widths.parts(call.zxbcdt[:, self.tokens])
-        self.convolution = Convolution(*call.context(start, stop), call.weight, call.bias, call.silu)
-        dtype = arithmetic(call.zxbcdt)
-        step = ssd.step_sizes(self.dt, call.dt_bias, True, call.limit, dtype)
-        ids = entering = None
-        if call.seq_idx is not None:
-            ids, entering = call.seq_idx[:, self.tokens], call.seq_idx[:, start - 1 : start] if start else None
-        plan = ssd.make_plan(ids, self.length, call.chunk, step, entering)
-        x, B, C = call.widths.x_B_C(self.convolution.output())
-        self.scan = ssd.prepare(x, step, call.A, B, C, plan)
-        self.gate = self.z.to(dtype)
-
-    def gated(self, out: Tensor) -> Tensor:
-        """(b, l, h, p) -> (b, l, h*p)."""
-        return out.flatten(2) * F.silu(self.gate)
-
-    def backward(self, states: Tensor, out: Tensor, dout: Tensor, dstate: Tensor, trained: bool) -> SpanGrads:
-        """From the gradients of the gated output (b, l, h*p) and of the state after the span.
-
-        `states` before every chunk, `out` (b, l, h, p) before the gate; `trained`: the parameters want gradients.
-        """
-        call, dtype = self.call, self.gate.dtype
-        dout = dout.to(dtype)
-        dz = silu_backward(dout * out.flatten(2).to(dtype), self.gate)
-        dout = (dout * F.silu(self.gate)).unflatten(-1, out.shape[2:])
-        g = ssd.scan_backward(self.scan, states, call.A, call.D, dout, dstate, trained)
-        ddt = ssd.step_sizes_backward(g.dt, self.dt, call.dt_bias, True, call.limit)
-        dconv = torch.cat([g.x.flatten(2), g.B.flatten(2), g.C.flatten(2)], -1)
-        dpadded, dweight, dbias = self.convolution.backward(dconv, trained)
-        return SpanGrads(dz, dpadded, ddt, g.initial, (dweight, dbias, ddt.sum((0, 1)), g.A, g.D))
-
-
-@dataclass
-class SpanGrads:
-    """Gradients of a span."""
-
-    z: Tensor  # (b, l, h*p)
-    padded: Tensor  # (b, w-1 + l, h*p + 2*g*n): of the tokens before the span as well
-    dt: Tensor  # (b, l, h)
-    state: Tensor  # (b, h, p, n), of the state before the span
-    parameters: tuple[Tensor | None, ...]  # conv1d_weight, conv1d_bias, dt_bias, A, D
-
-
-def total(parts: tuple[Tensor | None, ...], like: Tensor | None) -> Tensor | None:
-    """The sum of the spans' gradients of a parameter, None where it has none."""
-    return None if parts[0] is None else ssd.cast(torch.stack(parts).sum(0), like)  # type: ignore[arg-type]
+    def states(self) -> Tensor:
+        """Those before the first token, (b, h, p, n)."""
+        if self.initial is not None:
+            return self.initial.to(self.dtype)
+        state = self.widths.group_state // self.widths.groups
+        return torch.zeros(len(self.zxbcdt), self.widths.heads, self.widths.headdim, state, dtype=self.dtype)
 
 
 class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
@@ -150,58 +122,52 @@ class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
     def forward(
         ctx: Any,
         zxbcdt: Tensor,
-        conv1d_weight: Tensor,
-        conv1d_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
         dt_bias: Tensor,
         A: Tensor,
         D: Tensor,
-        chunk_size: int,
-        initial_states: Tensor | None,
+        initial: Tensor | None,
         seq_idx: Tensor | None,
-        dt_limit: ssd.Limit,
+        limit: ssd.Limit,
         silu: bool,
-        headdim: int | None,
-        ngroups: int,
+        widths: Widths,
     ) -> tuple[Tensor, Tensor]:
-        widths = Widths(zxbcdt, conv1d_weight, D, headdim, ngroups)
-        inputs = (zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, seq_idx)
-        call = Call(*inputs, chunk_size, dt_limit, silu, widths)
-        out_x = zxbcdt.new_empty(*zxbcdt.shape[:2], widths.heads, widths.headdim)
-        y = zxbcdt.new_empty(*zxbcdt.shape[:2], widths.inner)
-        state: Any = initial_states
-        for span in call.spans():
-            states, state = span.scan.states(state)
-            out = ssd.scan_forward(span.scan, states, D, span.length)
-            out_x[:, span.tokens] = out
-            y[:, span.tokens] = span.gated(out)
-        ctx.save_for_backward(zxbcdt, conv1d_weight, conv1d_bias, out_x, A, D, dt_bias, initial_states, seq_idx)
-        ctx.chunk_size, ctx.dt_limit, ctx.silu = chunk_size, dt_limit, silu
-        ctx.widths = widths
-        return y, state
+        call = Call(zxbcdt, weight, bias, dt_bias, A, D, initial, seq_idx, limit, silu, widths)
+        before, out = (call.new(*zxbcdt.shape[:2], widths.heads, widths.headdim) for _ in range(2))
+        states = zip(call.rows(), call.states(), before, out, strict=True)
+        final = torch.stack([row.forward(state, *outputs) for row, state, *outputs in states])
+        kept = before.to(zxbcdt.dtype)
+        ctx.save_for_backward(zxbcdt, weight, bias, kept, A, D, dt_bias, initial, seq_idx)
+        ctx.limit, ctx.silu, ctx.widths = limit, silu, widths
+        return out.flatten(2).to(zxbcdt.dtype), final
 
     @staticmethod
     @ssd.full_precision
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        zxbcdt, weight, bias, out_x, A, D, dt_bias, initial, seq_idx = ctx.saved_tensors
-        call = Call(zxbcdt, weight, bias, dt_bias, A, D, seq_idx, ctx.chunk_size, ctx.dt_limit, ctx.silu, ctx.widths)
-        inputs, trained = (weight, bias, dt_bias, A, D), any(ctx.needs_input_grad[1:6])
-        spans, before, state = list(call.spans()), [], initial
-        for span in spans:
-            states, state = span.scan.states(state)
-            before.append(states)
-        dzxbcdt = torch.empty_like(zxbcdt)
-        dz, dxBC, ddt = ctx.widths.parts(dzxbcdt)
-        parameters: list[tuple[Tensor | None, ...]] = []
-        dstate, later, context = grads[1], None, weight.shape[1] - 1
-        for span, states in zip(reversed(spans), reversed(before), strict=True):
-            g = span.backward(states, out_x[:, span.tokens], grads[0][:, span.tokens], dstate, trained)
-            if later is not None:
-                g.padded[:, span.length :] += later
-            dz[:, span.tokens], dxBC[:, span.tokens], ddt[:, span.tokens] = g.z, g.padded[:, context:], g.dt
-            dstate, later = g.state, g.padded[:, :context]
-            parameters.append(g.parameters)
-        totals = (total(parts, like) for parts, like in zip(zip(*parameters, strict=True), inputs, strict=True))
-        return dzxbcdt, *totals, None, ssd.cast(dstate, initial), *(None,) * 5
+        from nano3.cpu.scan_row_backward import Backward, Gradients, Sums
+
+        zxbcdt, weight, bias, kept, A, D, dt_bias, initial, seq_idx = ctx.saved_tensors
+        call = Call(zxbcdt, weight, bias, dt_bias, A, D, initial, seq_idx, ctx.limit, ctx.silu, ctx.widths)
+        before, dout = kept.to(call.dtype), call.widths.heads_of(grads[0]).to(call.dtype).contiguous()
+        rows, ddt, decays = (call.new(*shape) for shape in (zxbcdt.shape, call.dt.shape, call.dt.shape))
+        sums = None
+        if any(ctx.needs_input_grad[1:6]):
+            shapes = (weight.shape[::-1], weight.shape[:1], before.shape[2:])
+            sums = Sums(*(call.new(*shape).zero_() for shape in shapes))
+        parts = zip(call.rows(), call.states(), before, dout, grads[1], rows, ddt, decays, strict=True)
+        states = [
+            Backward(row, own, asked, Gradients(drow, dsteps, dlogs, sums)).run(state, dstate)
+            for row, state, own, asked, dstate, drow, dsteps, dlogs in parts
+        ]
+        rows[..., -ctx.widths.heads :] = ddt = ssd.step_sizes_backward(ddt, call.dt, dt_bias, True, call.limit)
+        parameters: tuple[Tensor | None, ...] = (None,) * 5
+        if sums is not None:
+            dD, dA = sums.skip if D.dim() == 2 else sums.skip.sum(1), (decays * call.steps).sum((0, 1))
+            found = (sums.taps.t(), sums.bias, ddt.sum((0, 1)), dA, dD)
+            wanted = (weight, bias, dt_bias, A, D)
+            parameters = tuple(ssd.cast(grad, like) for grad, like in zip(found, wanted, strict=True))
+        return rows.to(zxbcdt.dtype), *parameters, ssd.cast(torch.stack(states), initial), *(None,) * 4
 
 
 def mamba_split_conv1d_scan_combined(
@@ -245,19 +211,32 @@ def mamba_split_conv1d_scan_combined(
         )
     if activation not in ACTIVATIONS:
         raise NotImplementedError(f"activation {activation!r}: use one of None, 'silu', 'swish'")
-    out, final = MambaSplitConv1dScanCombinedFn.apply(
-        zxbcdt,
-        conv1d_weight,
-        conv1d_bias,
-        dt_bias,
-        A,
-        D,
-        chunk_size,
-        initial_states,
-        seq_idx,
-        dt_limit,
-        activation is not None,
-        headdim,
-        ngroups,
-    )
+    widths = Widths(zxbcdt, conv1d_weight, D, headdim, ngroups)
+    inputs = (zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, initial_states, seq_idx, dt_limit)
+    if zxbcdt.device.type == "cpu":
+        out, final = MambaSplitConv1dScanCombinedFn.apply(*inputs, activation is not None, widths)
+    else:
+        out, final = one_after_the_other(*inputs, activation, widths, chunk_size)
     return (out, final) if return_final_states else out
+
+
+def one_after_the_other(
+    zxbcdt: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    initial: Tensor | None,
+    seq_idx: Tensor | None,
+    limit: ssd.Limit,
+    activation: str | None,
+    widths: Widths,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """The same in PyTorch's operations, on any device: the convolution, then scan and gate."""
+    z, xBC, dt = widths.parts(zxbcdt)
+    x, B, C = widths.x_B_C(causal_conv1d_fn(xBC.mT, weight, bias, seq_idx, activation=activation).mT)
+    inputs = (x, dt, A, B, C, chunk, D, widths.heads_of(z), dt_bias, initial, seq_idx)
+    out, final = mamba_chunk_scan_combined(*inputs, dt_softplus=True, dt_limit=limit, return_final_states=True)
+    return out.flatten(2), final

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
+from nano3.cpu.products import product
 from nano3.cpu.te.base import TransformerEngineBaseModule, initialize, refuse
 from nano3.cpu.te.norm import rms_norm
 
@@ -34,18 +35,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
-        torch.mm(x.flatten(0, -2), weight.t(), out=out.view(-1, weight.shape[0]))
-        return out
+        return product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        rows, dx, dweight = grads[0].flatten(0, -2), None, None
-        if ctx.needs_input_grad[0]:
-            dx = torch.mm(rows, weight).view(*grads[0].shape[:-1], -1)
-        if x is not None:
-            dweight = torch.mm(rows.t(), x.flatten(0, -2))
+        dx = product(grads[0], weight.t()) if ctx.needs_input_grad[0] else None
+        dweight = None if x is None else torch.mm(grads[0].flatten(0, -2).t(), x.flatten(0, -2))
         return dx, dweight
 
 

@@ -8,30 +8,29 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from nano3.cpu.rms import normalize, normalize_backward
 from nano3.cpu.te.base import TransformerEngineBaseModule, refuse
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Saves input, weight and 1/rms (..., 1), as the original does. PyTorch's own is a dozen passes over memory."""
+    """Saves input, weight and 1/rms (..., 1), as the original does."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, rstd = normalize(wide, weight.to(wide.dtype), eps, x.shape[-1])
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight.to(wide.dtype)).to(x.dtype)
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, weight, rstd = ctx.saved_tensors
         wide, dy = x.to(rstd.dtype), grads[0].to(rstd.dtype)
         dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = normalize_backward(dy, wide, weight.to(rstd.dtype), rstd).to(x.dtype)
         if ctx.needs_input_grad[1]:
             dweight = (dy * wide).mul_(rstd).flatten(0, -2).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            dnormal = dy * weight.to(rstd.dtype)
-            along = (dnormal * wide).mean(-1, keepdim=True).mul_(rstd * rstd * rstd)
-            dx = dnormal.mul_(rstd).addcmul_(wide, along, value=-1).to(x.dtype)
         return dx, dweight, None
 
 
