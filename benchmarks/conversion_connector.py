@@ -14,9 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from conversion.model_folder import torch_dtype
-from conversion.plan import make_plan
-from conversion.safetensors_io import HFFolder
+from conversion.checkpoint.model_folder import torch_dtype
+from conversion.checkpoint.plan import make_plan
+from conversion.checkpoint.safetensors_io import HFFolder
 
 
 def main(source: Path, out: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from conversion.calibrate import Activations
-from conversion.fp8 import Selection
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.scan import scan
+from conversion.fp8.calibrate import Activations
+from conversion.fp8.selection import Selection
 from conversion.quantize_fp8 import weight_scales, write
-from conversion.safetensors_io import HFFolder
-from conversion.scan import scan
 
 
 def main(source: Path, out: Path) -> None:

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conversion.folders import HF_KIND
-from conversion.layout import Layout
-from conversion.names import adaptable, adapter_shapes
-from conversion.parallel import in_parallel
-from conversion.plan import PREFIX
-from conversion.safetensors_writer import PIECE, SafetensorsWriter
-from conversion.work import work_folder
+from conversion.checkpoint.folders import HF_KIND
+from conversion.checkpoint.layout import Layout
+from conversion.checkpoint.names import adaptable, adapter_shapes
+from conversion.checkpoint.parallel import in_parallel
+from conversion.checkpoint.plan import PREFIX
+from conversion.checkpoint.safetensors_writer import PIECE, SafetensorsWriter
+from conversion.checkpoint.work import work_folder
 from nano3.arch import Arch
 from nano3.targets import PRESETS, select
 

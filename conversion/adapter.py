@@ -17,27 +17,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.certificate import folder_sha256
-from conversion.facts import content_hash
-from conversion.folders import WEIGHTS, progress, refuse_overlap, require_adapter, require_space
+from conversion.adapters.lora_json import read_lora_json
+from conversion.adapters.peft_names import CONFIG, CONSUMERS, FACTS, check_consumer
+from conversion.adapters.peft_names import WEIGHTS as PEFT_WEIGHTS
+from conversion.certificates.certificate import folder_sha256
+from conversion.checkpoint.facts import content_hash
+from conversion.checkpoint.folders import WEIGHTS, progress, refuse_overlap, require_adapter, require_space
+from conversion.checkpoint.layout import Layout, TensorTable, make_header
+from conversion.checkpoint.parallel import in_parallel
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.safetensors_writer import SafetensorsWriter
+from conversion.checkpoint.scan import facts_of
+from conversion.checkpoint.work import work_folder
 from conversion.identity import refuse_other_base
-from conversion.layout import Layout, TensorTable, make_header
-from conversion.lora_json import read_lora_json
-from conversion.parallel import in_parallel
-from conversion.peft_names import CONFIG, CONSUMERS, FACTS, check_consumer
-from conversion.peft_names import WEIGHTS as PEFT_WEIGHTS
-from conversion.safetensors_io import HFFolder
-from conversion.safetensors_writer import SafetensorsWriter
-from conversion.scan import facts_of
-from conversion.work import work_folder
 from nano3.arch import Arch, resolve_model
-from nano3.checkpoint_folder import record_files
+from nano3.checkpoints.checkpoint_folder import record_files
 from nano3.cli import UserError, check_output, fresh_output, run
 
 if TYPE_CHECKING:
     import torch
 
-    from conversion.adapter_folder import Adapter
+    from conversion.adapters.adapter_folder import Adapter
 
 PEFT_KIND = "peft-adapter"
 KIND = "lora-adapter"
@@ -51,8 +51,8 @@ def export(folder: Path, out: Path, consumer: str) -> int:
     assert info.base_config is not None  # `read_lora_json` demands it
     arch = Arch.from_config(info.base_config, f"{folder}/lora.json")
     check_consumer(consumer, arch, info, info.sizes(arch))
-    from conversion.adapter_folder import Adapter
-    from conversion.peft_export import config, pieces
+    from conversion.adapters.adapter_folder import Adapter
+    from conversion.adapters.peft_export import config, pieces
 
     adapter = Adapter(folder, arch)
     made = {piece.key: piece for piece in pieces(adapter, consumer)}
@@ -76,8 +76,8 @@ def export(folder: Path, out: Path, consumer: str) -> int:
 
 def import_peft(folder: Path, base: Path, out: Path) -> Adapter:
     """Writes the PEFT adapter `folder` of the model `base` as one of ours. `UserError` before anything is written."""
-    from conversion.adapter_folder import Adapter
-    from conversion.peft_file import is_peft
+    from conversion.adapters.adapter_folder import Adapter
+    from conversion.adapters.peft_file import is_peft
 
     refuse_overlap(out, folder, base)
     check_output(out, KIND)
@@ -109,7 +109,7 @@ def _write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    from conversion.torch_dist_writer import BACKENDS
+    from conversion.checkpoint.torch_dist_writer import BACKENDS
 
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True), no_dist=True)
     torch.save({}, folder / "common.pt")

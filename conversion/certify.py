@@ -18,16 +18,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conversion.certificate import side_digests
-from conversion.certificate_json import chain, read_certificate, said
-from conversion.consistency import contradictions
-from conversion.facts import Facts
-from conversion.folders import side_folder
-from conversion.model_card import model_card, read_readme
-from conversion.nemo_folder import NemoFolder, named_model, open_model
-from conversion.recompute import wrong_numbers, wrong_scales
-from conversion.safetensors_io import FOREIGN_WEIGHTS
-from conversion.scan import facts_of
+from conversion.certificates.certificate import side_digests
+from conversion.certificates.certificate_json import chain, read_certificate, said
+from conversion.certificates.consistency import contradictions
+from conversion.certificates.model_card import model_card, read_readme
+from conversion.certificates.recompute import wrong_numbers, wrong_scales
+from conversion.checkpoint.facts import Facts
+from conversion.checkpoint.folders import side_folder
+from conversion.checkpoint.nemo_folder import NemoFolder, named_model, open_model
+from conversion.checkpoint.safetensors_io import FOREIGN_WEIGHTS
+from conversion.checkpoint.scan import facts_of
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.cli import UserError, run
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from conversion.golden_file import Golden
+from conversion.fp8.golden_file import Golden
 from nano3.cli import UserError, run
 
 KEY_VARIABLE = "VLLM_API_KEY"

@@ -16,14 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.folders import HF_KIND, copy_files, refuse_overlap
-from conversion.fp8 import scale_problem
+from conversion.checkpoint.folders import HF_KIND, copy_files, refuse_overlap
+from conversion.checkpoint.layout import FP8, Layout
+from conversion.checkpoint.plan import row_steps
+from conversion.checkpoint.rewrite import STEP_BYTES, Passage, rewrite
+from conversion.checkpoint.safetensors_io import HFFolder, side_files
+from conversion.checkpoint.work import work_folder
+from conversion.fp8.selection import scale_problem
 from conversion.identity import source_files
-from conversion.layout import FP8, Layout
-from conversion.plan import row_steps
-from conversion.rewrite import STEP_BYTES, Passage, rewrite
-from conversion.safetensors_io import HFFolder, side_files
-from conversion.work import work_folder
 from nano3.cli import UserError, check_output, run
 
 if TYPE_CHECKING:

@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from conversion.certificate_json import read_certificate
-from conversion.folders import CERTIFICATE
-from conversion.golden_file import Golden, Tolerance
-from conversion.layout import FP8
-from conversion.safetensors_io import HFFolder
+from conversion.certificates.certificate_json import read_certificate
+from conversion.checkpoint.folders import CERTIFICATE
+from conversion.checkpoint.layout import FP8
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.fp8.golden_file import Golden, Tolerance
 from nano3.arch import resolve_model
 from nano3.cli import UserError, hidden_prefix, run, tidy
 
 if TYPE_CHECKING:
     import torch
 
-    from conversion.layerwise import Hidden
+    from conversion.fp8.layerwise import Hidden
     from nano3.fp8_emulation import ActivationScales
 
 LONGEST = 4096
@@ -120,7 +120,7 @@ def logprobs(
     """
     from tqdm import tqdm
 
-    from conversion.layerwise import Hidden
+    from conversion.fp8.layerwise import Hidden
 
     reached = 0
     tidy(beside)
@@ -136,7 +136,7 @@ def _through_layer(hf: HFFolder, hidden: Hidden, number: int, scales: Activation
     """One layer, which is let go of before the next is built; returns how many routed experts got a token."""
     import torch
 
-    from conversion.layerwise import build_layer, count_tokens
+    from conversion.fp8.layerwise import build_layer, count_tokens
 
     model = build_layer(hf, number, hidden.dtype)
     counts = torch.zeros(hf.arch.n_routed_experts, dtype=torch.long)
@@ -152,7 +152,7 @@ def _of_prompt(hf: HFFolder, hidden: Hidden, number: int, ids: np.ndarray) -> np
     """The last norm and lm_head, a few rows of the vocabulary at a time."""
     import torch
 
-    from conversion.plan import row_steps
+    from conversion.checkpoint.plan import row_steps
 
     arch, state = hf.arch, hidden[number][:-1].float()
     norm = hf.rows("backbone.norm_f.weight", 0, arch.hidden_size).to(hidden.dtype).float()

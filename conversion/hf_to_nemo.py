@@ -15,15 +15,15 @@ import shutil
 import time
 from pathlib import Path
 
-from conversion.certificate import Claim, write_certificate
-from conversion.facts import Fact, content_hash
-from conversion.folders import CONTEXT, LAYOUT, NEMO_KIND, SIDE, copy_files, progress, rate, refuse_overlap
+from conversion.certificates.certificate import Claim, write_certificate
+from conversion.certificates.revision import base_revision
+from conversion.checkpoint.facts import Fact, content_hash
+from conversion.checkpoint.folders import CONTEXT, LAYOUT, NEMO_KIND, SIDE, copy_files, progress, rate, refuse_overlap
+from conversion.checkpoint.model_folder import ModelFolder
+from conversion.checkpoint.plan import CHUNK_BYTES, Plan, make_plan
+from conversion.checkpoint.safetensors_io import HFFolder, side_files
+from conversion.checkpoint.work import Work, work_folder
 from conversion.identity import record, source_files
-from conversion.model_folder import ModelFolder
-from conversion.plan import CHUNK_BYTES, Plan, make_plan
-from conversion.revision import base_revision
-from conversion.safetensors_io import HFFolder, side_files
-from conversion.work import Work, work_folder
 from nano3.arch import resolve_model
 from nano3.cli import check_output, run
 from nano3.quiet import quiet_imports
@@ -50,7 +50,7 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
 
 def write_checkpoint(work: Work, model: ModelFolder, plan: Plan, context: bool) -> dict[str, Fact]:
     """Writes all of a NeMo checkpoint but what it says of its origin; returns the facts of its tensors."""
-    from conversion.torch_dist_writer import write_weights
+    from conversion.checkpoint.torch_dist_writer import write_weights
 
     with progress(plan.total_bytes, "weights") as bar:
         facts = write_weights(work, plan, model, bar.update)

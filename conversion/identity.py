@@ -1,4 +1,4 @@
-"""Which base model an adapter or a checkpoint belongs to, by content hash (conversion/facts.py).
+"""Which base model an adapter or a checkpoint belongs to, by content hash (conversion/checkpoint/facts.py).
 
     python conversion/identity.py MODEL
 
@@ -14,11 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conversion.facts import Facts, content_hash
-from conversion.nemo_folder import named_model, open_model
-from conversion.safetensors_io import HFFolder
-from conversion.scan import facts_of
-from nano3.base_identity import FILE
+from conversion.checkpoint.facts import Facts, content_hash
+from conversion.checkpoint.nemo_folder import named_model, open_model
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.scan import facts_of
+from nano3.checkpoints.base_identity import FILE
 from nano3.cli import UserError, run
 
 
@@ -31,7 +31,7 @@ def source_files(hf: HFFolder) -> dict[str, list[int]]:
 def record(checkpoint: Path, facts: Facts, base: dict[str, str], source: HFFolder | None = None) -> None:
     """Writes `base.json` into a NeMo checkpoint whose tensors have `facts`.
 
-    `base` says what it descends from (conversion/revision.py), `source` is the folder that has the same tensors.
+    `base` says what it descends from (certificates/revision.py), `source` is the folder that has the same tensors.
     """
     content: dict[str, Any] = {"sha256": content_hash(facts), "base": base}
     if source is not None:

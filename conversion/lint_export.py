@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conversion.fp8 import KV_SCALES, SCALES, matrices, scale_problem
-from conversion.layout import FP8
-from conversion.plan import row_steps
-from conversion.readers import READERS, loaded_modules, vllm_cache_scale
-from conversion.safetensors_io import HFFolder
+from conversion.checkpoint.layout import FP8
+from conversion.checkpoint.plan import row_steps
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.fp8.readers import READERS, loaded_modules, vllm_cache_scale
+from conversion.fp8.selection import KV_SCALES, SCALES, matrices, scale_problem
 from nano3.cli import UserError, run
 
 EVERYONE = "every reader"

@@ -18,25 +18,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.certificate import Claim, folder_sha256, previous_certificate, write_certificate
-from conversion.facts import Fact
-from conversion.folders import HF_KIND, NEMO_KIND, copy_files, refuse_overlap, require_adapter
+from conversion.adapters.merged import Merged
+from conversion.adapters.peft_names import CONFIG as PEFT_CONFIG
+from conversion.adapters.training_run import training_facts
+from conversion.certificates.certificate import Claim, folder_sha256, previous_certificate, write_certificate
+from conversion.checkpoint.facts import Fact
+from conversion.checkpoint.folders import HF_KIND, NEMO_KIND, copy_files, refuse_overlap, require_adapter
+from conversion.checkpoint.nemo_folder import named_model, open_model
+from conversion.checkpoint.plan import CHUNK_BYTES, make_plan
+from conversion.checkpoint.rewrite import Passage, rewrite
+from conversion.checkpoint.safetensors_io import side_files
+from conversion.checkpoint.scan import scan
+from conversion.checkpoint.work import Work, check_room, work_folder
 from conversion.hf_to_nemo import write_checkpoint
 from conversion.identity import record, refuse_other_base
-from conversion.merged import Merged
-from conversion.nemo_folder import named_model, open_model
-from conversion.peft_names import CONFIG as PEFT_CONFIG
-from conversion.plan import CHUNK_BYTES, make_plan
 from conversion.push import add_push, asked_hub, push
-from conversion.rewrite import Passage, rewrite
-from conversion.safetensors_io import side_files
-from conversion.scan import scan
-from conversion.training_run import training_facts
-from conversion.work import Work, check_room, work_folder
 from nano3.cli import UserError, check_output, run
 
 if TYPE_CHECKING:
-    from conversion.adapter_folder import Adapter
+    from conversion.adapters.adapter_folder import Adapter
 
 
 @dataclass
@@ -73,7 +73,7 @@ def merge(base: Path, adapter_folder: Path, out: Path, nemo: bool = False, conte
     if not (adapter_folder / PEFT_CONFIG).is_file():
         require_adapter(adapter_folder)
     with open_model(base) as model:
-        from conversion.adapter_folder import Adapter
+        from conversion.adapters.adapter_folder import Adapter
 
         adapter = Adapter(adapter_folder, model.arch)
         same_routers = adapter.check_base(model.rows)

@@ -24,7 +24,7 @@ from nemo.lightning.io.artifact import DirOrStringArtifact
 from nemo.lightning.io.pl import TrainerContext
 
 from conversion import hf_to_nemo, nemo_to_hf
-from conversion.folders import SIDE
+from conversion.checkpoint.folders import SIDE
 from nano3.arch import Arch
 from nano3.quiet import quiet
 

@@ -14,22 +14,22 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.certificate import Claim, write_certificate
-from conversion.folders import HF_KIND, copy_files, progress, rate, refuse_overlap
-from conversion.magnitude import largest_magnitude, refuse_not_finite
-from conversion.nemo_folder import NemoFolder
-from conversion.parallel import in_parallel, scratch
-from conversion.plan import Planned
+from conversion.certificates.certificate import Claim, write_certificate
+from conversion.checkpoint.folders import HF_KIND, copy_files, progress, rate, refuse_overlap
+from conversion.checkpoint.magnitude import largest_magnitude, refuse_not_finite
+from conversion.checkpoint.nemo_folder import NemoFolder
+from conversion.checkpoint.parallel import in_parallel, scratch
+from conversion.checkpoint.plan import Planned
+from conversion.checkpoint.safetensors_io import side_files
+from conversion.checkpoint.safetensors_writer import PIECE, SafetensorsWriter
+from conversion.checkpoint.units import Unit, names, units
+from conversion.checkpoint.work import check_room, work_folder
 from conversion.push import add_push, asked_hub, push
-from conversion.safetensors_io import side_files
-from conversion.safetensors_writer import PIECE, SafetensorsWriter
-from conversion.units import Unit, names, units
-from conversion.work import check_room, work_folder
 from nano3.arch import resolve_model
 from nano3.cli import check_output, run
 
 if TYPE_CHECKING:
-    from conversion.torch_dist import TorchDistReader
+    from conversion.checkpoint.torch_dist import TorchDistReader
 
 
 def convert(source: Path, out: Path, hf: Path | None = None) -> int:

@@ -14,12 +14,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from conversion.certificate_json import read_certificate
+from conversion.certificates.certificate_json import read_certificate
+from conversion.certificates.model_card import model_card, read_readme
 from conversion.certify import verify
-from conversion.folders import CARD, CERTIFICATE
-from conversion.layout import INDEX, Layout
-from conversion.model_card import model_card, read_readme
-from conversion.safetensors_io import WEIGHT_ENDS, side_files
+from conversion.checkpoint.folders import CARD, CERTIFICATE
+from conversion.checkpoint.layout import INDEX, Layout
+from conversion.checkpoint.safetensors_io import WEIGHT_ENDS, side_files
 from nano3.arch import is_nemo_checkpoint
 from nano3.cli import UserError, run
 

@@ -17,17 +17,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.certificate import Claim, norm_ratio, previous_certificate, write_certificate
-from conversion.facts import Fact
-from conversion.folders import HF_KIND, copy_files, refuse_overlap
-from conversion.fp8 import E4M3_MAX, KV_SCALES, Selection
-from conversion.layout import Layout
-from conversion.plan import row_steps
+from conversion.certificates.certificate import Claim, norm_ratio, previous_certificate, write_certificate
+from conversion.checkpoint.facts import Fact
+from conversion.checkpoint.folders import HF_KIND, copy_files, refuse_overlap
+from conversion.checkpoint.layout import Layout
+from conversion.checkpoint.plan import row_steps
+from conversion.checkpoint.rewrite import STEP_BYTES, Change, Passage, rewrite
+from conversion.checkpoint.safetensors_io import HFFolder, side_files
+from conversion.checkpoint.scan import scan
+from conversion.checkpoint.work import check_room, work_folder
+from conversion.fp8.selection import E4M3_MAX, KV_SCALES, Selection
 from conversion.push import add_push, asked_hub, push
-from conversion.rewrite import STEP_BYTES, Change, Passage, rewrite
-from conversion.safetensors_io import HFFolder, side_files
-from conversion.scan import scan
-from conversion.work import check_room, work_folder
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError, check_output, run, tidy
 from nano3.token_store import TokenStore
@@ -35,7 +35,7 @@ from nano3.token_store import TokenStore
 if TYPE_CHECKING:
     import torch
 
-    from conversion.calibrate import Activations
+    from conversion.fp8.calibrate import Activations
 
 
 def to_codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def weight_scales(largest: dict[str, float], selection: Selection) -> dict[str, 
 
 def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) -> Activations:
     """Calibrates, then writes the FP8 checkpoint `out`; returns what calibration found. Raises `UserError`."""
-    from conversion.calibrate import calibrate, scratch_bytes
+    from conversion.fp8.calibrate import calibrate, scratch_bytes
 
     refuse_overlap(out, source)
     tidy(check_output(out, HF_KIND))  # a killed calibration leaves gigabytes

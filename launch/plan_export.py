@@ -16,7 +16,7 @@ PROCESS = GIB
 """Margin: Python with torch, transformers and ModelOpt (0.72 GiB when measured)."""
 THREADS, CHUNK, STEP = 8, 64 * MIB, 16 * MIB
 """Of the streaming scripts: threads at most, bytes of a thread's buffer, bytes of a piece of arithmetic
-(conversion/parallel.py, plan.py, rewrite.py; tests/test_plan_export.py holds them equal)."""
+(conversion/checkpoint/parallel.py, plan.py, rewrite.py; tests/test_plan_export.py holds them equal)."""
 PIECES = 6
 """Pieces that a thread has in work: old and new values, a delta, their FP32 copies, a temporary."""
 FP32 = 4

@@ -1,7 +1,7 @@
 """What one rank holds of the model and of its adapters: every tensor of it, from the architecture and the layout alone.
 
 Imports neither torch nor NeMo. The shapes are those of megatron-core 0.16.1's `MambaModel` on its stock spec and of the
-adapters in `nano3.adapters`; tests/test_memory_plan.py compares them, byte for byte, with builds on the meta device.
+adapters in `nano3.lora`; tests/test_memory_plan.py compares them, byte for byte, with builds on the meta device.
 """
 
 from __future__ import annotations

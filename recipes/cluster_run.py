@@ -20,7 +20,7 @@ from launch.slurm import Job, render
 from launch.slurm_queue import follow, status
 from launch.slurm_queue import submit as hand_over
 from nano3.arch import Arch
-from nano3.checkpoint_folder import clear_unfinished, newest
+from nano3.checkpoints.checkpoint_folder import clear_unfinished, newest
 from nano3.cli import UserError, fresh_output, owner_of, run
 from recipes.checks import plan_of
 from recipes.local_run import KIND, import_base, last_checkpoint, refuse_finished

@@ -114,8 +114,8 @@ def train(out: Path, ranks: int) -> dict[str, Any]:
 
 def router_unchanged(adapter: Path, *folders: Path) -> bool:
     """Whether the routers of these Hugging Face folders are, bit for bit, those that training hashed at its end."""
-    from conversion.adapter_folder import Adapter
-    from conversion.safetensors_io import HFFolder
+    from conversion.adapters.adapter_folder import Adapter
+    from conversion.checkpoint.safetensors_io import HFFolder
 
     unchanged = True
     for folder in folders:
@@ -132,7 +132,7 @@ def export_fp8(out: Path, base: Path, merged: Path) -> dict[str, Any]:
     """Writes OUT/fp8, checks it and reads it back to OUT/fp8-plain; returns what the report says about it."""
     from conversion.certify import verify
     from conversion.dequantize import dequantize
-    from conversion.fp8 import Selection
+    from conversion.fp8.selection import Selection
     from conversion.lint_export import lint
     from conversion.quantize_fp8 import calibration_samples, quantize
     from nano3.arch import Arch

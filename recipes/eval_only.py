@@ -75,8 +75,8 @@ def evaluation_recipe(task: Run) -> Any:
     import nemo_run as run
     from nemo.collections import llm
 
-    from nano3.adapter_checkpoint import SaveAdapter
-    from nano3.evaluation import Evaluation
+    from nano3.checkpoints.adapter_checkpoint import SaveAdapter
+    from nano3.training.evaluation import Evaluation
 
     training = lora_recipe(task)
     (saver,) = [part for part in training.trainer.callbacks if part.__fn_or_cls__ is SaveAdapter]

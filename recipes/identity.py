@@ -14,11 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conversion.certificate import folder_sha256
+from conversion.certificates.certificate import folder_sha256
 from data_prep.packing import PackedDataset
 from launch.layout import AXES
 from launch.overrides import flatten
-from nano3.base_identity import recorded_sha256
+from nano3.checkpoints.base_identity import recorded_sha256
 from recipes.settings import Run
 
 MAY_CHANGE = ("log.", "checkpoint.", "layout.", "train.divergence", "train.recompute")

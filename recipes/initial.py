@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from conversion.lora_json import read_lora_json
+from conversion.adapters.lora_json import read_lora_json
 from nano3.cli import UserError
 from recipes.settings import LoraSettings
 

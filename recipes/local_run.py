@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conversion.identity import holds
 from nano3.arch import Arch, is_nemo_checkpoint
-from nano3.checkpoint_folder import FOLDER, checkpoints, clear_unfinished, newest, refuse_other_run, step_of
+from nano3.checkpoints.checkpoint_folder import FOLDER, checkpoints, clear_unfinished, newest, refuse_other_run, step_of
 from nano3.cli import UserError, fresh_output, owner_of
 from nano3.lock import alone
 from recipes.settings import Run

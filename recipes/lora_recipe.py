@@ -20,19 +20,19 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
-from nano3.adapter_checkpoint import SaveAdapter
 from nano3.arch import Arch
+from nano3.checkpoints.adapter_checkpoint import SaveAdapter
+from nano3.checkpoints.run_checkpoint import RunCheckpoints
 from nano3.hf_config import read_config
-from nano3.initial_adapter import InitialAdapter
-from nano3.liveness import AdapterLiveness
-from nano3.lora import Nano3LoRA
-from nano3.parameter_groups import is_b, is_magnitude
+from nano3.lora.liveness import AdapterLiveness
+from nano3.lora.lora import Nano3LoRA
+from nano3.lora.parameter_groups import is_b, is_magnitude
 from nano3.pipeline import pipeline_kwargs
 from nano3.router import RouterGuard
-from nano3.run_checkpoint import RunCheckpoints
-from nano3.schedule import Schedule
 from nano3.targets import select
-from nano3.validation import Validation
+from nano3.training.initial_adapter import InitialAdapter
+from nano3.training.schedule import Schedule
+from nano3.training.validation import Validation
 from recipes.checks import check_run
 from recipes.identity import run_identity, run_layout
 from recipes.packed_data import PackedDataModule

@@ -16,8 +16,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from conversion.folders import refuse_overlap
-from conversion.names import adaptable, adapter_shapes
+from conversion.checkpoint.folders import refuse_overlap
+from conversion.checkpoint.names import adaptable, adapter_shapes
 from launch.cluster import CPU, Cluster
 from launch.overrides import apply_overrides, flatten
 from launch.plan_settings import default_layout

@@ -8,12 +8,12 @@ import nemo_run as run
 
 from launch.overrides import flatten
 from nano3.arch import Arch
-from nano3.details import StepDetails
 from nano3.flops import StepFlops
-from nano3.memory_advice import MemoryAdvice
-from nano3.progress import Progress
 from nano3.targets import select, sizes
-from nano3.views import TensorBoard, WeightsAndBiases
+from nano3.training.details import StepDetails
+from nano3.training.memory_advice import MemoryAdvice
+from nano3.training.progress import Progress
+from nano3.training.views import TensorBoard, WeightsAndBiases
 from recipes.settings import Run
 
 

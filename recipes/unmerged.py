@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from conversion.adapter_folder import Adapter, Contribution
+from conversion.adapters.adapter_folder import Adapter, Contribution
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.reference_linears import tap_model

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion.calibrate import calibrate
-from conversion.fp8 import Selection
-from conversion.safetensors_io import HFFolder
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.fp8.calibrate import calibrate
+from conversion.fp8.selection import Selection
 from tests.calibration_cases import CASES
 from tests.tiny import tiny_hf_folder
 

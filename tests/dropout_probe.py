@@ -20,7 +20,7 @@ from nano3.parity.processes import on_ranks
 import torch
 from torch import nn
 
-from nano3.dropout import InputDropout
+from nano3.lora.dropout import InputDropout
 from nano3.parity.case import Case, Sizes
 
 CASE = Case(pattern="MEM*E")

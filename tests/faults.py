@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nano3 import adapter_checkpoint, checkpoint_folder, run_checkpoint
-from nano3.run_checkpoint import RunCheckpoints
+from nano3.checkpoints import adapter_checkpoint, checkpoint_folder, run_checkpoint
+from nano3.checkpoints.run_checkpoint import RunCheckpoints
 
 
 def die() -> None:
@@ -169,7 +169,7 @@ def save_again(_: int) -> None:
 
 def save_initial(_: int) -> None:
     """Writes the adapter that training starts from to OUT/initial, before the first step."""
-    from nano3.initial_adapter import InitialAdapter
+    from nano3.training.initial_adapter import InitialAdapter
 
     start = InitialAdapter.on_train_batch_start
 

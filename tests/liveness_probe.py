@@ -22,13 +22,13 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
-from nano3.adapter_walk import adapted_layers  # noqa: E402
 from nano3.arch import Arch  # noqa: E402
 from nano3.cli import UserError  # noqa: E402
-from nano3.expert_load import ExpertLoad  # noqa: E402
-from nano3.liveness import AdapterLiveness  # noqa: E402
-from nano3.lora import Nano3LoRA  # noqa: E402
+from nano3.lora.adapter_walk import adapted_layers  # noqa: E402
+from nano3.lora.liveness import AdapterLiveness  # noqa: E402
+from nano3.lora.lora import Nano3LoRA  # noqa: E402
 from nano3.targets import PRESETS, select  # noqa: E402
+from nano3.training.expert_load import ExpertLoad  # noqa: E402
 from tests.mcore_model import build  # noqa: E402
 from tests.tiny import TINY_CONFIG  # noqa: E402
 

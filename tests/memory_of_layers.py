@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from conversion.calibrate import calibrate
-from conversion.fp8 import Selection
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.fp8.calibrate import calibrate
+from conversion.fp8.selection import Selection
 from conversion.golden import logprobs
-from conversion.safetensors_io import HFFolder
 from tests.tiny import tiny_hf_folder
 
 

@@ -33,7 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from nano3.arch import Arch, resolve_model
 from nano3.core import build_mcore_model
 from nano3.cpu.cuda import redirected_to
-from nano3.lora import Nano3LoRA
+from nano3.lora.lora import Nano3LoRA
 from nano3.parity.case import PACK, Case
 from nano3.parity.shards import fill
 from nano3.recompute import install_recompute, recompute_kwargs

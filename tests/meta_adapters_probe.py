@@ -13,7 +13,7 @@ from tests.mcore_model import build  # first: it switches the CPU backend on
 # isort: split
 
 from nano3.arch import Arch, resolve_model
-from nano3.lora import Nano3LoRA
+from nano3.lora.lora import Nano3LoRA
 from nano3.targets import PRESETS, select
 from tests.meta_probe import rank_of
 

@@ -21,9 +21,9 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from nano3.adapter_checkpoint import adapter_state, save_adapter  # noqa: E402
 from nano3.arch import Arch  # noqa: E402
-from nano3.lora import Nano3LoRA  # noqa: E402
+from nano3.checkpoints.adapter_checkpoint import adapter_state, save_adapter  # noqa: E402
+from nano3.lora.lora import Nano3LoRA  # noqa: E402
 from nano3.router import RouterGuard  # noqa: E402
 from nano3.targets import PRESETS, select  # noqa: E402
 from tests.mcore_model import build  # noqa: E402

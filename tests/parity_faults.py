@@ -19,8 +19,8 @@ from nano3.parity import worker  # first: it switches the CPU backend on
 import torch
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
-from nano3 import adapters
 from nano3.context_parallel import cut_batch
+from nano3.lora.lora import adapters
 from nano3.parity.case import Case, Sizes
 from nano3.parity.comparison import as_json, compare, run
 

@@ -33,7 +33,7 @@ class Probe(pl.Callback):
         # Not earlier: NeMo adds the adapters and makes the optimizer when the first epoch starts.
         from megatron.core import dist_checkpointing
 
-        from nano3.adapter_checkpoint import adapter_state, save_adapter
+        from nano3.checkpoints.adapter_checkpoint import adapter_state, save_adapter
 
         if not self.initial.exists():
             with torch.no_grad():
@@ -48,7 +48,7 @@ class Probe(pl.Callback):
         self.before = {name: parameter.detach().clone() for name, parameter in self._adapters(pl_module)}
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        from nano3.adapter_checkpoint import save_adapter
+        from nano3.checkpoints.adapter_checkpoint import save_adapter
 
         if "FAULT" not in os.environ:
             check_replicas(pl_module)
@@ -77,7 +77,7 @@ def check_replicas(module: torch.nn.Module) -> None:
     """Adapters of routed experts are whole on every rank of a pipeline stage: equal bit for bit after the update."""
     from megatron.core import parallel_state
 
-    from nano3.lora import SharedExpertsAdapter
+    from nano3.lora.lora import SharedExpertsAdapter
 
     mine = [p.detach() for m in module.modules() if isinstance(m, SharedExpertsAdapter) for p in m.parameters()]
     for group in (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()):
@@ -111,7 +111,7 @@ def check_the_gpu_recipe(task: Run) -> None:
 
 def forget_a_reduction() -> None:
     """A fault that users have met: gradients of shared adapters that stay on their expert-parallel rank."""
-    from nano3 import lora
+    from nano3.lora.lora import lora
 
     make = lora.SharedExpertsAdapter.__init__
 
@@ -125,7 +125,7 @@ def forget_a_reduction() -> None:
 
 def detach_an_adapter() -> None:
     """A fault that no error reports: the adapters of out_proj are computed outside the graph."""
-    from nano3 import lora
+    from nano3.lora.lora import lora
 
     add_to = lora.DenseAdapter.add_to
 

@@ -24,12 +24,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from nano3.arch import Arch  # noqa: E402
 from nano3.core import build_mcore_model, transformer_kwargs  # noqa: E402
-from nano3.expert_load import ExpertLoad  # noqa: E402
-from nano3.lora import Nano3LoRA  # noqa: E402
+from nano3.lora.lora import Nano3LoRA  # noqa: E402
 from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
 from nano3.router import routers  # noqa: E402
 from nano3.targets import PRESETS as TARGETS  # noqa: E402
 from nano3.targets import select  # noqa: E402
+from nano3.training.expert_load import ExpertLoad  # noqa: E402
 from tests.tiny import TINY_CONFIG  # noqa: E402
 
 BOUNDS = (0, 10, 24, 64)

@@ -11,8 +11,8 @@ import torch
 from launch.layout import Layout
 from nano3.arch import Arch
 from nano3.cli import UserError
-from nano3.dora import scale_of, squared_change, squared_lengths
-from nano3.parameter_groups import is_b, is_magnitude
+from nano3.lora.dora import scale_of, squared_change, squared_lengths
+from nano3.lora.parameter_groups import is_b, is_magnitude
 from nano3.targets import PRESETS, Size, select, sizes
 from recipes.checks import check_run
 from recipes.settings import LoraSettings, Run, Settings

@@ -72,7 +72,7 @@ def test_the_names_are_those_of_transformers(tmp_path: Path):
     assert "hybrid_override_pattern" not in written
     assert written["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
     assert Arch.load(tmp_path) == arch(hybrid_override_pattern="ME*-")
-    from conversion.layout import Layout
+    from conversion.checkpoint.layout import Layout
 
     found = {name: entry.shape for name, entry in Layout.read(tmp_path).entries.items()}
     assert found == {name: spec.shape for name, spec in Arch.load(tmp_path).tensors().items()}
@@ -167,5 +167,5 @@ def test_differences_name_the_fields():
 
 
 def test_neither_torch_nor_nemo_is_imported():
-    code = "import sys, nano3.arch, conversion.plan, conversion.safetensors_io; print('torch' in sys.modules)"
+    code = "import sys, nano3.arch, conversion.checkpoint.safetensors_io; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from conversion.safetensors_io import HFFolder
+from conversion.checkpoint.safetensors_io import HFFolder
 from tests.tiny import TINY_CONFIG, tiny_hf_folder
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
-from conversion.torch_dist import TorchDistReader
 from data_prep.packing import build_packs
 from launch.layout import Layout
 from nano3.targets import PRESETS

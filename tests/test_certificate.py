@@ -13,16 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion.certificate import Claim, write_certificate
-from conversion.certificate_json import count_lines, read_certificate
-from conversion.certificate_json import said as lines_of
+from conversion.certificates.certificate import Claim, write_certificate
+from conversion.certificates.certificate_json import count_lines, read_certificate
+from conversion.certificates.certificate_json import said as lines_of
 from conversion.certify import verify
-from conversion.facts import content_hash
-from conversion.fp8 import Selection
+from conversion.checkpoint.facts import content_hash
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.scan import facts_of
+from conversion.fp8.selection import Selection
 from conversion.merge_lora import merge
 from conversion.quantize_fp8 import quantize
-from conversion.safetensors_io import HFFolder
-from conversion.scan import facts_of
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.targets import PRESETS, select

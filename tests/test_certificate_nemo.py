@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conversion.certificate import Claim, write_certificate
+from conversion.certificates.certificate import Claim, write_certificate
 from conversion.certify import verify
-from conversion.facts import content_hash
+from conversion.checkpoint.facts import content_hash
+from conversion.checkpoint.names import VOCABULARY_KEYS
+from conversion.checkpoint.nemo_folder import NemoFolder
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.scan import facts_of
 from conversion.hf_to_nemo import convert
-from conversion.names import VOCABULARY_KEYS
-from conversion.nemo_folder import NemoFolder
-from conversion.safetensors_io import HFFolder
-from conversion.scan import facts_of
 from tests.test_certificate import BIAS, ROUTER, Tensors, nudge, swap
 from tests.tiny import tiny_hf_folder
 

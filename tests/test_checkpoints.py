@@ -8,17 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conversion.facts import content_hash
+from conversion.checkpoint.facts import content_hash
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.scan import facts_of
 from conversion.hf_to_nemo import convert
 from conversion.identity import holds
-from conversion.safetensors_io import HFFolder
-from conversion.scan import facts_of
 from data_prep.packing import build_packs
 from launch.layout import Layout
 from launch.plan_rules import check_packs
 from launch.plan_settings import TrainPlan
-from nano3.base_identity import recorded_sha256
-from nano3.checkpoint_folder import (
+from nano3.checkpoints.base_identity import recorded_sha256
+from nano3.checkpoints.checkpoint_folder import (
     FORMAT,
     check_files,
     checkpoints,
@@ -32,8 +32,8 @@ from nano3.checkpoint_folder import (
     step_folder,
     step_of,
 )
+from nano3.checkpoints.replicas import disagreements
 from nano3.cli import UserError
-from nano3.replicas import disagreements
 from nano3.token_store import TokenStore
 from recipes.identity import run_identity, run_layout
 from recipes.local_run import train

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion import hf_to_nemo, nemo_to_hf
-from conversion import plan as planning
-from conversion.folders import CARD, CERTIFICATE
-from conversion.layout import INDEX, Layout
-from conversion.names import RowBlock, linears, megatron_tensors
-from conversion.plan import make_plan
-from conversion.torch_dist import TorchDistReader
+from conversion.checkpoint import plan as planning
+from conversion.checkpoint.folders import CARD, CERTIFICATE
+from conversion.checkpoint.layout import INDEX, Layout
+from conversion.checkpoint.names import RowBlock, linears, megatron_tensors
+from conversion.checkpoint.plan import make_plan
+from conversion.checkpoint.torch_dist import TorchDistReader
 from nano3.arch import PRESETS, Arch
 from nano3.cli import MARKER, UserError
 from tests.tiny import TINY_CONFIG, tiny_hf_folder

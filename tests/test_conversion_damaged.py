@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from conversion import hf_to_nemo, torch_dist_writer
-from conversion.layout import INDEX
+from conversion import hf_to_nemo
+from conversion.checkpoint import torch_dist_writer
+from conversion.checkpoint.layout import INDEX
 from nano3.cli import UserError
 from tests.test_conversion import edit_index, resave, truncate
 from tests.test_conversion_killed import TOOLS

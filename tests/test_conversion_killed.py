@@ -15,18 +15,19 @@ from typing import Any
 
 import pytest
 
-from conversion import hf_to_nemo, nemo_to_hf, safetensors_writer, torch_dist_writer
-from conversion.calibrate import Activations
+from conversion import hf_to_nemo, nemo_to_hf
 from conversion.certify import verify
-from conversion.folders import CERTIFICATE, WEIGHTS
-from conversion.fp8 import Selection
-from conversion.layout import Layout
+from conversion.checkpoint import safetensors_writer, torch_dist_writer
+from conversion.checkpoint.folders import CERTIFICATE, WEIGHTS
+from conversion.checkpoint.layout import Layout
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.scan import scan
+from conversion.checkpoint.torch_dist import TorchDistReader
+from conversion.checkpoint.work import work_folder
+from conversion.fp8.calibrate import Activations
+from conversion.fp8.selection import Selection
 from conversion.merge_lora import merge
 from conversion.quantize_fp8 import weight_scales, write
-from conversion.safetensors_io import HFFolder
-from conversion.scan import scan
-from conversion.torch_dist import TorchDistReader
-from conversion.work import work_folder
 from nano3.cli import UserError
 from tests.test_merge import write_adapter
 from tests.tiny import TINY_CONFIG, tiny_hf_folder

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from conversion.checkpoint.plan import make_plan
 from conversion.hf_to_nemo import convert
 from conversion.nemo_to_hf import convert as to_hf
-from conversion.plan import make_plan
 from data_prep.packing import build_packs
 from nano3.arch import Arch
 from nano3.token_store import TokenStore

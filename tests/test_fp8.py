@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conversion.checkpoint.layout import Layout
 from conversion.dequantize import dequantize, values
-from conversion.fp8 import Selection
-from conversion.layout import Layout
+from conversion.fp8.readers import tensorrt_excludes, vllm_cache_scale, vllm_excludes
+from conversion.fp8.selection import Selection
 from conversion.lint_export import lint
 from conversion.quantize_fp8 import quantize, to_codes
-from conversion.readers import tensorrt_excludes, vllm_cache_scale, vllm_excludes
 from evaluation.hf_model import load_reference
 from nano3.arch import PRESETS, Arch, resolve_model
 from nano3.cli import UserError

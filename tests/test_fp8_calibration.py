@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from conversion.layerwise import hidden_bytes
-from conversion.safetensors_io import HFFolder
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.fp8.layerwise import hidden_bytes
 from nano3.arch import PRESETS
 from tests.test_fp8 import samples
 from tests.tiny import tiny_hf_folder

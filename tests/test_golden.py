@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from conversion.check_server import Server, check, judge
 from conversion.dequantize import dequantize
-from conversion.fp8 import Selection
+from conversion.fp8.golden_file import Golden, Tolerance
+from conversion.fp8.selection import Selection
 from conversion.golden import default_prompts, encode, golden, read_prompts, tolerance
-from conversion.golden_file import Golden, Tolerance
 from conversion.quantize_fp8 import quantize
 from evaluation.generate import load_tokenizer
 from evaluation.hf_model import load_reference

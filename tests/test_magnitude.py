@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion import magnitude
-from conversion.facts import raw_bytes
-from conversion.magnitude import largest_magnitude, refuse_not_finite
+from conversion.checkpoint import magnitude
+from conversion.checkpoint.facts import raw_bytes
+from conversion.checkpoint.magnitude import largest_magnitude, refuse_not_finite
 from nano3.cli import UserError
 
 WORDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -13,8 +13,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+from conversion.checkpoint.names import adaptable, adapter_shapes
 from conversion.merge_lora import merge
-from conversion.names import adaptable, adapter_shapes
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.digest import combine, layer_digest

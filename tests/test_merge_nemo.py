@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import conversion.plan as planning
-from conversion import hf_to_nemo, merge_lora, nemo_to_hf, torch_dist_writer
-from conversion.certificate_json import read_certificate
+import conversion.checkpoint.plan as planning
+from conversion import hf_to_nemo, merge_lora, nemo_to_hf
+from conversion.certificates.certificate_json import read_certificate
 from conversion.certify import verify
+from conversion.checkpoint import torch_dist_writer
+from conversion.checkpoint.nemo_folder import NemoFolder
 from conversion.merge_lora import merge
-from conversion.nemo_folder import NemoFolder
-from nano3.base_identity import recorded_sha256
+from nano3.checkpoints.base_identity import recorded_sha256
 from tests.test_conversion import tree
 from tests.test_merge import write_adapter
 from tests.tiny import TINY_CONFIG, tiny_hf_folder

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conversion.certificate import Claim, write_certificate
-from conversion.certificate_json import read_certificate
-from conversion.facts import Fact
+from conversion.certificates.certificate import Claim, write_certificate
+from conversion.certificates.certificate_json import read_certificate
+from conversion.certificates.model_card import model_card
+from conversion.checkpoint.facts import Fact
+from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.scan import facts_of
 from conversion.merge_lora import merge
-from conversion.model_card import model_card
-from conversion.safetensors_io import HFFolder
-from conversion.scan import facts_of
 from recipes.settings import LoraSettings, Run, Settings
 from tests.test_merge import write_adapter
 from tests.tiny import tiny_hf_folder

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
-from conversion.torch_dist import TorchDistReader
 from data_prep.epochs import Epochs
 from data_prep.packing import build_packs
 from launch.layout import Layout

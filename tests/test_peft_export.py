@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conversion.adapter import export, import_peft
-from conversion.adapter_folder import Adapter
+from conversion.adapters.adapter_folder import Adapter
+from conversion.adapters.peft_names import CONSUMERS
+from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.merge_lora import merge
-from conversion.peft_names import CONSUMERS
-from conversion.torch_dist import TorchDistReader
 from evaluation.hf_model import load_reference
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError

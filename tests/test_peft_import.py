@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion.adapter import export, import_peft
-from conversion.adapter_folder import Adapter
+from conversion.adapters.adapter_folder import Adapter
 from conversion.merge_lora import merge
 from evaluation.hf_model import load_reference
 from nano3.arch import Arch

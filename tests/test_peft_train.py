@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from conversion.adapter import export, import_peft
+from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
-from conversion.torch_dist import TorchDistReader
 from data_prep.packing import build_packs
 from evaluation.hf_model import load_reference
 from launch.layout import Layout

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from conversion import parallel, plan, rewrite
-from conversion.fp8 import Selection
-from conversion.layout import Layout
+from conversion.checkpoint import parallel, plan, rewrite
+from conversion.checkpoint.layout import Layout
+from conversion.fp8.selection import Selection
 from launch import plan_export
 from launch.hardware import GIB
 from launch.plan_export import calibration_bytes, fp8_bytes, model_bytes

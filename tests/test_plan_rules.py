@@ -81,7 +81,7 @@ def test_preflight_and_the_recipe_begin_with_the_same_layout(gpu, nodes, ep):
 
 
 def test_an_adapter_that_all_experts_share_is_planned_whole_where_experts_are_sliced():
-    """As `nano3.adapters.SharedExpertsAdapter` builds it: A and B have the experts' whole widths."""
+    """As `nano3.lora.adapters.SharedExpertsAdapter` builds it: A and B have the experts' whole widths."""
     adapters = Plan().adapters(NANO)
     assert adapters is not None
     held = [

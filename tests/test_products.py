@@ -10,7 +10,7 @@ from nano3.cpu import rms
 from nano3.cpu.products import product
 from nano3.cpu.te.causal import CausalAttention
 from nano3.cpu.te.norm import rms_norm
-from nano3.delta import add_product, projected
+from nano3.lora.delta import add_product, projected
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

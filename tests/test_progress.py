@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from nano3.cli import UserError
-from nano3.divergence import Divergence
-from nano3.memory_advice import MemoryAdvice
-from nano3.progress import Progress, line
+from nano3.training.divergence import Divergence
+from nano3.training.memory_advice import MemoryAdvice
+from nano3.training.progress import Progress, line
 
 
 def trainer(step, rate, **metrics):

@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
+from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
-from conversion.torch_dist import TorchDistReader
 from data_prep.packing import build_packs
 from launch.cluster import Cluster
 from launch.slurm import Job, render

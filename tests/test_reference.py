@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conversion.names import Linear, adaptable, adapter_shapes, megatron_tensors
+from conversion.checkpoint.names import Linear, adaptable, adapter_shapes, megatron_tensors
 from evaluation.hf_model import load_reference
 from nano3.parity.case import ALPHA, RANK, Case
 from nano3.targets import PRESETS, select

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
-from conversion.torch_dist import TorchDistReader
 from data_prep.packing import build_packs
 from launch.layout import Layout
-from nano3.checkpoint_folder import checkpoints, step_of
+from nano3.checkpoints.checkpoint_folder import checkpoints, step_of
 from nano3.token_store import TokenStore, tokenizer_sha256
 from recipes.settings import CheckpointSettings, LogSettings, LoraSettings, Settings, TrainSettings
 from tests.rank_server import RankServer

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
-from conversion.torch_dist import TorchDistReader
 from data_prep.epochs import Epochs
 from data_prep.packing import PackedDataset, build_packs
 from launch.layout import Layout

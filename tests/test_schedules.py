@@ -7,7 +7,7 @@ import torch
 
 from nano3.arch import PRESETS, Arch
 from nano3.cli import UserError
-from nano3.rates import factor, group_rates
+from nano3.training.rates import factor, group_rates
 from recipes.checks import check_run
 from recipes.settings import Run, Settings, TrainSettings
 

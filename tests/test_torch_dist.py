@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from conversion.torch_dist import TorchDistReader, data_begin
+from conversion.checkpoint.torch_dist import TorchDistReader, data_begin
 from nano3.cli import UserError
 
 WHOLE = torch.arange(2 * 6 * 8, dtype=torch.float32).view(2, 6, 8).bfloat16()

@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 
+from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
-from conversion.torch_dist import TorchDistReader
 from data_prep.packing import build_packs
 from launch.layout import Layout
 from nano3.arch import PRESETS, Arch
 from nano3.cli import UserError
 from nano3.flops import adapter_flops, forward_flops, linears, step_flops
-from nano3.journal import cut, read_rows
 from nano3.targets import select
 from nano3.token_store import TokenStore
-from nano3.views import WeightsAndBiases
+from nano3.training.journal import cut, read_rows
+from nano3.training.views import WeightsAndBiases
 from recipes.settings import CheckpointSettings, LogSettings, LoraSettings, Settings, TrainSettings
 from tests.rank_server import RankServer
 from tests.tiny import TINY_CONFIG, tiny_hf_folder

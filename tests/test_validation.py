@@ -169,7 +169,7 @@ def trainer(step: int, loss: float) -> SimpleNamespace:
 @pytest.fixture
 def kept(monkeypatch) -> list[tuple[str, int]]:
     """What is saved instead of adapters: folder and step."""
-    from nano3 import validation
+    from nano3.training import validation
 
     saved: list[tuple[str, int]] = []
     monkeypatch.setattr(validation, "_of_rank_0", float)
@@ -189,7 +189,7 @@ def kept(monkeypatch) -> list[tuple[str, int]]:
     ],
 )
 def test_patience_by_hand(kept, losses, least, stops, best):
-    from nano3.validation import Validation
+    from nano3.training.validation import Validation
 
     callback = Validation("best", patience=2, min_improvement=least)
     for step, loss in enumerate(losses, 1):

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from conversion.adapter import export
+from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
-from conversion.torch_dist import TorchDistReader
 from evaluation.hf_model import load_reference
 from launch.local import run_ranks
 from tests.tiny import tiny_hf_folder

@@ -10,8 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from nano3.journal import Journal
-from nano3.views import TensorBoard, WeightsAndBiases
+from nano3.training.journal import Journal
+from nano3.training.views import TensorBoard, WeightsAndBiases
 
 
 def main() -> None:

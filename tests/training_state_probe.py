@@ -14,7 +14,7 @@ cpu.enable()
 import torch  # noqa: E402
 from megatron.core.tensor_parallel import random  # noqa: E402
 
-from nano3 import training_state  # noqa: E402
+from nano3.checkpoints import training_state  # noqa: E402
 
 
 class GroupAdam(torch.optim.Optimizer):
@@ -29,7 +29,7 @@ class GroupAdam(torch.optim.Optimizer):
 
 
 def stepped(make: Callable, steps: int) -> Any:
-    """An optimizer after so many steps, as `nano3.training_state` sees it."""
+    """An optimizer after so many steps, as `nano3.checkpoints.training_state` sees it."""
     parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = make(parameters)
     for _ in range(steps):

@@ -29,11 +29,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from safetensors.torch import save_file
 
-from nano3 import adapters, compat
-from nano3.adapter_checkpoint import adapter_state, save_adapter
+from nano3 import compat
 from nano3.arch import Arch
-from nano3.lora import Nano3LoRA
-from nano3.parameter_groups import is_b, is_magnitude
+from nano3.checkpoints.adapter_checkpoint import adapter_state, save_adapter
+from nano3.lora import adapters
+from nano3.lora.lora import Nano3LoRA
+from nano3.lora.parameter_groups import is_b, is_magnitude
 from nano3.targets import select
 from tests.variants import FAULTS, LAYOUTS, VARIANTS, facts
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from nano3 import lora  # noqa: F401  # imported here once, not by every rank
+from nano3.lora import lora  # noqa: F401  # imported here once, not by every rank
 from nano3.parity.case import Case, Sizes
 from nano3.parity.comparison import NEAREST_TIE, Outcome, Row, compare, run
 from nano3.parity.layouts import Wanted

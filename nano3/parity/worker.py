@@ -83,7 +83,7 @@ def build(case: Case, sizes: Sizes) -> torch.nn.Module:
 
 def adapted(model: torch.nn.Module, case: Case) -> torch.nn.Module:
     """Adapters on every linear layer that the pattern has."""
-    from nano3.lora import Nano3LoRA  # imports NeMo, which comparisons of whole models do without
+    from nano3.lora.lora import Nano3LoRA  # imports NeMo, which comparisons of whole models do without
 
     experts = "each" if case.adapters == "each" else "shared"
     named = {path.rpartition(".")[2] for path in adaptable_modules(case.arch)}

@@ -32,7 +32,7 @@ def build(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The model with its weights and adapters that are not zero, on this process's device."""
     from megatron.core import dist_checkpointing
 
-    from nano3.lora import Nano3LoRA
+    from nano3.lora.lora import Nano3LoRA
     from nano3.targets import PRESETS, select
     from tests.mcore_model import build as build_model
 

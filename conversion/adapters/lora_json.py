@@ -1,0 +1,155 @@
+"""`lora.json`, what an adapter folder says of itself, checked field by field.
+
+Format 1 (rank, alpha, targets, experts, base_config) knew plain LoRA only; what format 2 adds (rank_pattern,
+alpha_pattern, rslora, dora) is what decides a merge, so a format 2 without one of them is refused, and so is a format 1
+that has one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversion.checkpoint.folders import require_adapter
+from nano3.arch import Arch
+from nano3.checkpoints.checkpoint_folder import check_files
+from nano3.cli import UserError
+from nano3.targets import EXPERTS, Size, adaptable_modules, is_routed, select, sizes
+
+
+@dataclass(frozen=True)
+class LoraInfo:
+    """What `lora.json` holds. What is None was not recorded: the base's hashes, and of foreign adapters its config."""
+
+    rank: int
+    alpha: float
+    targets: list[str]
+    experts: str
+    base_config: dict[str, Any] | None
+    rank_pattern: list[str]
+    alpha_pattern: list[str]
+    rslora: bool
+    dora: bool
+    router: str
+    router_sha256: str | None
+    base_sha256: str | None
+
+    def sizes(self, arch: Arch) -> dict[str, Size]:
+        """Rank and scale of every adapted module by path. Raises `UserError` when `arch` has no such layers."""
+        paths = select(arch, self.targets, self.experts)
+        return sizes(paths, self.rank, self.alpha, self.rank_pattern, self.alpha_pattern, self.rslora)
+
+    def alphas(self, arch: Arch) -> dict[str, float]:
+        """Alpha of every adapted module by path: the scale of a rank of 1."""
+        paths = select(arch, self.targets, self.experts)
+        return {path: size.scale for path, size in sizes(paths, 1, self.alpha, (), self.alpha_pattern).items()}
+
+
+def _words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _hash(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+Rule = tuple[Callable[[Any], bool], str]
+
+_ALWAYS: dict[str, Rule] = {
+    "rank": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "a positive integer"),
+    "alpha": (_number, "a positive number"),
+    "targets": (lambda v: _words(v) and bool(v), "a list of names"),
+    "experts": (lambda v: v in EXPERTS, f"one of {', '.join(EXPERTS)}"),
+    "base_config": (lambda v: isinstance(v, dict), "the base's config.json"),
+}
+_FORMAT_2: dict[str, tuple[Rule, Any]] = {
+    "rank_pattern": ((_words, "a list of TARGET:RANK"), []),
+    "alpha_pattern": ((_words, "a list of TARGET:ALPHA"), []),
+    "rslora": ((_flag, "true or false"), False),
+    "dora": ((_flag, "true or false"), False),
+}
+"""Rule, and what format 1 means."""
+_OPTIONAL: dict[str, tuple[Rule, Any]] = {
+    "router": ((lambda v: v in ("frozen", "balance"), "frozen or balance"), "frozen"),
+    "router_sha256": ((_hash, "a hash or null"), None),
+    "base_sha256": ((_hash, "a hash or null"), None),
+}
+
+
+def read_lora_json(folder: Path) -> LoraInfo:
+    """Reads `lora.json` of an adapter folder. Raises `UserError` naming the field that is missing or wrong."""
+    require_adapter(folder)
+    try:
+        info = json.loads((folder / "lora.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder}/lora.json is not valid JSON ({error}); copy the adapter again") from None
+    check_files(folder, required=False)
+    return parse_lora_json(info, f"{folder}/lora.json")
+
+
+def parse_lora_json(info: Any, where: str) -> LoraInfo:
+    """Checks the content of a `lora.json`, which messages call `where`. Raises `UserError` naming the field."""
+    version = info.get("format") if isinstance(info, dict) else None
+    if version not in (1, 2):
+        raise UserError(f"{where} is of format {version}; this version reads format 1 and 2: use the one that wrote it")
+    if version == 1:
+        newer = [name for name in _FORMAT_2 if name in info]
+        if newer:
+            raise UserError(f"{where} is of format 1 and has {', '.join(newer)} of format 2; copy it again")
+        info = info | {name: default for name, (_, default) in _FORMAT_2.items()}
+    missing = [name for name in (*_ALWAYS, *_FORMAT_2) if name not in info]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}; copy the adapter again")
+    info = {name: default for name, (_, default) in _OPTIONAL.items()} | info
+    rules = _ALWAYS | {name: rule for name, (rule, _) in (_FORMAT_2 | _OPTIONAL).items()}
+    for name, (holds, what) in rules.items():
+        if not holds(info[name]):
+            raise UserError(f"{where}: {name} {info[name]!r} is not {what}")
+    return LoraInfo(**{name: info[name] for name in rules})
+
+
+def describe(arch: Arch, sizes: Mapping[str, tuple[int, float]], rslora: bool, dora: bool) -> LoraInfo:
+    """What `lora.json` says of an adapter whose modules have these (rank, alpha), by path; nothing of its base.
+
+    The most frequent pair is the common one. Layers that are all alike are named by one pattern, others one by one.
+    """
+    (rank, alpha), _ = Counter(sizes.values()).most_common(1)[0]
+    groups: dict[str, list[str]] = {}
+    for path in adaptable_modules(arch):
+        groups.setdefault(re.sub(r"^decoder\.layers\.\d+", "", path), []).append(path)
+    words: dict[str, str] = {}  # path -> the target that names it
+    for suffix, paths in groups.items():
+        alike = len({sizes.get(path) for path in paths}) == 1
+        for path in paths:
+            name = f"*{suffix}" if alike else f"*{path.removeprefix('decoder')}"
+            words[path] = name if suffix.startswith(".") else path.rsplit(".", 1)[-1]
+    ranks = {words[path]: own for path, (own, _) in sizes.items() if own != rank}
+    alphas = {words[path]: own for path, (_, own) in sizes.items() if own != alpha}
+    return LoraInfo(
+        rank=rank,
+        alpha=alpha,
+        targets=list(dict.fromkeys(words[path] for path in sizes)),
+        experts="each" if any(map(is_routed, sizes)) else "none",
+        base_config=None,
+        rank_pattern=[f"{word}:{own}" for word, own in ranks.items()],
+        alpha_pattern=[f"{word}:{own!r}" for word, own in alphas.items()],
+        rslora=rslora,
+        dora=dora,
+        router="frozen",
+        router_sha256=None,
+        base_sha256=None,
+    )

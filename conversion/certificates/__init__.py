@@ -1,0 +1,1 @@
+"""What a model says about itself, as data and as a card, and what it may say."""

@@ -1,0 +1,146 @@
+"""The certificate of a checkpoint: for every tensor what it was, what it is, and what happened in between.
+
+`certificate.json` lies beside the weights of every folder that is converted, merged or quantized, Hugging Face's or
+NeMo's; tensors have Hugging Face's names in both. A tensor is `identical` (the same bytes), `changed` (by an adapter,
+with the relative size of the change), `cast`, `quantized` (with its scale and relative error), `added` (a scale) or
+`dropped`; there is no other way, and a difference that nobody declared is not certified. Input, base and adapter are
+named by content hash (checkpoint/facts.py), the certificate of the input travels inside (`previous`), so whoever
+receives the model can recompute it back to the published base (conversion/certify.py).
+
+A tool that writes a folder calls, inside `fresh_output` and last of all:
+
+    write_certificate(folder, source, before, after, Claim("import"))
+
+`before` and `after` are the facts of all tensors of input and output (checkpoint/facts.py). Who streams has them from
+the same pass: `scan` of the input, `facts` of the writer. What is copied from one buffer needs one digest: the same
+facts twice.
+`previous_certificate(source, before)` says early whether the input still is what its own certificate says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from conversion.certificates.certificate_json import FORMAT, MAY, SIDES, count_lines, happened, read_certificate
+from conversion.certificates.model_card import model_card, read_readme
+from conversion.certificates.revision import base_revision
+from conversion.checkpoint.facts import Facts, content_hash
+from conversion.checkpoint.folders import CARD, CERTIFICATE, side_folder
+from conversion.checkpoint.safetensors_io import side_files
+from conversion.checkpoint.work import PART
+from nano3.cli import UserError
+from nano3.token_store import file_sha256
+
+_TOOLS = ("nano3-lora", "torch", "safetensors", "megatron-core", "nvidia-modelopt")
+
+
+@dataclass
+class Claim:
+    """What a tool declares about its output before it is certified.
+
+    Args:
+        kind: a key of `MAY`.
+        changes: tensor -> facts about a declared change: `by` (modules that changed it) and `relative_change` (a norm
+            over the norm of the input), or `scale` and `relative_error`.
+        facts: about the whole, such as the adapter and its hash.
+    """
+
+    kind: str
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def write_certificate(out: Path, source: Path, before: Facts, after: Facts, claim: Claim) -> dict[str, Any]:
+    """Writes `out/certificate.json`, which it returns, and the card for people.
+
+    `before` are the tensors of the folder `source`, `after` those of `out`.
+
+    Raises `UserError` when a tensor differs in a way that `claim` does not declare, as the output would not be what it
+    says, and when `source` is no longer what its own certificate says.
+    """
+    previous = previous_certificate(source, before)
+    tensors = {name: _line(name, before, after, claim) for name in sorted(before.keys() | after.keys())}
+    found = content_hash(before)
+    content = {
+        "format": FORMAT,
+        "kind": claim.kind,
+        "base": previous["base"] if previous else {"sha256": found, **base_revision(source, found)},
+        "input": {"sha256": found, "tensors": len(before)},
+        "output": {"sha256": content_hash(after), "tensors": len(after)},
+        **claim.facts,
+        "totals": count_lines(tensors),
+        "tools": {name: release for name in _TOOLS if (release := _version(name))},
+        "files": side_digests(out),
+        "tensors": tensors,
+        "previous": previous,
+    }
+    (out / CERTIFICATE).write_text(json.dumps(content, indent=1) + "\n")
+    (out / CARD).write_text(model_card(content, read_readme(out)))
+    return content
+
+
+def previous_certificate(source: Path, facts: Facts) -> dict[str, Any] | None:
+    """The certificate of an input folder, None where it has none. `facts` are its tensors as they are now.
+
+    Raises `UserError` when they are not those that it certifies.
+    """
+    if not (source / CERTIFICATE).is_file():
+        return None
+    content = read_certificate(source)
+    if content["output"]["sha256"] != content_hash(facts):
+        raise UserError(
+            f"{source} is not what its {CERTIFICATE} says: python conversion/certify.py verify names the tensors; "
+            "get it again, or remove the certificate to begin a new one here"
+        )
+    return content
+
+
+def side_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of what tells readers how to use the tensors: config.json, tokenizer, template, whatever lies beside.
+
+    Not README.md: the base's gives way to the model card when the folder is uploaded. Nor weights that are hidden until
+    the folder is complete.
+    """
+    side = side_folder(folder)
+    names = {str(path) for path in side_files(side)} - {"README.md"}
+    return {name: file_sha256(side / name) for name in sorted(names) if not name.endswith(PART)}
+
+
+def folder_sha256(folder: Path) -> str:
+    """SHA-256 over the names and contents of all files of a folder, an adapter's."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\n{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def norm_ratio(part: float, whole: float) -> float | None:
+    """sqrt(part / whole) of two sums of squares; None where there is nothing to compare with."""
+    return math.sqrt(part / whole) if whole else None
+
+
+def _line(name: str, before: Facts, after: Facts, claim: Claim) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        side: facts[name].to_json() for side, facts in zip(SIDES, (before, after), strict=True) if name in facts
+    }
+    what = happened(line)
+    if what not in MAY[claim.kind]:
+        raise UserError(f"{name} was {what}, which no {claim.kind} does: this is a bug, report it")
+    if what in ("identical", "added"):
+        return {"what": what, **line}
+    if name not in claim.changes:
+        raise UserError(f"{name} differs from the input, and nothing was to change it: this is a bug, report it")
+    return {"what": what, **line, **claim.changes[name]}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,118 @@
+"""What a certificate says against itself: its words, totals and targets held against its own hashes, link by link.
+
+Reads no weights. A merge may change what its adapter's modules hold, a quantization what its selection names, a
+conversion nothing; routers stay (with `router=balance` their correction biases may move), and every link of the chain
+begins with the tensors that the one before ended with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+from conversion.certificates.certificate_json import BALANCE, MAY, SIDES, chain, count_lines, happened, said
+from conversion.checkpoint.facts import content_hash
+from conversion.checkpoint.layout import some
+from conversion.checkpoint.names import adaptable
+from conversion.fp8.selection import KV_SCALES, SCALES
+from nano3.arch import Arch
+
+ROUTER = (".gate.weight", ".gate.e_score_correction_bias")
+
+
+def contradictions(certificate: dict[str, Any], arch: Arch) -> list[str]:
+    """Every contradiction in a certificate and in those before it; `arch` is that of the model."""
+    problems = []
+    links = list(chain(certificate))
+    for number, link in enumerate(links):
+        where = f" (in the certificate of the {link['kind']})" if number else ""
+        problems += [problem + where for check in _CHECKS for problem in check(link, arch)]
+    for link, before in pairwise(links):
+        problems += _joint(link, before)
+    if links[-1]["input"]["sha256"] != certificate["base"]["sha256"]:
+        problems.append(f"the base is not the input of the first step, the {links[-1]['kind']}")
+    return problems
+
+
+def _words(link: dict[str, Any], _: Arch) -> Iterator[str]:
+    for name, line in link["tensors"].items():
+        what = happened(line)
+        if line["what"] != what:
+            yield f"the certificate calls {name} {line['what']}, and its hashes say {what}"
+        if what not in MAY[link["kind"]]:
+            yield f"{name} was {what}, which no {link['kind']} does"
+
+
+def _totals(link: dict[str, Any], _: Arch) -> Iterator[str]:
+    counted = count_lines(link["tensors"])
+    if link["totals"] != counted:
+        yield f"the certificate's totals are {link['totals']}, its lines make {counted}"
+    for side in SIDES:
+        facts = said(link, side)
+        if link[side] != {"sha256": content_hash(facts), "tensors": len(facts)}:
+            yield f"the certificate's {side} is {link[side]['sha256'][:16]}, its lines make {content_hash(facts)[:16]}"
+
+
+def _routers(link: dict[str, Any], _: Arch) -> Iterator[str]:
+    still = ROUTER[:1] if link.get("router") == "balance" else ROUTER
+    moved = [name for name, line in link["tensors"].items() if name.endswith(still) and happened(line) != "identical"]
+    if moved:
+        yield f"the router is not that of the input: {some(moved)}"
+
+
+def _targets(link: dict[str, Any], arch: Arch) -> Iterator[str]:
+    """Every changed tensor belongs to the modules that the line names, and these to the adapter."""
+    changed = {name: line for name, line in link["tensors"].items() if happened(line) == "changed"}
+    if not changed:
+        return
+    linears = adaptable(arch)
+    adapter = link.get("adapter")
+    modules = adapter.get("modules") if isinstance(adapter, dict) else None
+    if not isinstance(modules, list) or not set(map(str, modules)) <= linears.keys():
+        yield "the certificate names no modules of an adapter that this model could have"
+        return
+    holders: dict[str, set[str]] = {}
+    for path in modules:
+        for block in linears[path].blocks:
+            holders.setdefault(block.name, set()).add(path)
+    for name, line in changed.items():
+        by = line.get("by")
+        if link.get("router") == "balance" and name.endswith(ROUTER[1]):
+            if by != [BALANCE]:
+                yield f"{name} changed by {by}, not by {BALANCE}"
+        elif name not in holders:
+            yield f"{name} changed, and no module of the adapter holds it"
+        elif by != sorted(holders[name]):
+            yield f"{name} changed by {by}, and the adapter's modules that hold it are {sorted(holders[name])}"
+
+
+def _scales(link: dict[str, Any], arch: Arch) -> Iterator[str]:
+    """Exactly what was quantized has scales; the cache's belong to attention layers."""
+    if link["kind"] != "quantization":
+        return
+    lines = link["tensors"]
+    quantized = [name for name, line in lines.items() if happened(line) == "quantized"]
+    added = {name for name, line in lines.items() if happened(line) == "added"}
+    wanted = {f"{name.removesuffix('.weight')}.{scale}" for name in quantized for scale in SCALES}
+    cache = {f"backbone.layers.{number}.mixer.{name}" for number in arch.attention_layers for name in KV_SCALES}
+    if wanted - added:
+        yield f"{some(sorted(wanted - added))} are missing beside quantized tensors"
+    if added - wanted - cache:
+        yield f"{some(sorted(added - wanted - cache))} were added, and nothing is scaled by them"
+    chosen = link.get("calibration", {}).get("selection", [])
+    if sorted(name.removesuffix(".weight") for name in quantized) != sorted(chosen):
+        yield "the quantized tensors are not those of the selection that the certificate names"
+
+
+def _joint(link: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
+    """Where one step does not begin with what the one before it ended with."""
+    ended, begun = said(before, "output"), said(link, "input")
+    other = [name for name in sorted(ended.keys() | begun.keys()) if ended.get(name) != begun.get(name)]
+    if other:
+        yield f"the {link['kind']} did not begin with what the {before['kind']} ended with: {some(other)}"
+    if link["base"] != before["base"]:
+        yield f"the {link['kind']} names another base than the {before['kind']} before it"
+
+
+_CHECKS: tuple[Callable[[dict[str, Any], Arch], Iterator[str]], ...] = (_words, _totals, _routers, _targets, _scales)

@@ -1,0 +1,154 @@
+"""Output folders that grow for minutes: killed, their finished files are used again; never do they look finished.
+
+The work lies in `.NAME.unfinished` beside the output NAME. While it grows, what a reader would open first has `.part`
+behind its name (`Work.hide`): model.safetensors and the index, or `.metadata` of a torch_dist. Only when all is written
+and hashed do those get their names, in that order, and then the folder its own. So a kill at any moment leaves the old
+result or the new one, and beside it at most a hidden folder that nothing loads, which the same command goes on from;
+or, between the last two renamings, one that is the whole result.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conversion.checkpoint.folders import require_space
+from nano3.cli import MARKER, UserError, check_output, replace_folder, tidy
+
+PART = ".part"
+CONFIG = "config.json"
+_RECORDS = ".work"
+_JOB = "job.json"
+
+
+class Work:
+    """A work folder. Files are named relative to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hidden: list[str] = []
+
+    def hide(self, file: str) -> Path:
+        """Where `file` is written until the end; files get their names in the order of these calls."""
+        if file not in self.hidden:
+            self.hidden.append(file)
+        return self.folder / (file + PART)
+
+    def recorded(self, file: str) -> dict[str, Any] | None:
+        """What `record` kept of a file that is finished, in this run or in a killed one."""
+        try:
+            return json.loads(self._record(file).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def record(self, file: str, content: dict[str, Any]) -> None:
+        """Keeps `content` as what is known of `file`, which is complete and on the disk."""
+        path = self._record(file)
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(content))
+        os.replace(new, path)
+
+    def reveal(self) -> None:
+        """Gives the hidden files their names. Meanwhile there is no config.json: some readers take all
+        *.safetensors that they find beside one."""
+        shutil.rmtree(self.folder / _RECORDS)
+        config = self.folder / CONFIG
+        aside = config.rename(config.with_name(CONFIG + PART)) if config.is_file() else None
+        for file in self.hidden:
+            os.replace(self.folder / (file + PART), self.folder / file)
+        if aside is not None:
+            aside.rename(config)
+
+    def _record(self, file: str) -> Path:
+        return self.folder / _RECORDS / (file.replace("/", "_") + ".json")
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Refuses to begin when the disk is too small for `out`; what its work folder holds already is deducted."""
+    held = sum(path.stat().st_blocks * 512 for path in _folder(out.resolve()).rglob("*") if path.is_file())
+    require_space(out, needed - held)
+
+
+@contextmanager
+def work_folder(out: Path, kind: str, job: dict[str, Any], needed: int) -> Iterator[Work]:
+    """Gives the work folder of `out`, which becomes `out` in the end, of `kind` as `nano3.cli.fresh_output` has it.
+
+    `job` is what decides the bytes of the output (JSON): the work of a killed run is gone on with when its job was the
+    same, else thrown away. After an error nothing stays; after Ctrl-C the work does.
+
+    Args:
+        needed: bytes of disk that the finished output takes, as for `check_room`.
+
+    Raises:
+        UserError: `out` is a stranger's, the disk is too small, or another process writes the same output.
+    """
+    out = check_output(out, kind)
+    tidy(out)
+    check_room(out, needed)
+    folder = _folder(out)
+    with _alone(folder, out):
+        _begin(folder, json.loads(json.dumps(job)))
+        work = Work(folder)
+        try:
+            yield work
+            (folder / MARKER).write_text(json.dumps({"kind": kind, "format": 1}) + "\n")
+            work.reveal()
+            replace_folder(folder, out)
+        except KeyboardInterrupt:
+            print(f"unfinished work stays in {folder}: the same command goes on from it", file=sys.stderr)
+            raise
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _begin(folder: Path, job: dict[str, Any]) -> None:
+    """Leaves in the folder only the finished files of the same job."""
+    try:
+        same = json.loads((folder / _RECORDS / _JOB).read_text()) == job
+    except (OSError, ValueError):
+        same = False
+    if same:
+        print(f"going on with the unfinished work in {folder}", file=sys.stderr)
+        _only_weights(folder)
+        return
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / _RECORDS).mkdir()
+    (folder / _RECORDS / _JOB).write_text(json.dumps(job))
+
+
+def _only_weights(folder: Path) -> None:
+    """Removes what is written anew whatever was there: `job` says nothing of a source's side files."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if _RECORDS not in path.relative_to(folder).parts and path.suffix not in (PART, ".distcp"):
+            path.unlink()
+
+
+@contextmanager
+def _alone(folder: Path, out: Path) -> Iterator[None]:
+    """Makes the folder and holds its lock, which dies with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = folder.is_dir() and os.path.samestat(os.fstat(lock), folder.stat())
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            raise UserError(f"another process is writing {out}; wait for it, or choose another output folder")
+        yield
+    finally:
+        os.close(lock)
+
+
+def _folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.unfinished"

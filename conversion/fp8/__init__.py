@@ -1,0 +1,1 @@
+"""Selective FP8: what becomes it, how its scales are found, who reads it how."""

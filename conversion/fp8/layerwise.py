@@ -1,0 +1,122 @@
+"""Runs a model layer by layer: transformers' code on one layer of weights at a time, hidden states on disk.
+
+Memory: one layer (of Nano at most 2.6 GB in BF16, a mixture-of-experts layer) and one sample's activations. Disk: the
+hidden states of all samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from conversion.checkpoint.layout import FP8
+from conversion.checkpoint.safetensors_io import HFFolder
+from nano3.hf_config import BLOCK_TYPES, DT_RANGE
+
+PRECISE = "e_score_correction_bias"
+"""What transformers keeps in FP32 whatever the dtype of the model."""
+
+
+class Hidden:
+    """The hidden states of all samples, one file each in `folder`, (tokens, hidden_size) in `dtype`.
+
+    They start as the embeddings of `samples`, token ids (tokens,) each.
+    """
+
+    def __init__(self, hf: HFFolder, samples: list[np.ndarray], folder: Path, dtype: torch.dtype) -> None:
+        self.paths = [folder / f"{number}.npy" for number in range(len(samples))]
+        self.dtype = dtype
+        for sample, path in zip(samples, self.paths, strict=True):
+            rows = torch.cat([hf.rows("backbone.embeddings.weight", int(token), 1) for token in sample])
+            self._store(path, rows.to(dtype))
+
+    def pass_through(self, layer: Any) -> None:
+        """Every sample through `layer` (see `build_layer`), its output in its input's place."""
+        device = next(layer.layers.parameters()).device
+        with torch.no_grad():
+            for number, path in enumerate(self.paths):
+                output = layer(inputs_embeds=self[number][None].to(device), use_cache=False)
+                self._store(path, output.last_hidden_state[0].cpu())
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return torch.from_numpy(np.load(self.paths[number])).view(self.dtype)
+
+    def _store(self, path: Path, value: torch.Tensor) -> None:
+        np.save(path, value.contiguous().view(torch.uint8).numpy())
+
+
+def hidden_bytes(hf: HFFolder, samples: list[np.ndarray], dtype: torch.dtype) -> int:
+    """Disk that the hidden states of `samples` take, with their files' headers."""
+    return sum(dtype.itemsize * len(sample) * hf.arch.hidden_size + 128 for sample in samples)
+
+
+def build_layer(hf: HFFolder, number: int, dtype: torch.dtype) -> Any:
+    """transformers' model with this layer as its only one: hidden states go in, the layer's output comes out.
+
+    It is what `from_pretrained(dtype=...)` makes of the folder, less its clamped time step: everything in `dtype` but
+    for the router's correction bias. FP8 matrices become code * scale. On the GPU where there is one.
+    """
+    from transformers import NemotronHConfig, NemotronHModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it says for every layer that the plain formulas are slow
+
+    raw = json.loads((hf.path / "config.json").read_text())
+    letter = hf.arch.layers[number]
+    kind = next(word for word, known in BLOCK_TYPES.items() if known == letter)
+    drop = ("hybrid_override_pattern", "num_hidden_layers", "quantization_config")
+    raw = {key: value for key, value in raw.items() if key not in drop}
+    config = NemotronHConfig(**{**raw, "layers_block_type": [kind], "num_hidden_layers": 1})
+    config._experts_implementation = "eager"  # the only one that ModelOpt can look into
+    with torch.device("meta"):
+        model: Any = NemotronHModel(config)
+    model.norm_f = nn.Identity()
+    model.layers[0].load_state_dict(_weights(hf, number, dtype), assign=True)
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = DT_RANGE
+    model.layers.to("cuda" if torch.cuda.is_available() else "cpu")  # the embeddings stay without weights
+    return model.eval()
+
+
+def plain(hf: HFFolder, name: str, start: int, count: int) -> torch.Tensor:
+    """Rows of a tensor: as stored, or of an FP8 one code * scale in FP32."""
+    rows = hf.rows(name, start, count)
+    return rows.float() * hf.rows(f"{name}_scale", 0, 1) if hf.layout.entries[name].dtype == FP8 else rows
+
+
+def _weights(hf: HFFolder, number: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The layer's state in transformers' names. Experts are stacked as they are read: never is a layer there twice."""
+    prefix = f"backbone.layers.{number}."
+    state: dict[str, torch.Tensor] = {}
+    for name, spec in hf.arch.tensors().items():
+        if not name.startswith(prefix):
+            continue
+        value = plain(hf, name, 0, spec.shape[0])
+        if not name.endswith(PRECISE):
+            value = value.to(dtype)
+        short = name.removeprefix(prefix)
+        if ".experts." in short:
+            expert, part = short.split(".")[-3:-1]
+            stack = state.setdefault(
+                f"mixer.experts.{part}", torch.empty(hf.arch.n_routed_experts, *spec.shape, dtype=dtype)
+            )
+            stack[int(expert)] = value
+        else:
+            state[short] = value
+    return state
+
+
+def count_tokens(layer: Any, counts: torch.Tensor) -> Callable[[], None]:
+    """Adds the tokens that each routed expert of the layer gets to `counts`; returns what ends it."""
+
+    def look(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        counts.add_(torch.bincount(arguments[1].flatten(), minlength=len(counts)).cpu())
+
+    return layer.layers[0].mixer.experts.register_forward_pre_hook(look).remove

@@ -1,0 +1,1 @@
+"""The adapters: how they compute, shard, start and are seen to learn."""

@@ -1,0 +1,164 @@
+"""LoRA on the hybrid model: NeMo's adapters where they are right, our own where they are not.
+
+Kept from NeMo 2.7.3: `PEFT` (freezing, and when adapters and optimizer are made), `LoRALinear`, and
+`ParallelLinearAdapter` for dense layers. Replaced, each for a reason (`adapters.py`, `vocabulary_adapters.py`):
+  * routed experts: one adapter per layer shared by all its experts, replicated on every rank that holds experts, or one
+    for each expert, on the ranks that hold it;
+  * `linear_fc1`: NeMo shards its B as two gated halves, and this model has no gate;
+  * `in_proj`: its B is stored by section (z, x, B, C, dt) like the layer itself, so that it reshards;
+  * DoRA, and adapters of embedding and output layer;
+  * the first A: a function of the layer's global name and a seed, hence the same on every parallel layout.
+
+Delta of a layer: W += scale * linear_out.weight @ linear_in.weight, scale = alpha / rank unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.mamba import MambaModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from nemo.lightning.pytorch.callbacks.peft import PEFT
+from torch import nn
+
+from nano3.cli import UserError
+from nano3.lora.adapters import (
+    AdaptedLinear,
+    AdapterOptions,
+    DenseAdapter,
+    EachExpertAdapter,
+    SharedExpertsAdapter,
+)
+from nano3.lora.vocabulary_adapters import AdaptedEmbedding, AdaptedOutput, EmbeddingAdapter, OutputAdapter
+from nano3.targets import EMBEDDING, OUTPUT, Size, check_sliced_experts, is_routed, sizes
+
+
+def initial_a(name: str, rank: int, in_features: int, seed: int) -> torch.Tensor:
+    """The whole first A of the layer `name`: (rank, in), uniform in ±1/sqrt(in), FP32.
+
+    That is Kaiming-uniform with a = sqrt(5), as PEFT and the LoRA authors' code initialize it. Depends on nothing but
+    its arguments, so every rank of every layout cuts its part from the same matrix.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    bound = 1 / math.sqrt(in_features)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+
+
+@dataclass
+class Nano3LoRA(PEFT):
+    """LoRA as a NeMo 2 model transform.
+
+    Args:
+        modules: paths of the layers to adapt with global layer numbers, from `nano3.targets.select`.
+        dim: rank of the adapters that no pattern names.
+        alpha: scale times rank of the adapters that no pattern names.
+        rank_pattern: `target:rank`, see `nano3.targets.sizes`.
+        alpha_pattern: `target:alpha`, likewise.
+        rslora: scale alpha / sqrt(rank) instead of alpha / rank.
+        dora: a trained magnitude for every output row, see `nano3.lora.dora`.
+        experts: "shared" or "each": what routed experts among `modules` get.
+        dropout: probability on the adapters' input while training.
+        seed: of the first A, and of dropout.
+    """
+
+    modules: list[str] = field(default_factory=list)
+    dim: int = 32
+    alpha: float = 32.0
+    rank_pattern: list[str] = field(default_factory=list)
+    alpha_pattern: list[str] = field(default_factory=list)
+    rslora: bool = False
+    dora: bool = False
+    experts: str = "shared"
+    dropout: float = 0.0
+    seed: int = 1234
+
+    def __call__(self, model: nn.Module) -> nn.Module:
+        """Freezes the model and wraps the chosen layers of this rank's pipeline stage."""
+        self.freeze_model(model)
+        model_parallel_cuda_manual_seed(self.seed)  # of dropout; NeMo seeds Megatron with a constant
+        chosen = sizes(self.modules, self.dim, self.alpha, self.rank_pattern, self.alpha_pattern, self.rslora)
+        missed: list[str] = []
+        for core in [module for module in model.modules() if isinstance(module, MambaModel)]:
+            found = self._wrap_vocabulary(core, chosen)
+            held = [f"{name}." if name != OUTPUT else name for name in ("embedding", OUTPUT) if hasattr(core, name)]
+            for layer in core.decoder.layers:
+                found |= self._wrap_layer(layer, chosen)
+                held.append(f"decoder.layers.{layer.layer_number - 1}.")
+            missed += [path for path in chosen if path not in found and path.startswith(tuple(held))]
+        if missed:
+            raise UserError(f"LoRA targets found no layer in the model: {', '.join(missed[:5])}")
+        return model
+
+    def _wrap_layer(self, layer: Any, chosen: dict[str, Size]) -> set[str]:
+        """Wraps what is chosen in one layer; returns the paths that were found."""
+        found = set()
+        for name, module in list(layer.named_modules()):
+            path = f"decoder.layers.{layer.layer_number - 1}.{name}"
+            if path in chosen:
+                parent = layer.get_submodule(name.rpartition(".")[0])
+                adapter = self._adapter(module, path, parent, chosen[path])
+                setattr(parent, name.rpartition(".")[2], AdaptedLinear(module, adapter))
+                found.add(path)
+        return found
+
+    def _wrap_vocabulary(self, core: Any, chosen: dict[str, Size]) -> set[str]:
+        """Wraps embedding and output layer where they are chosen and on this stage; returns the paths found."""
+        found = set()
+        if EMBEDDING in chosen and hasattr(core, "embedding"):
+            table = core.embedding.word_embeddings
+            embedding = EmbeddingAdapter(table, core.config, self._options(chosen[EMBEDDING]))
+            self._fill(embedding.linear_in.weight, EMBEDDING)
+            core.embedding.word_embeddings = AdaptedEmbedding(table, embedding)
+            found.add(EMBEDDING)
+        if OUTPUT in chosen and hasattr(core, "output_layer"):
+            output = OutputAdapter(core.output_layer, OUTPUT, core, self._options(chosen[OUTPUT]))
+            self._fill(output.linear_in.weight, OUTPUT, 0)
+            core.output_layer = AdaptedOutput(core.output_layer, output)
+            found.add(OUTPUT)
+        return found
+
+    def _options(self, size: Size) -> AdapterOptions:
+        return AdapterOptions(size.rank, size.scale, self.dropout, self.dora)
+
+    def _adapter(self, module: Any, path: str, parent: nn.Module, size: Size) -> nn.Module:
+        if not is_routed(path):
+            world = parallel_state.get_tensor_model_parallel_world_size()
+            if size.rank % world:
+                raise UserError(f"rank {size.rank} of {path} is not a multiple of layout.tp {world}")
+            dense = DenseAdapter(module, path, parent, self._options(size))
+            self._fill(dense.linear_in.weight, path, 1 if dense.input_is_parallel else 0)
+            return dense
+        if parallel_state.get_expert_tensor_parallel_world_size() > 1:
+            check_sliced_experts(self.experts, self.dora, self.dropout)
+        if self.experts == "each":
+            each = EachExpertAdapter(module, self._options(size))
+            first = parallel_state.get_expert_model_parallel_rank() * module.num_gemms
+            for i in range(module.num_gemms):
+                self._fill(getattr(each.linear_in, f"weight{i}"), f"{path}.{first + i}")
+            return each
+        shared = SharedExpertsAdapter(module, self._options(size))
+        self._fill(shared.linear_in.weight, path)
+        return shared
+
+    def _fill(self, weight: torch.Tensor, name: str, split: int | None = None) -> None:
+        """Sets this rank's part of the first A, which tensor parallelism splits along the axis `split`."""
+        if weight.device.type == "meta":
+            return
+        world = parallel_state.get_tensor_model_parallel_world_size()
+        rows, columns = (size * (world if axis == split else 1) for axis, size in enumerate(weight.shape))
+        whole = initial_a(name, rows, columns, self.seed)
+        if split is not None:
+            whole = whole.chunk(world, split)[parallel_state.get_tensor_model_parallel_rank()]
+        with torch.no_grad():
+            weight.copy_(whole)
+
+    def transform(self, module: nn.Module, name: str | None = None, prefix: str | None = None) -> nn.Module:
+        """Not used: layers are wrapped by their global path in `__call__`."""
+        del name, prefix
+        return module
