@@ -20,7 +20,7 @@ import torch
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
 from nano3.context_parallel import cut_batch
-from nano3.lora.lora import adapters
+from nano3.lora import adapters
 from nano3.parity.case import Case, Sizes
 from nano3.parity.comparison import as_json, compare, run
 

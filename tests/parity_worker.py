@@ -111,7 +111,7 @@ def check_the_gpu_recipe(task: Run) -> None:
 
 def forget_a_reduction() -> None:
     """A fault that users have met: gradients of shared adapters that stay on their expert-parallel rank."""
-    from nano3.lora.lora import lora
+    from nano3.lora import lora
 
     make = lora.SharedExpertsAdapter.__init__
 
@@ -125,7 +125,7 @@ def forget_a_reduction() -> None:
 
 def detach_an_adapter() -> None:
     """A fault that no error reports: the adapters of out_proj are computed outside the graph."""
-    from nano3.lora.lora import lora
+    from nano3.lora import lora
 
     add_to = lora.DenseAdapter.add_to
 

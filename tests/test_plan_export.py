@@ -17,7 +17,7 @@ from tests.calibration_cases import CASES
 from tests.probes import made_by
 from tests.tiny import TINY_CONFIG
 
-FIXED = 10_000_000
+FIXED = 5_000_000
 """Bytes that a calibration takes whatever it calibrates, measured; part of the plan's process."""
 
 NANO, PICO = (Arch.load(resolve_model(name)) for name in ("nano", "pico"))

@@ -56,6 +56,44 @@ def test_imports_go_one_way(file):
     assert rooms <= MAY_IMPORT[room], f"{file} imports {rooms - MAY_IMPORT[room]}"
 
 
+def defined(module: str) -> set[str] | None:
+    """Names that one may import from a module of ours, submodules included; none when there is no such module."""
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not path.is_dir() and not file.exists():
+        return None
+    names = {inside.stem for inside in path.iterdir()} if path.is_dir() else set()
+    for node in ast.walk(ast.parse(file.read_text())) if file.exists() else ():
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def missing_imports(source: str) -> set[str]:
+    """What a source imports from our rooms, late imports included, that is not there."""
+    ours, missing = {*MAY_IMPORT, "tests", "benchmarks"}, set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ours:
+            known = defined(node.module)
+            missing |= {f"{node.module}.{a.name}" for a in node.names if known is None or a.name not in known}
+        elif isinstance(node, ast.Import):
+            names = {alias.name for alias in node.names if alias.name.split(".")[0] in ours}
+            missing |= {name for name in names if defined(name) is None}
+    return missing
+
+
+def test_every_import_of_ours_is_there():
+    """Imports inside functions of scripts that only the full tier starts are found here, in a second."""
+    files = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+    assert {str(file): found for file in files if (found := missing_imports(file.read_text()))} == {}
+    moved = "def late():\n    from nano3.arch import nothing_here\n    import nano3.nowhere\n"
+    assert missing_imports(moved) == {"nano3.arch.nothing_here", "nano3.nowhere"}
+
+
 def inner(room: str, name: str) -> str:
     """Which inner room a module `room.a.b` is of, or `files`."""
     part = name.split(".")[1] if "." in name else ""
