@@ -11,7 +11,7 @@ from launch.layout import Layout
 from launch.plan_settings import LoraPlan, Plan, TrainPlan
 from nano3.arch import Arch
 from nano3.cli import UserError
-from nano3.targets import EMBEDDING, Size, check_sliced_experts, is_routed
+from nano3.targets import EMBEDDING, Size, is_routed
 
 ONE_PACK = (
     "a pack is one sequence with its own document boundaries (cu_seqlens), so a forward pass takes exactly one; for "
@@ -63,11 +63,8 @@ def check_packs(train: TrainPlan, layout: Layout) -> None:
 def check_adapters(chosen: Mapping[str, Size], lora: LoraPlan, layout: Layout) -> None:
     """Raises `UserError` for adapters, `chosen` by path, that this layout cannot cut.
 
-    Those of dense layers are cut along their rank. Routed experts' and the embedding's are not; but expert tensor
-    parallelism slices the experts themselves (`nano3.targets.check_sliced_experts`).
+    Those of dense layers are cut along their rank. Routed experts' and the embedding's are not.
     """
-    if layout.etp > 1 and any(map(is_routed, chosen)):
-        check_sliced_experts(lora.experts, lora.dora, lora.dropout)
     for path, size in chosen.items():
         if size.rank % layout.tp and path != EMBEDDING and not is_routed(path):
             key = "lora.rank" if size.rank == lora.rank else "lora.rank_pattern"

@@ -66,17 +66,6 @@ def is_routed(path: str) -> bool:
     return ".mlp.experts." in path
 
 
-def check_sliced_experts(experts: str, dora: bool, dropout: float) -> None:
-    """Raises `UserError` for adapters that routed experts cannot have where expert tensor parallelism slices them."""
-    for wrong, setting in (
-        (experts == "each", "lora.experts=each: an adapter of one expert is whole on its rank"),
-        (dora, "lora.dora=true: an expert's rows have their lengths on one rank"),
-        (dropout > 0, f"lora.dropout={dropout}: ranks with slices of one expert would drop different inputs"),
-    ):
-        if wrong:
-            raise UserError(f"layout.etp above 1 with {setting}; use layout.etp=1, or leave routed experts out")
-
-
 def matches(target: str, path: str) -> bool:
     """Whether `target` names the module at `path`."""
     return fnmatchcase(path, target) if "*" in target else path.rsplit(".", 1)[-1] == target

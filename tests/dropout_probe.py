@@ -9,7 +9,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 from nano3.parity import worker  # first: it switches the CPU backend on
@@ -20,7 +20,7 @@ from nano3.parity.processes import on_ranks
 import torch
 from torch import nn
 
-from nano3.lora.dropout import InputDropout
+from nano3.lora.dropout import Input, InputDropout
 from nano3.parity.case import Case, Sizes
 
 CASE = Case(pattern="MEM*E")
@@ -49,7 +49,7 @@ def disagreements(name: str) -> dict[str, Any]:
     """Over two ranks: how many inputs of each share were dropped alike and not, and whether the generators agree."""
     sizes = Sizes.parse(name)
     (first, state), (second, other) = on_ranks(sizes, dropped, CASE, sizes)
-    alike: dict[str, list[int]] = {"whole": [0, 0], "part": [0, 0], "experts": [0, 0]}
+    alike: dict[str, list[int]] = {share: [0, 0] for share in get_args(Input)}
     for (path, share, ours), (theirs_path, _, theirs) in zip(first, second, strict=True):
         assert path == theirs_path
         alike[share][ours.shape == theirs.shape and bool((ours == theirs).all())] += 1
@@ -58,7 +58,7 @@ def disagreements(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    result = {name: disagreements(name) for name in ("tp2", "tp2.ep2")}
+    result = {name: disagreements(name) for name in ("tp2", "tp2.ep2", "tp2.etp2")}
     with patch.object(InputDropout, "forward", nn.Dropout.forward):
         result["one generator"] = disagreements("tp2.ep2")
     Path(sys.argv[1]).write_text(json.dumps(result))

@@ -20,21 +20,21 @@ import torch
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
 from nano3.context_parallel import cut_batch
-from nano3.lora import adapters
+from nano3.lora import adapters, expert_adapters
 from nano3.parity.case import Case, Sizes
 from nano3.parity.comparison import as_json, compare, run
 
 
 def a_missing_reduction() -> Any:
     """Shared adapters whose gradients stay on their expert-parallel rank."""
-    make = adapters.SharedExpertsAdapter.__init__
+    make = expert_adapters.SharedExpertsAdapter.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
         for parameter in self.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
 
-    return patch.object(adapters.SharedExpertsAdapter, "__init__", init)
+    return patch.object(expert_adapters.SharedExpertsAdapter, "__init__", init)
 
 
 def a_wrong_section_split() -> Any:

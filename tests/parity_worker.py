@@ -77,7 +77,7 @@ def check_replicas(module: torch.nn.Module) -> None:
     """Adapters of routed experts are whole on every rank of a pipeline stage: equal bit for bit after the update."""
     from megatron.core import parallel_state
 
-    from nano3.lora.lora import SharedExpertsAdapter
+    from nano3.lora.expert_adapters import SharedExpertsAdapter
 
     mine = [p.detach() for m in module.modules() if isinstance(m, SharedExpertsAdapter) for p in m.parameters()]
     for group in (parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()):

@@ -336,10 +336,16 @@ def test_saved_tensors_are_the_originals() -> None:
     seq = seq_idx_of([20], "cpu")
     out = mamba_split_conv1d_scan_combined(*inputs, 8, seq_idx=seq, headdim=3, ngroups=2)
     zxbcdt, weight, bias, dt_bias, A, D = inputs
-    saved = out.grad_fn.saved_tensors  # type: ignore[union-attr]
+    *saved, between = out.grad_fn.saved_tensors  # type: ignore[union-attr]
     expected = [zxbcdt, weight, bias, out.unflatten(-1, (4, 3)), A, D, dt_bias, None, seq]
     assert [None if t is None else t.shape for t in saved] == [None if t is None else t.shape for t in expected]
     assert all(s is e for i, (s, e) in enumerate(zip(saved, expected, strict=True)) if i != 3)
+
+    # And the states between spans of 256 tokens, of which these 20 have none, and 600 have two.
+    width = (weight.shape[0] - 12) // 4
+    assert between.shape == (1, 0, 4, 3, width)
+    out = mamba_split_conv1d_scan_combined(*(v.requires_grad_() for v in split_inputs(600)), 8, headdim=3, ngroups=2)
+    assert out.grad_fn.saved_tensors[-1].shape == (1, 2, 4, 3, width)  # type: ignore[union-attr]
 
     norm = rmsnorm_fn(torch.randn(5, 12, requires_grad=True), torch.ones(12), None, torch.randn(5, 12), group_size=4)
     shapes = [None if t is None else tuple(t.shape) for t in norm.grad_fn.saved_tensors]  # type: ignore[union-attr]

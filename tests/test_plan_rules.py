@@ -52,10 +52,9 @@ def test_what_the_recipe_refuses_preflight_refuses_in_the_same_words(setting):
     ("settings", "right"),
     [
         ("layout.etp=2 layout.ep=4", True),
-        ("layout.etp=2 layout.ep=4 lora.experts=each", False),
-        ("layout.etp=2 layout.ep=4 lora.dora=true", False),
-        ("layout.etp=2 layout.ep=4 lora.dropout=0.1", False),
-        ("layout.etp=2 layout.ep=4 lora.dropout=0.1 lora.experts=none", True),
+        ("layout.etp=2 layout.ep=4 lora.experts=each", True),
+        ("layout.etp=2 layout.ep=4 lora.dora=true", True),
+        ("layout.etp=2 layout.ep=4 lora.dropout=0.1", True),
         ("layout.tp=4 lora.rank=6", False),
         ("layout.tp=4 lora.rank=6 lora.targets=word_embeddings", True),
         ("layout.tp=4 lora.rank=6 lora.targets=output_layer", False),
@@ -81,7 +80,7 @@ def test_preflight_and_the_recipe_begin_with_the_same_layout(gpu, nodes, ep):
 
 
 def test_an_adapter_that_all_experts_share_is_planned_whole_where_experts_are_sliced():
-    """As `nano3.lora.adapters.SharedExpertsAdapter` builds it: A and B have the experts' whole widths."""
+    """As `nano3.lora.expert_adapters.SharedExpertsAdapter` builds it: A and B have the experts' whole widths."""
     adapters = Plan().adapters(NANO)
     assert adapters is not None
     held = [

@@ -64,7 +64,6 @@ def test_a_run_survives_its_json():
         (["layout.tp=3"], ["layout.tp", "3"]),
         (["layout.pp=64"], ["52", "layout.pp"]),
         (["layout.cp=3", "train.seq_length=4096"], ["layout.cp", "nearest valid on 8 ranks"]),
-        (["layout.etp=2", "layout.ep=4", "lora.experts=each"], ["layout.etp", "routed experts"]),
         (["lora.rank=3", "layout.tp=2"], ["lora.rank", "rank 3", "layout.tp=2"]),
         (["train.warmup=300"], ["train.warmup=300", "train.steps=300"]),
         (["train.min_lr=1"], ["train.min_lr=1.0", "train.lr=0.0001"]),

@@ -151,7 +151,7 @@ def largest_error(out: Path, reference: Path) -> float:
         ("shared", 2, Layout(tp=2)),
         ("shared", 2, Layout(ep=2)),
         ("shared", 2, Layout(cp=2)),
-        ("shared", 2, Layout(etp=2)),
+        ("everything", 2, Layout(etp=2)),
         ("everything", 4, Layout(ep=4)),
         ("everything", 2, Layout(pp=2)),
         ("bf16", 2, Layout(ep=2)),

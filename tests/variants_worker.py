@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from nano3 import compat
 from nano3.arch import Arch
 from nano3.checkpoints.adapter_checkpoint import adapter_state, save_adapter
-from nano3.lora import adapters
+from nano3.lora import adapters, expert_adapters
 from nano3.lora.lora import Nano3LoRA
 from nano3.lora.parameter_groups import is_b, is_magnitude
 from nano3.targets import select
@@ -163,12 +163,12 @@ def check_replicas(trained: dict[str, Any]) -> None:
 def fault(name: str) -> Iterator[None]:
     """Breaks one thing."""
     os.environ["FAULT"] = name
-    per_expert, over = dict(adapters._PER_EXPERT), adapters.DenseAdapter.over_columns
+    per_expert, over = dict(expert_adapters._PER_EXPERT), adapters.DenseAdapter.over_columns
     magnitude = globals()["is_magnitude"]
     if name == "mixed experts":
-        adapters._PER_EXPERT["allreduce"] = True
+        expert_adapters._PER_EXPERT["allreduce"] = True
     elif name == "norm of one rank":
-        adapters._PER_EXPERT["tensor_model_parallel"] = False
+        expert_adapters._PER_EXPERT["tensor_model_parallel"] = False
     elif name == "length of a slice":
         adapters.DenseAdapter.over_columns = lambda _self, squares: squares  # type: ignore[method-assign]
     else:
@@ -177,7 +177,7 @@ def fault(name: str) -> Iterator[None]:
         yield
     finally:
         del os.environ["FAULT"]
-        adapters._PER_EXPERT.update(per_expert)
+        expert_adapters._PER_EXPERT.update(per_expert)
         adapters.DenseAdapter.over_columns = over  # type: ignore[method-assign]
         globals()["is_magnitude"] = magnitude
 

@@ -37,7 +37,7 @@ def enable() -> bool:
         raise RuntimeError("nano3.cpu.enable() must run before megatron or nemo is imported")
     # There is no compiler's gain on these sizes, and torch.compile cannot trace through the wrapped factories.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    from nano3.cpu import cuda, mamba_standin, megatron
+    from nano3.cpu import cross_entropy, cuda, mamba_standin, megatron
     from nano3.cpu.te import modules
 
     cuda.install()
@@ -45,6 +45,7 @@ def enable() -> bool:
     mamba_standin.install()
     _enabled = True
     megatron.install()
+    cross_entropy.install()
     if os.environ.get("RANK", "0") == "0":
         print("CPU backend: stand-ins for Transformer Engine, mamba-ssm and causal-conv1d; no CUDA.", file=sys.stderr)
     return True

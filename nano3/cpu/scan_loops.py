@@ -50,8 +50,8 @@ def decays(dt, rate, first, begin, stop, step, cum, enter, leave, carry):
 def convolve(rows, offset, taps, bias, silu, first, begin, stop, step, leave, xl, B, x, C, slope):
     """Convolution and activation of the channels of `rows` (l, ...) from column `offset`, laid out for the products.
 
-    taps (w, d), the oldest first; bias (d,). xl = x * step * leave (c, g, k, r, p), B (c, g, k, n). Filled where they
-    are not empty: x (c, h, k, p) and C (c, g, k, n), and slope (u, d), the activation's derivative.
+    taps (w, d), the oldest first; bias (d,). xl = x * step * leave (c, g, k, r, p), x (c, h, k, p), B and C
+    (c, g, k, n). Filled where it is not empty: slope (u, d), the activation's derivative.
     """
     chunks, groups, length, each, width = xl.shape
     count, channels = taps.shape
@@ -97,16 +97,11 @@ def convolve(rows, offset, taps, bias, silu, first, begin, stop, step, leave, xl
                 for r in range(each):
                     left = step[c, g * each + r, i] * leave[c, g * each + r, i]
                     for j in range(width):
+                        x[c, g * each + r, i, j] = row_x[g, r, j]
                         xl[c, g, i, r, j] = row_x[g, r, j] * left
                 for j in range(state):
                     B[c, g, i, j] = row_B[g, j]
-            if x.shape[0] > 0:
-                for g in range(groups):
-                    for r in range(each):
-                        for j in range(width):
-                            x[c, g * each + r, i, j] = row_x[g, r, j]
-                    for j in range(state):
-                        C[c, g, i, j] = row_C[g, j]
+                    C[c, g, i, j] = row_C[g, j]
 
 
 @loops

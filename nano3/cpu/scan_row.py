@@ -126,10 +126,12 @@ class Row:
         whole = buffers(shapes, self.sizes, self.rows.dtype)
         return whole.first(-(-(stop - begin) // self.sizes["k"]))
 
-    def forward(self, state: Tensor, before: Tensor, out: Tensor) -> Tensor:
+    def forward(self, state: Tensor, before: Tensor, out: Tensor, between: Tensor) -> Tensor:
         """From the state before the first token (h, p, n) to the one at the end. Fills the scan's output `before` the
-        gate and `out` behind it, (l, h, p)."""
-        for begin, stop in self.spans:
+        gate and `out` behind it, (l, h, p), and the states `between` the spans (spans - 1, h, p, n)."""
+        for number, (begin, stop) in enumerate(self.spans):
+            if number:
+                between[number - 1] = state
             b = self.enter(begin, stop)
             states = self.advance(b, state)
             self.multiply(b)
@@ -137,16 +139,15 @@ class Row:
             torch.bmm(b.matrices["scores"], b.matrices["x"], out=b.matrices["within"])
             inputs = (*b["within carried x"], self.arrays["skip"], *b["enter"], self.arrays["rows"])
             loops.gate(*inputs, begin, stop, array(before), array(out))
-            state = states[-1].clone()
-        return state
+            state = states[-1]
+        return state.clone()
 
-    def enter(self, begin: int, stop: int, slope: np.ndarray | None = None, states_only: bool = False) -> Buffers:
+    def enter(self, begin: int, stop: int, slope: np.ndarray | None = None) -> Buffers:
         """Decays, and the convolution's output as the products want it; `slope` as `loops.convolve` has it."""
         a, b = self.arrays, self.buffers(FORWARD, begin, stop)
         loops.decays(a["dt"], self.rate, self.first, begin, stop, *b["step cum enter leave carry"])
         inputs = (a["rows"], self.offset, a["taps"], a["bias"], self.parameters.silu, self.first, begin, stop)
-        x, C = (array[:0] if states_only else array for array in b["x C"])
-        loops.convolve(*inputs, *b["step leave xl B"], x, C, self.nothing if slope is None else slope)
+        loops.convolve(*inputs, *b["step leave xl B x C"], self.nothing if slope is None else slope)
         return b
 
     def advance(self, b: Buffers, state: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The way back of one row through gate, scan and convolution (`scan_row.py`), from its last span to its first.
 
-The states before the spans are computed again, and so is everything else that forward did not save.
+Of forward it has the states between the spans; everything else is computed again.
 """
 
 from __future__ import annotations
@@ -55,12 +55,10 @@ class Backward:
         self.rows, self.dt, self.decays = (array(t) for t in into[:3])
         self.later = row.nothing
 
-    def run(self, state: Tensor, dstate: Tensor) -> Tensor:
-        """From the state before the first token and the gradient of the one at the end to that of the first."""
-        row, states = self.row, [state]
-        for begin, stop in row.spans[:-1]:
-            states.append(row.advance(row.enter(begin, stop, states_only=True), states[-1])[-1].clone())
-        for (begin, stop), before in zip(reversed(row.spans), reversed(states), strict=True):
+    def run(self, state: Tensor, between: Tensor, dstate: Tensor) -> Tensor:
+        """From the states before the first token and `between` the spans (`Row.forward`) and the gradient of the one at
+        the end to that of the first."""
+        for (begin, stop), before in zip(reversed(self.row.spans), (*between.flip(0), state), strict=True):
             dstate = self._span(begin, stop, before, dstate)
         return dstate
 

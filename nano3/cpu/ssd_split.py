@@ -114,7 +114,9 @@ class Call:
 class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
     """Saves for backward what the original saves in the form that megatron-core uses (no fused norm or out_proj):
 
-    zxbcdt, conv1d_weight, conv1d_bias, out_x (b, l, h, p), A, D, dt_bias, initial_states, seq_idx.
+    zxbcdt, conv1d_weight, conv1d_bias, out_x (b, l, h, p), A, D, dt_bias, initial_states, seq_idx;
+
+    and, which the original computes again, the states between spans of 256 tokens (b, spans - 1, h, p, n), in FP32.
     """
 
     @staticmethod
@@ -135,10 +137,13 @@ class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         call = Call(zxbcdt, weight, bias, dt_bias, A, D, initial, seq_idx, limit, silu, widths)
         before, out = (call.new(*zxbcdt.shape[:2], widths.heads, widths.headdim) for _ in range(2))
-        states = zip(call.rows(), call.states(), before, out, strict=True)
-        final = torch.stack([row.forward(state, *outputs) for row, state, *outputs in states])
+        rows, states = list(call.rows()), call.states()
+        between = call.new(len(rows), len(rows[0].spans) - 1, *states.shape[1:])
+        final = torch.stack(
+            [row.forward(state, *into) for row, state, *into in zip(rows, states, before, out, between, strict=True)]
+        )
         kept = before.to(zxbcdt.dtype)
-        ctx.save_for_backward(zxbcdt, weight, bias, kept, A, D, dt_bias, initial, seq_idx)
+        ctx.save_for_backward(zxbcdt, weight, bias, kept, A, D, dt_bias, initial, seq_idx, between)
         ctx.limit, ctx.silu, ctx.widths = limit, silu, widths
         return out.flatten(2).to(zxbcdt.dtype), final
 
@@ -147,7 +152,7 @@ class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         from nano3.cpu.scan_row_backward import Backward, Gradients, Sums
 
-        zxbcdt, weight, bias, kept, A, D, dt_bias, initial, seq_idx = ctx.saved_tensors
+        zxbcdt, weight, bias, kept, A, D, dt_bias, initial, seq_idx, between = ctx.saved_tensors
         call = Call(zxbcdt, weight, bias, dt_bias, A, D, initial, seq_idx, ctx.limit, ctx.silu, ctx.widths)
         before, dout = kept.to(call.dtype), call.widths.heads_of(grads[0]).to(call.dtype).contiguous()
         rows, ddt, decays = (call.new(*shape) for shape in (zxbcdt.shape, call.dt.shape, call.dt.shape))
@@ -155,10 +160,10 @@ class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
         if any(ctx.needs_input_grad[1:6]):
             shapes = (weight.shape[::-1], weight.shape[:1], before.shape[2:])
             sums = Sums(*(call.new(*shape).zero_() for shape in shapes))
-        parts = zip(call.rows(), call.states(), before, dout, grads[1], rows, ddt, decays, strict=True)
+        parts = zip(call.rows(), call.states(), between, before, dout, grads[1], rows, ddt, decays, strict=True)
         states = [
-            Backward(row, own, asked, Gradients(drow, dsteps, dlogs, sums)).run(state, dstate)
-            for row, state, own, asked, dstate, drow, dsteps, dlogs in parts
+            Backward(row, own, asked, Gradients(drow, dsteps, dlogs, sums)).run(state, inside, dstate)
+            for row, state, inside, own, asked, dstate, drow, dsteps, dlogs in parts
         ]
         rows[..., -ctx.widths.heads :] = ddt = ssd.step_sizes_backward(ddt, call.dt, dt_bias, True, call.limit)
         parameters: tuple[Tensor | None, ...] = (None,) * 5

@@ -1,7 +1,7 @@
-"""The adapters of linear layers: dense ones, one for all routed experts of a layer, one for each expert.
+"""The adapters of dense linear layers, and the wrapper of every adapted one (routed experts': `expert_adapters.py`).
 
 Every adapter has `linear_in` (A) and `linear_out` (B); the delta of its layer is `scale` * B @ A, and under DoRA
-(`nano3.lora.dora`) it has a `magnitude` too. Shapes below are local: of this rank's rows, columns or experts.
+(`nano3.lora.dora`) it has a `magnitude` too. Shapes below are local: of this rank's rows or columns.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
 from megatron.core.ssm.mamba_mixer import MambaMixer, _split_tensor_factory
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -136,145 +134,6 @@ class DenseAdapter(ParallelLinearAdapter, Decomposed):
             names, rows = zip(*self.sections, strict=True)
             state[key] = _split_tensor_factory(state[key], list(rows), list(names), 0)
         return state
-
-
-class ExpertsAdapter(Decomposed):
-    """What adapters of routed experts have in common. Input: tokens sorted by expert, `splits[i]` of local expert i."""
-
-    def __init__(self, options: AdapterOptions) -> None:
-        super().__init__()
-        self.scale = options.scale
-        self.dropout = InputDropout(options.dropout, "experts")
-
-    def _finish(self, base: Any, dora: bool) -> None:
-        if dora:
-            self.add_magnitude(base, **_PER_EXPERT)
-
-    def _magnitude_shards(self, prefix: str) -> Sharded:
-        if self.magnitude is None:
-            return {}
-        ranks = parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_model_parallel_world_size()
-        replica = (0, 0, parallel_state.get_expert_data_parallel_rank())
-        key = prefix + MAGNITUDE
-        return {key: ShardedTensor.from_rank_offsets(key, self.magnitude, (0, *ranks), replica_id=replica)}
-
-
-_PER_EXPERT = {"allreduce": False, "tensor_model_parallel": True, "partition_dim": 0, "partition_stride": 1}
-"""Attributes of a parameter of one expert. `allreduce=False`: its gradient is summed over exactly the ranks that hold
-a replica of the expert (Megatron-Core's expert data parallel group, which spans tensor-parallel ranks when the experts
-are not split); over the data-parallel group, different experts would be mixed. `tensor_model_parallel`: every rank of
-the expert model parallel group counts its own in the gradient's norm."""
-
-
-class SharedExpertsAdapter(ExpertsAdapter):
-    """One adapter for all routed experts of a layer, whole on every rank.
-
-    Its gradient is the sum over all tokens of all experts, wherever they are: the tokens of other expert-parallel ranks
-    arrive through the data-parallel reduction (`allreduce=True`: that group spans the expert ranks), those of other
-    tensor-parallel ranks through Megatron-Core's reduction of sequence-parallel parameters.
-
-    Under expert tensor parallelism a rank has a slice of every expert, and uses the slice of A or B that goes with it:
-    rows of B where the experts' output is split, columns of A where their input is. Each token then meets each slice
-    on one rank only, and the same two reductions add the slices' gradients up.
-    """
-
-    def __init__(self, base: Any, options: AdapterOptions) -> None:
-        super().__init__(options)
-        settings = {"bias": False, "dtype": base.config.params_dtype, "device": torch.cuda.current_device()}
-        ranks, rank = base._tp_group.size(), base._tp_group.rank()
-        row_parallel = isinstance(base, TERowParallelGroupedLinear)
-        whole_in, whole_out = base.in_features, base.out_features
-        self.columns = self.rows = slice(None)
-        if ranks > 1 and row_parallel:
-            whole_in *= ranks
-            self.columns = slice(rank * base.in_features, (rank + 1) * base.in_features)
-        elif ranks > 1:
-            whole_out *= ranks
-            self.rows = slice(rank * base.out_features, (rank + 1) * base.out_features)
-        self.linear_in = nn.Linear(whole_in, options.rank, **settings)
-        self.linear_out = nn.Linear(options.rank, whole_out, **settings)
-        nn.init.zeros_(self.linear_out.weight)
-        for parameter in self.parameters():
-            parameter.allreduce = True  # type: ignore[attr-defined]
-            parameter.sequence_parallel = base.config.sequence_parallel  # type: ignore[attr-defined]
-        self._finish(base, options.dora)
-
-    def add_to(self, out: torch.Tensor, x: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
-        """(tokens, out), which may be overwritten, with the delta for (tokens, in) added; of the local slices."""
-        del splits  # one adapter for all experts
-        low = projected(self.dropout(x), self.linear_in.weight[:, self.columns])
-        return add_product(out, low, self.linear_out.weight[self.rows], self.scale)
-
-    def parts(self, base: Any) -> list[Part]:
-        """One for every local expert, all with the same factors."""
-        low, high = self.linear_in.weight.detach(), self.linear_out.weight.detach()
-        return [(getattr(base, f"weight{i}"), low, high) for i in range(base.num_gemms)]
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> Sharded:
-        """Both matrices whole; replicas on every tensor- and data-parallel rank, of which one writes."""
-        del metadata  # names the groups of the experts around it; the replicas are over the dense model's groups
-        names = ("linear_in.weight", "linear_out.weight")
-        whole = {name: self.get_parameter(name) for name in names}
-        return dense_shards(whole, prefix, {}, sharded_offsets) | self._magnitude_shards(prefix)
-
-
-class EachExpertAdapter(ExpertsAdapter):
-    """One adapter for each routed expert of a layer, on the ranks that hold the expert (expert tensor parallel 1).
-
-    A and B are grouped linear layers like the experts' own, `weight0`, `weight1`, ... of (rank, in) and (out, rank): on
-    GPUs Transformer Engine's grouped GEMMs, and in checkpoints tensors (experts, rank, in) and (experts, out, rank)
-    that any expert-parallel size loads.
-    """
-
-    def __init__(self, base: Any, options: AdapterOptions) -> None:
-        super().__init__(options)
-        self.linear_in = self._grouped(base, base.in_features, options.rank)
-        self.linear_out = self._grouped(base, options.rank, base.out_features)
-        for parameter in self.parameters():
-            for name, value in _PER_EXPERT.items():
-                setattr(parameter, name, value)
-        self._finish(base, options.dora)
-
-    @staticmethod
-    def _grouped(base: Any, in_features: int, out_features: int) -> TEColumnParallelGroupedLinear:
-        return TEColumnParallelGroupedLinear(
-            base.num_gemms,
-            in_features,
-            out_features,
-            config=base.config,
-            init_method=nn.init.zeros_,  # A is filled by the caller
-            bias=False,
-            skip_bias_add=True,
-            is_expert=True,
-            pg_collection=base._pg_collection,
-        )
-
-    def forward(self, x: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
-        """(tokens, in) -> (tokens, out)."""
-        low, _ = self.linear_in(self.dropout(x), splits)
-        return self.linear_out(low * self.scale, splits)[0]
-
-    def add_to(self, out: torch.Tensor, x: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
-        """(tokens, out) with the delta for (tokens, in) added."""
-        return out + self(x, splits)
-
-    def parts(self, base: Any) -> list[Part]:
-        """One for every local expert."""
-        names = [f"weight{i}" for i in range(base.num_gemms)]
-        return [
-            (getattr(base, n), getattr(self.linear_in, n).detach(), getattr(self.linear_out, n).detach()) for n in names
-        ]
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> Sharded:
-        """Keys of the whole model's experts, `linear_in.weight` (experts, rank, in) and so on."""
-        state = self.linear_in.sharded_state_dict(f"{prefix}linear_in.", sharded_offsets, metadata)
-        state.update(self.linear_out.sharded_state_dict(f"{prefix}linear_out.", sharded_offsets, metadata))
-        state = {key: value for key, value in state.items() if "_extra_state" not in key}
-        return state | self._magnitude_shards(prefix)
 
 
 class AdaptedLinear(LoRALinear):

@@ -1,7 +1,7 @@
 """LoRA on the hybrid model: NeMo's adapters where they are right, our own where they are not.
 
 Kept from NeMo 2.7.3: `PEFT` (freezing, and when adapters and optimizer are made), `LoRALinear`, and
-`ParallelLinearAdapter` for dense layers. Replaced, each for a reason (`adapters.py`, `vocabulary_adapters.py`):
+`ParallelLinearAdapter` for dense layers. Replaced, each for a reason (the other files of this folder):
   * routed experts: one adapter per layer shared by all its experts, replicated on every rank that holds experts, or one
     for each expert, on the ranks that hold it;
   * `linear_fc1`: NeMo shards its B as two gated halves, and this model has no gate;
@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemo.lightning.pytorch.callbacks.peft import PEFT
 from torch import nn
 
@@ -31,11 +31,11 @@ from nano3.lora.adapters import (
     AdaptedLinear,
     AdapterOptions,
     DenseAdapter,
-    EachExpertAdapter,
-    SharedExpertsAdapter,
 )
+from nano3.lora.dropout import seed_dropout
+from nano3.lora.expert_adapters import EachExpertAdapter, SharedExpertsAdapter
 from nano3.lora.vocabulary_adapters import AdaptedEmbedding, AdaptedOutput, EmbeddingAdapter, OutputAdapter
-from nano3.targets import EMBEDDING, OUTPUT, Size, check_sliced_experts, is_routed, sizes
+from nano3.targets import EMBEDDING, OUTPUT, Size, is_routed, sizes
 
 
 def initial_a(name: str, rank: int, in_features: int, seed: int) -> torch.Tensor:
@@ -81,7 +81,7 @@ class Nano3LoRA(PEFT):
     def __call__(self, model: nn.Module) -> nn.Module:
         """Freezes the model and wraps the chosen layers of this rank's pipeline stage."""
         self.freeze_model(model)
-        model_parallel_cuda_manual_seed(self.seed)  # of dropout; NeMo seeds Megatron with a constant
+        seed_dropout(self.seed)  # NeMo seeds Megatron with a constant
         chosen = sizes(self.modules, self.dim, self.alpha, self.rank_pattern, self.alpha_pattern, self.rslora)
         missed: list[str] = []
         for core in [module for module in model.modules() if isinstance(module, MambaModel)]:
@@ -134,27 +134,29 @@ class Nano3LoRA(PEFT):
             dense = DenseAdapter(module, path, parent, self._options(size))
             self._fill(dense.linear_in.weight, path, 1 if dense.input_is_parallel else 0)
             return dense
-        if parallel_state.get_expert_tensor_parallel_world_size() > 1:
-            check_sliced_experts(self.experts, self.dora, self.dropout)
         if self.experts == "each":
             each = EachExpertAdapter(module, self._options(size))
             first = parallel_state.get_expert_model_parallel_rank() * module.num_gemms
             for i in range(module.num_gemms):
-                self._fill(getattr(each.linear_in, f"weight{i}"), f"{path}.{first + i}")
+                weight = getattr(each.linear_in, f"weight{i}")
+                self._fill(weight, f"{path}.{first + i}", 1 if each.by_input else None, each.group)
             return each
         shared = SharedExpertsAdapter(module, self._options(size))
         self._fill(shared.linear_in.weight, path)
         return shared
 
-    def _fill(self, weight: torch.Tensor, name: str, split: int | None = None) -> None:
-        """Sets this rank's part of the first A, which tensor parallelism splits along the axis `split`."""
+    def _fill(
+        self, weight: torch.Tensor, name: str, split: int | None = None, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Sets this rank's part of the first A, split along the axis `split` over `group` (tensor parallel)."""
         if weight.device.type == "meta":
             return
-        world = parallel_state.get_tensor_model_parallel_world_size()
+        group = group or parallel_state.get_tensor_model_parallel_group()
+        world = group.size()
         rows, columns = (size * (world if axis == split else 1) for axis, size in enumerate(weight.shape))
         whole = initial_a(name, rows, columns, self.seed)
         if split is not None:
-            whole = whole.chunk(world, split)[parallel_state.get_tensor_model_parallel_rank()]
+            whole = whole.chunk(world, split)[group.rank()]
         with torch.no_grad():
             weight.copy_(whole)
 

@@ -3,7 +3,7 @@
     |B A|^2 = trace((B^T B) (A A^T)),
 
 two rank x rank matrices. Each rank has either whole rows of B and all of A, or all of B and some columns of A, so the
-squares of tensor-parallel ranks add up.
+squares of tensor-parallel ranks add up, and of routed experts those of expert-tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def adapter_norms(model: nn.Module) -> dict[str, float]:
     squares = [squared_norm(layer) for layer in layers]
     dense = [number for number, layer in enumerate(layers) if not layer.routed]
     each = [number for number, layer in enumerate(layers) if layer.routed and _each(layer)]
+    shared = [number for number, layer in enumerate(layers) if layer.routed and not _each(layer)]
     _sum_over(squares, dense, parallel_state.get_tensor_model_parallel_group())
-    _sum_over(squares, each, parallel_state.get_expert_model_parallel_group())
+    _sum_over(squares, each, parallel_state.get_expert_tensor_and_model_parallel_group())
+    _sum_over(squares, shared, parallel_state.get_expert_tensor_parallel_group())
     values = torch.stack(squares).tolist() if squares else []
     whole = over_stages(dict(zip((layer.path for layer in layers), values, strict=True)))
     norms = {f"{TOTAL}/{path}": square**0.5 for path, square in whole.items()}
