@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,8 +22,9 @@ from megatron.core.ssm.mamba_mixer import MambaMixer
 
 from nano3.context_parallel import cut_batch
 from nano3.lora import adapters, expert_adapters
-from nano3.parity.case import Case, Sizes
+from nano3.parity.case import Sizes
 from nano3.parity.comparison import as_json, compare, run
+from nano3.parity.layouts import parse_layouts
 
 
 def a_missing_reduction() -> Any:
@@ -58,22 +60,43 @@ def a_leaked_document() -> Any:
     return patch.object(MambaMixer, "_create_packed_seq_idx", lambda _m, _p, tokens: torch.zeros(1, tokens).int())
 
 
+def a_missing_exchange() -> Any:
+    """Ranks with slices of one expert that keep the gradient of its adapter's whole A to themselves."""
+    return patch.object(expert_adapters, "copy_to_tensor_model_parallel_region", lambda low, group: low)
+
+
+def a_copy_counted_twice() -> Any:
+    """Copies of an expert's whole A that each count in the gradient's norm."""
+    mark = expert_adapters.ExpertsAdapter._mark
+    return patch.object(
+        expert_adapters.ExpertsAdapter, "_mark", lambda self, parameter, cut: mark(self, parameter, True)
+    )
+
+
 FAULTS: dict[Callable[[], Any], str] = {
     a_missing_reduction: "ep2",
     a_wrong_section_split: "tp2",
     a_swapped_slice: "cp2",
     a_leaked_document: "cp2",
+    a_missing_exchange: "etp2+each",
+    a_copy_counted_twice: "etp2+each",
 }
 
 
 def main() -> None:
-    case, rows = Case(pattern="ME*M"), {}
-    single = run(case, Sizes())
-    for name in ("ep2", "tp2", "cp2"):
-        rows[name] = as_json(compare(name, case, Sizes.parse(name), run(case, Sizes.parse(name)), single))
-    for fault, name in FAULTS.items():
+    rows, layouts = {}, {wanted.text: wanted for wanted in parse_layouts(dict.fromkeys(FAULTS.values()))}
+    cases = {text: replace(wanted.case, pattern="ME*M") for text, wanted in layouts.items()}
+    alone = {case: run(case, Sizes()) for case in dict.fromkeys(cases.values())}
+
+    def compared(text: str) -> dict[str, Any]:
+        case, sizes = cases[text], layouts[text].sizes
+        return as_json(compare(text, case, sizes, run(case, sizes), alone[case]))
+
+    for text in layouts:
+        rows[text] = compared(text)
+    for fault, text in FAULTS.items():
         with fault():
-            rows[fault.__name__] = as_json(compare(name, case, Sizes.parse(name), run(case, Sizes.parse(name)), single))
+            rows[fault.__name__] = compared(text)
     Path(sys.argv[1]).write_text(json.dumps(rows))
 
 

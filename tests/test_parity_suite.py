@@ -64,12 +64,20 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "fault", ["a_missing_reduction", "a_wrong_section_split", "a_swapped_slice", "a_leaked_document"]
+    ("fault", "where"),
+    [
+        ("a_missing_reduction", "gradient"),
+        ("a_wrong_section_split", "gradient"),
+        ("a_swapped_slice", "gradient"),
+        ("a_leaked_document", "gradient"),
+        ("a_missing_exchange", "gradient"),
+        ("a_copy_counted_twice", "norm"),
+    ],
 )
-def test_a_deliberate_fault_is_beyond_the_bounds(faults, fault):
+def test_a_deliberate_fault_is_beyond_the_bounds(faults, fault, where):
     assert faults[faults[fault]["layout"]]["holds"]
     assert not faults[fault]["holds"]
-    assert faults[fault]["gradient"] == "inf" or faults[fault]["gradient"] > 1e-3
+    assert faults[fault][where] == "inf" or faults[fault][where] > 1e-3
 
 
 @pytest.mark.parametrize(
