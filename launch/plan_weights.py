@@ -135,9 +135,9 @@ def adapter_weights(arch: Arch, layout: Layout, stage: int, value: int, adapters
     """Every adapter parameter of a rank of pipeline stage `stage`.
 
     Dense layers: A (rank, in) and B (out, rank), A split along the rank (column-parallel) or the input (row-parallel),
-    B along the output. Routed experts: one for all, whole on every rank, or one for each local expert, on whose cut side
-    (expert tensor parallelism) its matrix is cut. DoRA's magnitudes are FP32: a value for each output row of this rank,
-    of all rows behind a row-parallel layer, of every local expert.
+    B along the output. Routed experts: one for all, whole on every rank, or one for each local expert, of which the
+    matrix is cut on whose side expert tensor parallelism cuts the expert. DoRA's magnitudes are FP32: a value for each
+    output row of this rank, of all rows behind a row-parallel layer, of every local expert.
     """
     if stage == 0 and EMBEDDING in adapters.ranks:
         yield from _vocabulary(arch, layout, EMBEDDING, value, adapters)

@@ -62,14 +62,14 @@ def a_leaked_document() -> Any:
 
 def a_missing_exchange() -> Any:
     """Ranks with slices of one expert that keep the gradient of its adapter's whole A to themselves."""
-    return patch.object(expert_adapters, "copy_to_tensor_model_parallel_region", lambda low, group: low)
+    return patch.object(expert_adapters, "copy_to_tensor_model_parallel_region", lambda low, **_: low)
 
 
 def a_copy_counted_twice() -> Any:
     """Copies of an expert's whole A that each count in the gradient's norm."""
     mark = expert_adapters.ExpertsAdapter._mark
     return patch.object(
-        expert_adapters.ExpertsAdapter, "_mark", lambda self, parameter, cut: mark(self, parameter, True)
+        expert_adapters.ExpertsAdapter, "_mark", lambda self, parameter, **_: mark(self, parameter, cut=True)
     )
 
 

@@ -64,7 +64,7 @@ class ExpertsAdapter(Decomposed):
         """Into how many each expert is cut."""
         return self.group.size()
 
-    def _mark(self, parameter: nn.Parameter, cut: bool) -> None:
+    def _mark(self, parameter: nn.Parameter, *, cut: bool) -> None:
         """Tells Megatron-Core that `parameter` belongs to one expert; where ETP does not cut it, one rank counts it."""
         for name, value in _PER_EXPERT.items():
             setattr(parameter, name, value)
@@ -167,7 +167,7 @@ class EachExpertAdapter(ExpertsAdapter):
         self.linear_out = self._grouped(base, options.rank, base.out_features, outside)
         for layer, cut in ((self.linear_in, self.by_input), (self.linear_out, not self.by_input)):
             for parameter in layer.parameters():
-                self._mark(parameter, cut)
+                self._mark(parameter, cut=cut)
         self._finish(base, options.dora)
 
     def _grouped(self, base: Any, in_features: int, out_features: int, mode: str | None) -> TEGroupedLinear:
