@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conversion.certificates.certificate_json import read_certificate
+from conversion.checkpoint.facts import content_hash
 from conversion.checkpoint.folders import CERTIFICATE
 from conversion.checkpoint.layout import FP8
 from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.scan import facts_of
 from conversion.fp8.golden_file import Golden, Tolerance
 from nano3.arch import resolve_model
 from nano3.cli import UserError, hidden_prefix, run, tidy
@@ -180,16 +182,25 @@ def tolerance(exact: list[np.ndarray], rounded: list[np.ndarray]) -> Tolerance:
     return Tolerance(**values)
 
 
+def certified_hash(folder: Path, hf: HFFolder) -> str:
+    """The content hash of the weights, read whole. Raises `UserError` when a certificate beside them has another."""
+    found = content_hash(facts_of(hf))
+    if (folder / CERTIFICATE).exists() and read_certificate(folder)["output"]["sha256"] != found:
+        raise UserError(
+            f"the weights of {folder} are not those of its certificate.json; python conversion/certify.py verify "
+            f"{folder} says what differs"
+        )
+    return found
+
+
 def golden(folder: Path, rows: list[dict[str, Any]], beside: Path) -> Golden:
     """The golden answers of a model folder to `rows` (see `read_prompts`). Raises `UserError`."""
     import torch
 
     from conversion.dequantize import activation_scales
 
-    facts: dict[str, Any] = {"transformers": version("transformers")}
-    if (folder / CERTIFICATE).exists():
-        facts["model_sha256"] = read_certificate(folder)["output"]["sha256"]
     with HFFolder(folder, quantized=True) as hf:
+        facts: dict[str, Any] = {"transformers": version("transformers"), "model_sha256": certified_hash(folder, hf)}
         texts, tokens = encode(folder, rows)
         top = max(int(ids.max()) for ids in tokens)
         if top >= hf.arch.vocab_size:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -91,6 +92,15 @@ def test_the_file_says_what_was_written(folder, tmp_path):
     certificate = json.loads((folder / "fp8" / "certificate.json").read_text())
     assert found.facts["model_sha256"] == certificate["output"]["sha256"]
     assert Golden.read(folder / "golden.safetensors").tolerance.overall < 0.3
+
+
+def test_weights_that_are_not_those_of_the_certificate_give_no_golden_answers(folder, tmp_path):
+    altered = tmp_path / "fp8"
+    shutil.copytree(folder / "fp8", altered)
+    file = altered / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match=r"not those of its certificate\.json; python conversion/certify\.py verify"):
+        golden(altered, [{"prompt": "1, 2, 3"}], tmp_path / "beside")
 
 
 def test_a_server_that_reads_the_folder_right_passes(folder):
