@@ -140,6 +140,8 @@ def test_the_line_in_numbers():
     assert line(5, 300, 0.5, 1e-3, 2.0, 1234.4, 61.0) == (
         "step   5/300  loss 0.5000  lr 1.00e-03  grad norm 2.000  1234 tokens/s  1m01s left"
     )
+    # After the first step, which also compiles, nobody knows.
+    assert line(1, 300, 0.5, 1e-3, 2.0, 1234.4, None).endswith("1234 tokens/s")
 
 
 def test_a_validation_loss_that_is_no_number_ends_the_run_on_every_rank(make, tmp_path, capsys):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 _enabled = False
 
@@ -29,7 +30,7 @@ def enabled() -> bool:
 
 
 def enable() -> bool:
-    """Switches the CPU backend on where it is wanted, once; says so in one line on rank 0. Returns whether it is on."""
+    """Switches the CPU backend on where it is wanted, once; says so on rank 0. Returns whether it is on."""
     global _enabled
     if _enabled or not wanted():
         return _enabled
@@ -48,4 +49,6 @@ def enable() -> bool:
     cross_entropy.install()
     if os.environ.get("RANK", "0") == "0":
         print("CPU backend: stand-ins for Transformer Engine, mamba-ssm and causal-conv1d; no CUDA.", file=sys.stderr)
+        if not any(Path(__file__).parent.glob("__pycache__/*.nbi")):
+            print("Their loops are compiled in the first step, once: some 20 s.", file=sys.stderr)
     return True

@@ -18,12 +18,17 @@ FORWARDED = ("loss/", "router_")
 """Beginnings of metrics that others log every step; those of validation begin with `validation_`."""
 
 
-def line(step: int, steps: int, loss: float, lr: float, grad_norm: float, tokens_per_second: float, left: float) -> str:
-    """`step 12/300  loss 1.2345  lr 1.00e-03  grad norm 0.512  2345 tokens/s  3m20s left`."""
-    minutes, seconds = divmod(int(left), 60)
+def line(
+    step: int, steps: int, loss: float, lr: float, grad_norm: float, tokens_per_second: float, left: float | None
+) -> str:
+    """`step 12/300  loss 1.2345  lr 1.00e-03  grad norm 0.512  2345 tokens/s  3m20s left`; without the time where nobody knows."""
+    time_left = ""
+    if left is not None:
+        minutes, seconds = divmod(int(left), 60)
+        time_left = f"  {minutes}m{seconds:02d}s left"
     return (
         f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3f}  "
-        f"{tokens_per_second:.0f} tokens/s  {minutes}m{seconds:02d}s left"
+        f"{tokens_per_second:.0f} tokens/s{time_left}"
     )
 
 
@@ -110,7 +115,8 @@ class Progress(pl.Callback):
         self._write(step, row)
         self.spent.append(seconds)
         if self._in_detail(step):
-            left = sum(self.spent) / len(self.spent) * (self.steps - step)
+            later = self.spent[1:]  # the first step of a process also compiles
+            left = sum(later) / len(later) * (self.steps - step) if later else None
             print(line(step, self.steps, loss, self.lr, norm, row["tokens_per_second"], left), flush=True)
 
     def _speed(self, trainer: pl.Trainer, step: int, seconds: float) -> Row:
