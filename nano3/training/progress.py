@@ -21,7 +21,7 @@ FORWARDED = ("loss/", "router_")
 def line(
     step: int, steps: int, loss: float, lr: float, grad_norm: float, tokens_per_second: float, left: float | None
 ) -> str:
-    """`step 12/300  loss 1.2345  lr 1.00e-03  grad norm 0.512  2345 tokens/s  3m20s left`; without the time where nobody knows."""
+    """`step 12/300  loss 1.2345  lr 1.00e-03  grad norm 0.512  2345 tokens/s  3m20s left`; or no time."""
     time_left = ""
     if left is not None:
         minutes, seconds = divmod(int(left), 60)
