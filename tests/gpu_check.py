@@ -98,7 +98,16 @@ def stack_rows(folder: Path, gpu: str) -> list:
             raise RuntimeError(f"{'stand-ins' if where == '1' else 'GPU'}, {precision}: {done.stderr[-1500:]}")
     from tests.gpu.distance import compare
 
-    return compare(*files)
+    return [*compare(*files), partition_row(gpu)]
+
+
+def partition_row(gpu: str) -> Row:
+    """How context-parallel ranks share a pack: Transformer Engine's rule and ours."""
+    done = _run("tests.gpu.partition", NANO3_CPU=gpu)
+    if done.returncode:
+        raise RuntimeError(f"context-parallel positions: {done.stderr[-1500:]}")
+    wrong, total = map(int, done.stdout.splitlines()[-1].split())
+    return Row(f"context-parallel positions, of {total}", wrong, 0, "that differ from Transformer Engine's")
 
 
 def layouts(tier: Tier, nano: str | None, data: str | None) -> None:

@@ -8,6 +8,7 @@ import pytest
 from tests.probes import made_by
 
 pytestmark = pytest.mark.full
+SHARES = ("whole", "part", "experts", "expert slices")
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +25,11 @@ def test_adams_step_is_one_number(probe, style):
     assert "different numbers of steps: {2, 3}" in found["different"]
 
 
-def test_new_random_numbers_follow_seed_and_step_and_agree_where_ranks_must(probe):
+def test_dropout_follows_seed_and_step_and_agrees_where_ranks_must(probe):
     draws = probe["draws"]
-    (common, own), other_rank = draws["first"], draws["other rank"]
-    assert draws["again"] == [common, own]
-    assert other_rank[0] == common
-    assert other_rank[1] != own
-    for other in ("other step", "other seed"):
-        assert draws[other][0] != common
-        assert draws[other][1] != own
+    first = dict(zip(SHARES, draws["first"], strict=True))
+    assert draws["again"] == draws["first"]
+    assert len({tuple(numbers) for numbers in draws["first"]}) == len(SHARES)
+    for other, agrees in (("other rank", {"whole", "experts"}), ("other step", set()), ("other seed", set())):
+        found = dict(zip(SHARES, draws[other], strict=True))
+        assert {share for share in SHARES if found[share] == first[share]} == agrees, other

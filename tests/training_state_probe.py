@@ -12,9 +12,11 @@ from nano3 import cpu
 cpu.enable()
 
 import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import random  # noqa: E402
 
 from nano3.checkpoints import training_state  # noqa: E402
+from nano3.lora.dropout import Input, InputDropout  # noqa: E402
 
 
 class GroupAdam(torch.optim.Optimizer):
@@ -59,14 +61,18 @@ def adam_steps(make: Callable) -> dict[str, Any]:
     }
 
 
-def draws(seed: int, step: int, tp_rank: int) -> list[list[float]]:
-    """Numbers from the generator that tensor-parallel ranks share, and from that which they do not."""
-    for name, rank in (("tensor_model", tp_rank), ("expert_model", 0), ("expert_tensor", tp_rank)):
-        setattr(random, f"get_{name}_parallel_rank", lambda rank=rank: rank)
+def draws(seed: int, step: int, rank: int) -> list[list[float]]:
+    """What a rank of TP2 and ETP2 drops: an input that all have whole, a part of one; experts' tokens, a part of them.
+
+    64 numbers each: where kept 1 / 0.5 and else 0.
+    """
+    for name, value in (("tensor_model", rank), ("expert_model", 0), ("expert_tensor", rank)):
+        setattr(random, f"get_{name}_parallel_rank", lambda value=value: value)
+    parallel_state.get_expert_tensor_parallel_world_size = lambda: 2
+    parallel_state.get_expert_model_parallel_rank = lambda: 0
     training_state.new_random_state(seed, step)
-    common = torch.rand(8).tolist()
-    with random.get_cuda_rng_tracker().fork():
-        return [common, torch.rand(8).tolist()]
+    shares: tuple[Input, ...] = ("whole", "part", "experts", "expert slices")
+    return [InputDropout(0.5, share)(torch.ones(64)).tolist() for share in shares]
 
 
 def main() -> None:
