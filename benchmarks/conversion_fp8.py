@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from conversion.checkpoint.folders import HF_KIND
 from conversion.checkpoint.safetensors_io import HFFolder
 from conversion.checkpoint.scan import scan
+from conversion.checkpoint.work import work_folder
 from conversion.fp8.calibrate import Activations
 from conversion.fp8.selection import Selection
 from conversion.quantize_fp8 import weight_scales, write
@@ -21,7 +23,8 @@ def main(source: Path, out: Path) -> None:
             inputs=dict.fromkeys(selection.chosen, 1.0),
             cache={(number, part): 1.0 for number in selection.kv_layers for part in "kv"},
         )
-        write(hf, before, weight_scales(largest, selection), selection, found, out)
+        with work_folder(out, HF_KIND, {"source": str(source)}, 0) as work:
+            write(hf, before, weight_scales(largest, selection), selection, found, work)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def logprobs(
     tidy(beside)
     with tempfile.TemporaryDirectory(prefix=hidden_prefix(beside), dir=beside.parent) as scratch:
         hidden = Hidden(hf, tokens, Path(scratch), dtype)
+        hidden.embed()
         name = str(dtype).removeprefix("torch.")
         for number in tqdm(range(len(hf.arch.layers)), desc=f"golden {name}", unit="layer", disable=None):
             reached += _through_layer(hf, hidden, number, scales)

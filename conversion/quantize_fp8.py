@@ -5,12 +5,14 @@
 The published recipe of the model by default: attention, the Mamba layers that feed it, convolutions, routers, norms,
 embeddings and lm_head stay as they are, everything else and the KV cache becomes FP8 E4M3 with static scales. STORE is
 a token store (data_prep/prepare.py) of what the model will see; its documents set the activations' scales. OUT is a
-unified Hugging Face checkpoint in NVIDIA ModelOpt's format. --selection FILE.yaml chooses other matrices.
+unified Hugging Face checkpoint in NVIDIA ModelOpt's format. --selection FILE.yaml chooses other matrices. A killed run
+leaves its work beside OUT, and the same command goes on from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from functools import partial
 from importlib.metadata import version
@@ -25,11 +27,11 @@ from conversion.checkpoint.plan import row_steps
 from conversion.checkpoint.rewrite import STEP_BYTES, Change, Passage, rewrite
 from conversion.checkpoint.safetensors_io import HFFolder, side_files
 from conversion.checkpoint.scan import scan
-from conversion.checkpoint.work import check_room, work_folder
+from conversion.checkpoint.work import Work, check_room, work_folder
 from conversion.fp8.selection import E4M3_MAX, KV_SCALES, Selection
 from conversion.push import add_push, asked_hub, push
 from nano3.arch import Arch, resolve_model
-from nano3.cli import UserError, check_output, run, tidy
+from nano3.cli import UserError, check_output, run
 from nano3.token_store import TokenStore
 
 if TYPE_CHECKING:
@@ -58,21 +60,39 @@ def weight_scales(largest: dict[str, float], selection: Selection) -> dict[str, 
 
 
 def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) -> Activations:
-    """Calibrates, then writes the FP8 checkpoint `out`; returns what calibration found. Raises `UserError`."""
+    """Calibrates, then writes the FP8 checkpoint `out`; returns what calibration found. Raises `UserError`.
+
+    A killed run's work is gone on with, from the sample and the layer that it was at.
+    """
     from conversion.fp8.calibrate import calibrate, scratch_bytes
 
     refuse_overlap(out, source)
-    tidy(check_output(out, HF_KIND))  # a killed calibration leaves gigabytes
     with HFFolder(source) as hf:
-        layout = Layout.make(selection.table(hf.dtypes))
-        check_room(out, layout.total_bytes + scratch_bytes(hf, samples))
+        needed = max(Layout.make(selection.table(hf.dtypes)).total_bytes, scratch_bytes(hf, samples))
+        check_room(check_output(out, HF_KIND), needed)
         before, largest = scan(hf)
         scales = weight_scales(largest, selection)
         previous_certificate(source, before)
-        with _layers(len(hf.arch.layers)) as bar:
-            found = calibrate(hf, selection, samples, out, bar.update)
-        write(hf, before, scales, selection, found, out)
+        with work_folder(out, HF_KIND, _job(before, selection, samples), needed) as work:
+            with _progress(len(hf.arch.layers) * sum(map(len, samples))) as bar:
+                found = calibrate(hf, selection, samples, work.scratch("calibration"), bar.update)
+            write(hf, before, scales, selection, found, work)
     return found
+
+
+def _job(before: dict[str, Fact], selection: Selection, samples: list[Any]) -> dict[str, Any]:
+    """What decides the bytes of the output: the sources, the selection, the samples, and who calculates."""
+    import torch
+
+    tokens = hashlib.sha256(json.dumps([sample.tolist() for sample in samples]).encode()).hexdigest()
+    return {
+        "tool": "quantize",
+        "source": {name: fact.sha256 for name, fact in before.items()},
+        "selection": [sorted(selection.chosen), selection.kv_cache],
+        "samples": tokens,
+        "libraries": {name: version(name) for name in ("torch", "transformers", "nvidia-modelopt")},
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }
 
 
 def write(
@@ -81,28 +101,24 @@ def write(
     scales: dict[str, torch.Tensor],
     selection: Selection,
     found: Activations,
-    out: Path,
+    work: Work,
 ) -> None:
-    """Writes the FP8 checkpoint `out` of `hf`, whose tensors are `before`, with its certificate."""
-    layout, side = Layout.make(selection.table(hf.dtypes)), side_files(hf.path)
-    added = _scalars(selection, scales, found)
-    job = {"tool": "quantize", "source": {name: fact.sha256 for name, fact in before.items()}}
-    job |= {"layout": layout.to_json(), "scales": {name: float(value) for name, value in added.items()}}
-    with work_folder(out, HF_KIND, job, layout.total_bytes) as work:
-        copy_files(hf.path, side, work.folder)
-        _write_configs(hf.path, work.folder, selection)
-        changes: dict[str, Change] = {name: partial(_quantize, scale) for name, scale in scales.items()}
-        written = rewrite(hf, work, layout, changes, added, "quantize")
-        notes = {name: note for name, note in written.notes.items() if note is not None}
-        facts = {"selection": sorted(selection.chosen), "kv_cache": selection.kv_cache, "tokens": found.tokens}
-        certified = Claim("quantization", notes, {"calibration": facts})
-        write_certificate(work.folder, hf.path, before, written.facts, certified)
+    """Writes the FP8 checkpoint of `hf`, whose tensors are `before`, with its certificate into `work`."""
+    layout, added = Layout.make(selection.table(hf.dtypes)), _scalars(selection, scales, found)
+    copy_files(hf.path, side_files(hf.path), work.folder)
+    _write_configs(hf.path, work.folder, selection)
+    changes: dict[str, Change] = {name: partial(_quantize, scale) for name, scale in scales.items()}
+    written = rewrite(hf, work, layout, changes, added, "quantize")
+    notes = {name: note for name, note in written.notes.items() if note is not None}
+    facts = {"selection": sorted(selection.chosen), "kv_cache": selection.kv_cache, "tokens": found.tokens}
+    certified = Claim("quantization", notes, {"calibration": facts})
+    write_certificate(work.folder, hf.path, before, written.facts, certified)
 
 
-def _layers(count: int) -> Any:
+def _progress(tokens: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=count, desc="calibrate", unit="layer", mininterval=0.5, disable=None)
+    return tqdm(total=tokens, desc="calibrate", unit="tok", unit_scale=True, mininterval=0.5, disable=None)
 
 
 def _quantize(scale: torch.Tensor, passage: Passage) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def ask_recipe(chain: Chain, site: Path | None) -> None:
 def check_room(chain: Chain, stages: tuple[Stage, ...]) -> None:
     """Raises `UserError` where the disk has no room for these stages' large outputs; training looks for its own."""
     plans = [plan for plan in plan_export(Arch.load(chain.model)) if plan.name in {stage.name for stage in stages}]
-    need = sum(plan.disk for plan in plans) + max((plan.scratch for plan in plans), default=0)
+    need = sum(max(plan.disk, plan.scratch) for plan in plans)  # what is there for a while goes before the output comes
     _, free = free_disk(chain.out)
     if need > free:
         raise UserError(

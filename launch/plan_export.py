@@ -25,7 +25,7 @@ BYTES = {"BF16": 2, "F32": 4}
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Bytes of a stage: memory at its peak, output, and files that are gone at its end."""
+    """Bytes of a stage: memory at its peak, output, and files that are gone before it is written."""
 
     name: str
     memory: int

@@ -53,6 +53,8 @@ class Paths:
     """Whether the base weights lie, or will lie, elsewhere than in `out`."""
     also: Mapping[str, Path] = field(default_factory=dict)
     """What else the run reads, by the setting that names it; only looked for among the mounts."""
+    runs: int = 1
+    """How many write below `out`, each with an imported base of its own."""
 
 
 def check_store(plan: Plan, arch: Arch, paths: Paths) -> tuple[list[Finding], int | None]:
@@ -151,8 +153,9 @@ def check_output(plan: Plan, arch: Arch, paths: Paths, nodes: int) -> list[Findi
     found = []
     if not os.access(there, os.W_OK):
         found.append(Finding(True, f"{there} cannot be written; choose another --out"))
-    need = disk_bytes(plan, arch, not (paths.imported or is_nemo_checkpoint(paths.model)))
-    room = f"{out} needs about {need / GIB:.1f} GiB and its disk has {free / GIB:.1f} GiB free"
+    need = paths.runs * disk_bytes(plan, arch, not (paths.imported or is_nemo_checkpoint(paths.model)))
+    whose = f" for {paths.runs} runs" if paths.runs > 1 else ""
+    room = f"{out} needs about {need / GIB:.1f} GiB{whose} and its disk has {free / GIB:.1f} GiB free"
     found.append(Finding(need > free, room + ("; free some or choose another --out" if need > free else "")))
     kind = file_system(there)
     if nodes > 1 and kind not in NETWORK:

@@ -60,8 +60,11 @@ def job_of(task: Run, after: int | None = None, seeds: tuple[int, ...] = ()) -> 
     )
 
 
-def preflight(task: Run, cluster: Cluster, after: int | None = None) -> tuple[int, str]:
-    """(exit code, what to print), see `launch.preflight.report`. What the job `after` will make is not looked at."""
+def preflight(task: Run, cluster: Cluster, after: int | None = None, runs: int = 1) -> tuple[int, str]:
+    """(exit code, what to print), see `launch.preflight.report`, for so many runs of an array, or one.
+
+    What the job `after` will make is not looked at.
+    """
     base = Path(task.base)
     own = base == Path(task.out) / "base"
     made = [path for path in (Path(task.data), base) if after is not None and not path.exists()]
@@ -74,6 +77,7 @@ def preflight(task: Run, cluster: Cluster, after: int | None = None) -> tuple[in
         mounts=tuple(map(parse_mount, cluster.mounts)) if cluster.container is not None else None,
         imported=not own,
         also={what: Path(path) for what, path in read.items() if path},
+        runs=runs,
     )
     arch, plan = Arch.load(task.model), plan_of(task.settings)
     if cluster.hardware == CPU:
@@ -151,7 +155,7 @@ def submit(
     """
     out, script = Path(task.out), render(cluster, job_of(task, after, seeds))
     check_progress(task.settings.checkpoint.minutes, cluster)
-    code, text = preflight(task, cluster, after)
+    code, text = preflight(task, cluster, after, len(seeds) or 1)
     print(text, file=sys.stderr)
     if dry_run:
         print(script, end="")

@@ -18,7 +18,7 @@ import pytest
 from conversion import hf_to_nemo, nemo_to_hf
 from conversion.certify import verify
 from conversion.checkpoint import safetensors_writer, torch_dist_writer
-from conversion.checkpoint.folders import CERTIFICATE, WEIGHTS
+from conversion.checkpoint.folders import CERTIFICATE, HF_KIND, WEIGHTS
 from conversion.checkpoint.layout import Layout
 from conversion.checkpoint.safetensors_io import HFFolder
 from conversion.checkpoint.scan import scan
@@ -36,13 +36,14 @@ MOMENTS = 10
 
 
 def quantize(source: Path, out: Path) -> None:
-    """Check and writing of an FP8 checkpoint; calibration writes nothing but hidden states."""
+    """Check and writing of an FP8 checkpoint; tests/test_fp8_calibration.py kills the calibration."""
     with HFFolder(source) as hf:
         selection = Selection.published(hf.arch)
         before, largest = scan(hf)
         cache = {(number, part): 1.0 for number in selection.kv_layers for part in "kv"}
         found = Activations(dict.fromkeys(selection.chosen, 1.0), cache)
-        write(hf, before, weight_scales(largest, selection), selection, found, out)
+        with work_folder(out, HF_KIND, {"source": str(source)}, 0) as work:
+            write(hf, before, weight_scales(largest, selection), selection, found, work)
 
 
 Tool = Callable[[Path, Path], Any]

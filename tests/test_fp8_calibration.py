@@ -1,14 +1,21 @@
 """Calibration and golden answers go layer by layer: what that takes, and that it is what the whole model gives."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from conversion import quantize_fp8
 from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.fp8.calibrate import Activations, calibrate
 from conversion.fp8.layerwise import hidden_bytes
-from nano3.arch import PRESETS
+from conversion.fp8.selection import Selection
+from conversion.quantize_fp8 import quantize
+from nano3.arch import PRESETS, Arch
+from tests.test_conversion_killed import content
 from tests.test_fp8 import samples
 from tests.tiny import tiny_hf_folder
 
@@ -40,3 +47,94 @@ def test_memory_is_that_of_one_layer(tmp_path):
     print(f"one layer {LAYER / 1e6:.0f} MB; calibration took {calibration / 1e6:.0f} MB, golden {golden / 1e6:.0f} MB")
     assert LAYER < calibration < 1.5 * LAYER
     assert 2 * LAYER < golden < 2 * 1.5 * LAYER  # FP32
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL: nobody catches it."""
+
+
+def calibrated(model: Path, folder: Path) -> tuple[Activations, list[int]]:
+    """A calibration on 3 samples, and the tokens that its steps named."""
+    steps: list[int] = []
+    with HFFolder(model) as hf:
+        return calibrate(hf, Selection.published(hf.arch), samples(), folder, steps.append), steps
+
+
+def killed_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the renaming of that number, from 0, finds the process gone."""
+    calls = iter(range(moment))
+
+    def replace(old: Path, new: Path) -> None:
+        if next(calls, None) is None:
+            raise Killed
+        os.rename(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def test_a_killed_calibration_goes_on_at_its_sample(tmp_path, monkeypatch):
+    """State changes only by renaming: 1 at the start, 3 layers of 2 for each of 3 samples and 1 behind them."""
+    model = tiny_hf_folder(tmp_path / "hf", hybrid_override_pattern="ME*")
+    expected, steps = calibrated(model, tmp_path / "undisturbed")
+    lengths = [len(sample) for sample in samples()]
+    assert steps == [0, *lengths * 3]
+    assert [path.name for path in (tmp_path / "undisturbed").iterdir()] == ["seen.json"]
+    for moment in range(22):
+        folder = tmp_path / str(moment)
+        with monkeypatch.context() as patched:
+            killed_at(moment, patched)
+            with pytest.raises(Killed):
+                calibrated(model, folder)
+        found, again = calibrated(model, folder)
+        assert found == expected, moment
+        assert sum(again) == sum(steps), moment
+        layer, within = divmod(max(moment - 1, 0), 7)
+        assert again[1:] == steps[1:][layer * 3 + (within + 1) // 2 :], moment
+
+
+class Steps(list):
+    """In the place of the progress bar."""
+
+    update = list.append
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(("work", "moment", "left"), [("calibration", 10, 5), ("writing", 22, 0)])
+def test_a_killed_quantization_calibrates_no_sample_twice(tmp_path, monkeypatch, capsys, work, moment, left):
+    """At its renaming 10, from 0, the first sample has passed the second layer."""
+    model, out = tiny_hf_folder(tmp_path / "hf", hybrid_override_pattern="ME*"), tmp_path / work
+    selection, steps = Selection.published(Arch.load(model)), Steps()
+    monkeypatch.setattr(quantize_fp8, "_progress", lambda _tokens: steps)
+    quantize(model, tmp_path / "undisturbed", selection, samples())
+    assert len(steps) == 1 + 9
+    with monkeypatch.context() as patched:
+        killed_at(moment, patched)
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # who is killed does not tidy up
+        with pytest.raises(Killed):
+            quantize(model, out, selection, samples())
+    assert not out.exists()
+    capsys.readouterr()
+    steps.clear()
+    quantize(model, out, selection, samples())
+    assert "going on with the unfinished work" in capsys.readouterr().err
+    assert len(steps) == 1 + left
+    assert content(out) == content(tmp_path / "undisturbed")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "undisturbed", work}
+
+
+def test_other_samples_are_another_calibration(tmp_path, monkeypatch):
+    model, out, steps = tiny_hf_folder(tmp_path / "hf", hybrid_override_pattern="E"), tmp_path / "out", Steps()
+    monkeypatch.setattr(quantize_fp8, "_progress", lambda _tokens: steps)
+    with monkeypatch.context() as patched:
+        killed_at(3, patched)
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            quantize(model, out, Selection.published(Arch.load(model)), samples())
+    steps.clear()
+    quantize(model, out, Selection.published(Arch.load(model)), samples()[1:])
+    assert steps == [0, 17, 64]

@@ -262,7 +262,9 @@ def test_the_output_needs_room_and_a_place_of_its_own(world, tmp_path, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1))
     full = wrong(check_output(Plan(), NANO, Paths(world.model, out=tmp_path / "new"), 1))
     elsewhere = wrong(check_output(Plan(), NANO, Paths(world.model, out=tmp_path / "new", imported=True), 1))
-    assert "about 60.6 GiB" in full[0]
+    seeds = wrong(check_output(Plan(), NANO, Paths(world.model, out=tmp_path / "new", runs=3), 1))
+    assert "about 60.6 GiB and" in full[0]
+    assert "about 181.7 GiB for 3 runs and" in seeds[0]
     assert "about 1.7 GiB" in elsewhere[0]  # adapters and their optimizer's states alone
     assert "its disk has 0.0 GiB free" in full[0]
     monkeypatch.setattr(preflight_checks, "file_system", lambda _path: "ext4")

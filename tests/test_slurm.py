@@ -374,6 +374,7 @@ def test_the_recipe_looks_first_and_submits_what_fits(tmp_path):
     many = tmp_path / "runs" / "many"
     sent = recipe(*arguments, "--array", "3,5", "--out", str(many), env=environment, cwd=tmp_path)
     assert sent.returncode == 0, sent.stderr
+    assert " GiB for 2 runs and its disk has " in sent.stderr
     text = (tmp_path / "submitted").read_text()
     assert "#SBATCH --array=3,5\n" in text
     assert f'OUT="{many}/seed-$SLURM_ARRAY_TASK_ID"\n' in text

@@ -55,6 +55,12 @@ class Work:
         new.write_text(json.dumps(content))
         os.replace(new, path)
 
+    def scratch(self, name: str) -> Path:
+        """A folder for what is needed on the way; the next run of the same job finds it, the output has none."""
+        path = self.folder / _RECORDS / name
+        path.mkdir(exist_ok=True)
+        return path
+
     def reveal(self) -> None:
         """Gives the hidden files their names. Meanwhile there is no config.json: some readers take all
         *.safetensors that they find beside one."""

@@ -4,6 +4,9 @@ Whole-model calibration needs the whole model. But a calibration run changes not
 largest absolute values that a quantizer sees are the same when the layers come one after the other: every layer is
 built alone, all samples go through it, its quantizers are read, and its outputs wait on disk for the next.
 
+It takes days where there is no GPU: what has been seen is saved after every sample (`conversion.fp8.seen`), and a
+killed run goes on there.
+
 Memory: one layer (of Nano at most 2.6 GB, a mixture-of-experts layer in BF16) and one sample's activations. Disk: the
 hidden states of all samples, 2 * tokens * hidden_size bytes (22.5 GB for Nano and 1,024 samples of 4,096 tokens).
 """
@@ -11,10 +14,9 @@ hidden states of all samples, 2 * tokens * hidden_size bytes (22.5 GB for Nano a
 from __future__ import annotations
 
 import io
-import tempfile
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,12 @@ import torch
 
 from conversion.checkpoint.safetensors_io import HFFolder
 from conversion.fp8.layerwise import Hidden, build_layer, count_tokens, hidden_bytes
+from conversion.fp8.seen import Seen
 from conversion.fp8.selection import Selection, matrices
-from nano3.cli import UserError, hidden_prefix
+from nano3.cli import UserError
 from nano3.imports import hidden
+
+_CACHE = {part: f"mixer.{part}_bmm_quantizer" for part in "kv"}
 
 
 @dataclass
@@ -44,68 +49,108 @@ class Activations:
 
 
 def scratch_bytes(hf: HFFolder, samples: list[np.ndarray]) -> int:
-    """Disk that `calibrate` takes while it runs."""
+    """Disk that `calibrate` takes while it runs, but for one more sample's."""
     return hidden_bytes(hf, samples, torch.bfloat16)
 
 
 def calibrate(
-    hf: HFFolder, selection: Selection, samples: list[np.ndarray], beside: Path, step: Callable[[], None]
+    hf: HFFolder, selection: Selection, samples: list[np.ndarray], folder: Path, step: Callable[[int], object]
 ) -> Activations:
-    """Runs `samples`, token ids (n,) each, through the model of `hf`; calls `step` after every layer.
+    """Runs `samples`, token ids (n,) each, through the model of `hf`, in BF16, as it will be served.
 
-    Hidden states lie in a hidden folder beside the path `beside` meanwhile. The model is in BF16, as it will be served.
-    Raises `UserError` when a quantizer saw nothing, or something that is no number.
+    Goes on from what a killed run with the same arguments left in `folder`. Meanwhile the hidden states lie there.
+
+    Args:
+        step: is told the tokens of every sample that passed a layer, first those of the killed run.
+
+    Raises:
+        UserError: a quantizer saw nothing, or something that is no number.
     """
-    found = Activations(tokens=sum(len(sample) for sample in samples))
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=hidden_prefix(beside), dir=beside.parent) as scratch:
-        hidden = Hidden(hf, samples, Path(scratch), torch.bfloat16)
-        for number in range(len(hf.arch.layers)):
-            _calibrate_layer(hf, selection, number, hidden, found)
-            step()
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = [len(sample) for sample in samples]
+    hidden, seen = Hidden(hf, samples, folder, torch.bfloat16), Seen.load(folder)
+    if seen is None:
+        hidden.embed()
+        seen = Seen()
+        seen.save(folder)
+    hidden.settle(seen.samples)
+    step(seen.layer * sum(lengths) + sum(lengths[: seen.samples]))
+    while seen.layer < len(hf.arch.layers):
+        if seen.samples < len(samples):
+            _calibrate_layer(hf, selection, hidden, seen, step)
+        seen.layer, seen.samples = seen.layer + 1, 0
+        seen.save(folder)
+    hidden.remove()
+    return _activations(selection, seen, sum(lengths))
+
+
+def _calibrate_layer(
+    hf: HFFolder, selection: Selection, hidden: Hidden, seen: Seen, step: Callable[[int], object]
+) -> None:
+    """The rest of the samples through the layer in work; after each `seen` is saved."""
+    number = seen.layer
+    model = build_layer(hf, number, torch.bfloat16)
+    counts = torch.tensor(seen.counts.get(str(number), [0] * hf.arch.n_routed_experts))
+    routed = hf.arch.layers[number] == "E"
+
+    def passed(sample: int) -> None:
+        for path in _quantizers(selection, number):
+            seen.add(f"{number}.{path}", _amax(model, path))
+        if routed:
+            seen.counts[str(number)] = counts.tolist()
+        seen.samples = sample + 1
+        seen.save(hidden.folder)
+        step(len(hidden.samples[sample]))
+
+    with ExitStack() as stack:
+        if routed:
+            stack.callback(count_tokens(model, counts))
+        stack.enter_context(redirect_stdout(io.StringIO()))  # "Inserted 27 quantizers", for every layer
+        mtq = stack.enter_context(_modelopt())
+        config = {**mtq.FP8_DEFAULT_CFG, "quant_cfg": _rules(selection, number)}
+        mtq.quantize(model, config, lambda layer: hidden.pass_through(layer, seen.samples, passed))
+
+
+def _activations(selection: Selection, seen: Seen, tokens: int) -> Activations:
+    """What the quantizers saw, by module. Raises `UserError` (see `calibrate`)."""
+
+    def largest(module: str) -> float:
+        _, _, number, path = module.split(".", 3)
+        return seen.largest[f"{number}.{_quantizer(path)}"]
+
+    found = Activations({module: largest(module) for module in selection.chosen}, tokens=tokens)
+    for number in selection.kv_layers:
+        found.cache |= {(number, part): seen.largest[f"{number}.{_CACHE[part]}"] for part in "kv"}
+    found.idle = {int(number): counts.count(0) for number, counts in seen.counts.items()}
     _check(selection, found)
     return found
 
 
-def _calibrate_layer(hf: HFFolder, selection: Selection, number: int, hidden: Hidden, found: Activations) -> None:
-    model = build_layer(hf, number, torch.bfloat16)
-    counts = torch.zeros(hf.arch.n_routed_experts, dtype=torch.long)
-    with ExitStack() as stack:
-        if hf.arch.layers[number] == "E":
-            stack.callback(count_tokens(model, counts))
-        stack.enter_context(redirect_stdout(io.StringIO()))  # "Inserted 27 quantizers", for every layer
-        _modelopt().quantize(model, _config(selection, number), hidden.pass_through)
+def _quantizers(selection: Selection, number: int) -> list[str]:
+    """Paths of the input quantizers of this layer that the selection asks for."""
     prefix = f"backbone.layers.{number}."
-    for name in (module for module in selection.chosen if module.startswith(prefix)):
-        found.inputs[name] = _amax(model, _quantizer(name.removeprefix(prefix)))
-    if number in selection.kv_layers:
-        for part in "kv":
-            found.cache[number, part] = _amax(model, f"mixer.{part}_bmm_quantizer")
-    if hf.arch.layers[number] == "E":
-        found.idle[number] = int((counts == 0).sum())
+    names = {_quantizer(name.removeprefix(prefix)) for name in selection.chosen if name.startswith(prefix)}
+    return sorted(names | set(_CACHE.values() if number in selection.kv_layers else ()))
 
 
-def _config(selection: Selection, number: int) -> dict[str, Any]:
-    """ModelOpt's FP8 configuration with the quantizers of this layer that the selection asks for.
+def _rules(selection: Selection, number: int) -> list[dict[str, Any]]:
+    """ModelOpt's rules for the quantizers of this layer that the selection asks for.
 
     Weight quantizers stay off: a weight's scale needs no samples and is taken when it is written.
     """
-    bits = {"num_bits": (4, 3), "axis": None}
-    prefix = f"backbone.layers.{number}."
-    rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    names = {_quantizer(name.removeprefix(prefix)) for name in selection.chosen if name.startswith(prefix)}
-    if number in selection.kv_layers:
-        names |= {"mixer.k_bmm_quantizer", "mixer.v_bmm_quantizer"}
-    rules += [{"quantizer_name": f"*{name}", "cfg": bits, "enable": True} for name in sorted(names)]
-    return {**_modelopt().FP8_DEFAULT_CFG, "quant_cfg": rules}
+    on = {"cfg": {"num_bits": (4, 3), "axis": None}, "enable": True}
+    rules = [{"quantizer_name": f"*{name}", **on} for name in _quantizers(selection, number)]
+    return [{"quantizer_name": "*", "enable": False}, *rules]
 
 
-def _modelopt() -> Any:
-    """ModelOpt's quantization, without its plugins for Megatron: they would import it, and here is no use for it."""
+@contextmanager
+def _modelopt() -> Iterator[Any]:
+    """ModelOpt's quantization, without its plugins for Megatron: when loaded and when used it would import that."""
     with hidden("megatron", "nemo", "transformer_engine"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it has not been tested with this transformers; tests/test_fp8.py has
         import modelopt.torch.quantization as mtq
-    return mtq
+
+        yield mtq
 
 
 def _quantizer(module: str) -> str:
@@ -117,8 +162,8 @@ def _quantizer(module: str) -> str:
 
 
 def _amax(model: Any, path: str) -> float:
-    quantizer = model.layers[0].get_submodule(path)
-    amax = quantizer.amax
+    """The largest absolute value that a quantizer's calibrator has collected so far; NaN when it saw nothing."""
+    amax = model.layers[0].get_submodule(path)._calibrator.compute_amax()
     return float("nan") if amax is None else float(amax.float())
 
 

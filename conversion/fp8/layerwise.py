@@ -7,6 +7,7 @@ hidden states of all samples.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,25 +31,53 @@ class Hidden:
     """
 
     def __init__(self, hf: HFFolder, samples: list[np.ndarray], folder: Path, dtype: torch.dtype) -> None:
-        self.paths = [folder / f"{number}.npy" for number in range(len(samples))]
-        self.dtype = dtype
-        for sample, path in zip(samples, self.paths, strict=True):
-            rows = torch.cat([hf.rows("backbone.embeddings.weight", int(token), 1) for token in sample])
-            self._store(path, rows.to(dtype))
+        self.hf, self.samples, self.folder, self.dtype = hf, samples, folder, dtype
 
-    def pass_through(self, layer: Any) -> None:
-        """Every sample through `layer` (see `build_layer`), its output in its input's place."""
+    def embed(self) -> None:
+        """Every sample's embeddings."""
+        for number, sample in enumerate(self.samples):
+            rows = torch.cat([self.hf.rows("backbone.embeddings.weight", int(token), 1) for token in sample])
+            self._store(self._path(number), rows.to(self.dtype))
+
+    def pass_through(self, layer: Any, first: int = 0, passed: Callable[[int], None] | None = None) -> None:
+        """Every sample from `first` on through `layer` (see `build_layer`), its output in its input's place.
+
+        `passed` gets the number of a sample whose output is on the disk, but not yet in place. A run that is killed
+        behind it calls `settle` with that number + 1 and goes on there; so no sample passes a layer twice.
+        """
         device = next(layer.layers.parameters()).device
         with torch.no_grad():
-            for number, path in enumerate(self.paths):
+            for number in range(first, len(self.samples)):
                 output = layer(inputs_embeds=self[number][None].to(device), use_cache=False)
-                self._store(path, output.last_hidden_state[0].cpu())
+                self._store(self._aside(number), output.last_hidden_state[0].cpu())
+                if passed is not None:
+                    passed(number)
+                self.settle(number + 1)
+
+    def settle(self, passed: int) -> None:
+        """Puts the output of the last of `passed` samples in place, if it is not there."""
+        if passed and self._aside(passed - 1).exists():
+            os.replace(self._aside(passed - 1), self._path(passed - 1))
+
+    def remove(self) -> None:
+        """Removes the files."""
+        for number in range(len(self.samples)):
+            self._path(number).unlink(missing_ok=True)
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        return torch.from_numpy(np.load(self.paths[number])).view(self.dtype)
+        return torch.from_numpy(np.load(self._path(number))).view(self.dtype)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number}.npy"
+
+    def _aside(self, number: int) -> Path:
+        return self.folder / f"{number}.new.npy"
 
     def _store(self, path: Path, value: torch.Tensor) -> None:
-        np.save(path, value.contiguous().view(torch.uint8).numpy())
+        with open(path, "wb") as file:
+            np.save(file, value.contiguous().view(torch.uint8).numpy())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def hidden_bytes(hf: HFFolder, samples: list[np.ndarray], dtype: torch.dtype) -> int:
