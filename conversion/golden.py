@@ -132,7 +132,7 @@ def logprobs(
         name = str(dtype).removeprefix("torch.")
         for number in tqdm(range(len(hf.arch.layers)), desc=f"golden {name}", unit="layer", disable=None):
             reached += _through_layer(hf, hidden, number, scales)
-        return [_of_prompt(hf, hidden, number, ids) for number, ids in enumerate(tokens)], reached
+        return [_of_prompt(hf, state, ids) for state, ids in zip(hidden, tokens, strict=True)], reached
 
 
 def _through_layer(hf: HFFolder, hidden: Hidden, number: int, scales: ActivationScales | None) -> int:
@@ -151,13 +151,13 @@ def _through_layer(hf: HFFolder, hidden: Hidden, number: int, scales: Activation
     return int((counts > 0).sum())
 
 
-def _of_prompt(hf: HFFolder, hidden: Hidden, number: int, ids: np.ndarray) -> np.ndarray:
+def _of_prompt(hf: HFFolder, hidden: torch.Tensor, ids: np.ndarray) -> np.ndarray:
     """The last norm and lm_head, a few rows of the vocabulary at a time."""
     import torch
 
     from conversion.checkpoint.plan import row_steps
 
-    arch, state = hf.arch, hidden[number][:-1].float()
+    arch, state = hf.arch, hidden[:-1].float()
     norm = hf.rows("backbone.norm_f.weight", 0, arch.hidden_size).to(hidden.dtype).float()
     state = state * torch.rsqrt(state.square().mean(-1, keepdim=True) + arch.layer_norm_epsilon) * norm
     state, wanted = state.to(hidden.dtype), torch.from_numpy(ids[1:])

@@ -62,7 +62,7 @@ def weight_scales(largest: dict[str, float], selection: Selection) -> dict[str, 
 def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) -> Activations:
     """Calibrates, then writes the FP8 checkpoint `out`; returns what calibration found. Raises `UserError`.
 
-    A killed run's work is gone on with, from the sample and the layer that it was at.
+    A killed run's work is gone on with, from the layer and the samples that it was at.
     """
     from conversion.fp8.calibrate import calibrate, scratch_bytes
 
@@ -84,12 +84,14 @@ def _job(before: dict[str, Fact], selection: Selection, samples: list[Any]) -> d
     """What decides the bytes of the output: the sources, the selection, the samples, and who calculates."""
     import torch
 
+    from conversion.fp8.layerwise import BLOCK_TOKENS
+
     tokens = hashlib.sha256(json.dumps([sample.tolist() for sample in samples]).encode()).hexdigest()
     return {
         "tool": "quantize",
         "source": {name: fact.sha256 for name, fact in before.items()},
         "selection": [sorted(selection.chosen), selection.kv_cache],
-        "samples": tokens,
+        "samples": [tokens, BLOCK_TOKENS],
         "libraries": {name: version(name) for name in ("torch", "transformers", "nvidia-modelopt")},
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }

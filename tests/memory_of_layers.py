@@ -34,7 +34,7 @@ def run(folder: Path, beside: Path, what: str) -> int:
     before, samples = status("VmRSS"), [np.arange(5, 37), np.arange(3, 60)]
     with HFFolder(folder) as hf:
         if what == "calibrate":
-            calibrate(hf, Selection.published(hf.arch), samples, beside, lambda _tokens: None)
+            calibrate(hf, Selection.published(hf.arch), samples, beside / folder.name, lambda _tokens: None)
         else:
             logprobs(hf, samples, torch.float32, beside, None)
     return status("VmHWM") - before

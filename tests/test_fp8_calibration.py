@@ -10,6 +10,7 @@ import pytest
 
 from conversion import quantize_fp8
 from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.fp8 import layerwise
 from conversion.fp8.calibrate import Activations, calibrate
 from conversion.fp8.layerwise import hidden_bytes
 from conversion.fp8.selection import Selection
@@ -28,6 +29,15 @@ def test_disk_is_known_before_it_starts():
 
     with HFFolder(PRESETS["pico"]) as hf:
         assert hidden_bytes(hf, samples(), torch.bfloat16) == 2 * 113 * 128 + 3 * 128  # 113 tokens, 128 wide, 3 files
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(1, [[32], [17], [64]]), (33, [[32, 17], [64]]), (49, [[32, 17], [64]]), (50, [[32, 17, 64]])],
+)
+def test_blocks_have_enough_tokens_but_for_the_last(monkeypatch, tokens, expected):
+    monkeypatch.setattr(layerwise, "BLOCK_TOKENS", tokens)
+    assert [[len(sample) for sample in block] for block in layerwise._blocks(samples())] == expected
 
 
 @pytest.mark.full
@@ -53,6 +63,12 @@ class Killed(BaseException):
     """In the place of SIGKILL: nobody catches it."""
 
 
+@pytest.fixture
+def _one_each(monkeypatch):
+    """A block for each sample."""
+    monkeypatch.setattr(layerwise, "BLOCK_TOKENS", 1)
+
+
 def calibrated(model: Path, folder: Path) -> tuple[Activations, list[int]]:
     """A calibration on 3 samples, and the tokens that its steps named."""
     steps: list[int] = []
@@ -72,10 +88,15 @@ def killed_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "replace", replace)
 
 
+@pytest.mark.usefixtures("_one_each")
 def test_a_killed_calibration_goes_on_at_its_sample(tmp_path, monkeypatch):
     """State changes only by renaming: 1 at the start, 3 layers of 2 for each of 3 samples and 1 behind them."""
     model = tiny_hf_folder(tmp_path / "hf", hybrid_override_pattern="ME*")
+    with monkeypatch.context() as patched:
+        patched.setattr(layerwise, "BLOCK_TOKENS", 40)
+        assert calibrated(model, tmp_path / "two blocks")[1] == [0, *(49, 64) * 3]
     expected, steps = calibrated(model, tmp_path / "undisturbed")
+    assert calibrated(model, tmp_path / "two blocks")[0] == expected
     lengths = [len(sample) for sample in samples()]
     assert steps == [0, *lengths * 3]
     assert [path.name for path in (tmp_path / "undisturbed").iterdir()] == ["seen.json"]
@@ -104,6 +125,7 @@ class Steps(list):
         pass
 
 
+@pytest.mark.usefixtures("_one_each")
 @pytest.mark.parametrize(("work", "moment", "left"), [("calibration", 10, 5), ("writing", 22, 0)])
 def test_a_killed_quantization_calibrates_no_sample_twice(tmp_path, monkeypatch, capsys, work, moment, left):
     """At its renaming 10, from 0, the first sample has passed the second layer."""
@@ -127,6 +149,7 @@ def test_a_killed_quantization_calibrates_no_sample_twice(tmp_path, monkeypatch,
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "undisturbed", work}
 
 
+@pytest.mark.usefixtures("_one_each")
 def test_other_samples_are_another_calibration(tmp_path, monkeypatch):
     model, out, steps = tiny_hf_folder(tmp_path / "hf", hybrid_override_pattern="E"), tmp_path / "out", Steps()
     monkeypatch.setattr(quantize_fp8, "_progress", lambda _tokens: steps)

@@ -4,7 +4,7 @@ Whole-model calibration needs the whole model. But a calibration run changes not
 largest absolute values that a quantizer sees are the same when the layers come one after the other: every layer is
 built alone, all samples go through it, its quantizers are read, and its outputs wait on disk for the next.
 
-It takes days where there is no GPU: what has been seen is saved after every sample (`conversion.fp8.seen`), and a
+It takes days where there is no GPU: what has been seen is saved every few samples (`conversion.fp8.seen`), and a
 killed run goes on there.
 
 Memory: one layer (of Nano at most 2.6 GB, a mixture-of-experts layer in BF16) and one sample's activations. Disk: the
@@ -49,7 +49,7 @@ class Activations:
 
 
 def scratch_bytes(hf: HFFolder, samples: list[np.ndarray]) -> int:
-    """Disk that `calibrate` takes while it runs, but for one more sample's."""
+    """Disk that `calibrate` takes while it runs, but for a block in work."""
     return hidden_bytes(hf, samples, torch.bfloat16)
 
 
@@ -61,24 +61,24 @@ def calibrate(
     Goes on from what a killed run with the same arguments left in `folder`. Meanwhile the hidden states lie there.
 
     Args:
-        step: is told the tokens of every sample that passed a layer, first those of the killed run.
+        step: is told how many tokens passed a layer: first those of the killed run, then those of every block.
 
     Raises:
         UserError: a quantizer saw nothing, or something that is no number.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lengths = [len(sample) for sample in samples]
     hidden, seen = Hidden(hf, samples, folder, torch.bfloat16), Seen.load(folder)
+    lengths = [sum(map(len, block)) for block in hidden.blocks]
     if seen is None:
         hidden.embed()
         seen = Seen()
         seen.save(folder)
-    hidden.settle(seen.samples)
-    step(seen.layer * sum(lengths) + sum(lengths[: seen.samples]))
+    hidden.settle(seen.blocks)
+    step(seen.layer * sum(lengths) + sum(lengths[: seen.blocks]))
     while seen.layer < len(hf.arch.layers):
-        if seen.samples < len(samples):
-            _calibrate_layer(hf, selection, hidden, seen, step)
-        seen.layer, seen.samples = seen.layer + 1, 0
+        if seen.blocks < len(lengths):
+            _calibrate_layer(hf, selection, hidden, seen, lambda block: step(lengths[block]))
+        seen.layer, seen.blocks = seen.layer + 1, 0
         seen.save(folder)
     hidden.remove()
     return _activations(selection, seen, sum(lengths))
@@ -87,20 +87,20 @@ def calibrate(
 def _calibrate_layer(
     hf: HFFolder, selection: Selection, hidden: Hidden, seen: Seen, step: Callable[[int], object]
 ) -> None:
-    """The rest of the samples through the layer in work; after each `seen` is saved."""
+    """The rest of the blocks through the layer in work; after each `seen` is saved, and `step` gets its number."""
     number = seen.layer
     model = build_layer(hf, number, torch.bfloat16)
     counts = torch.tensor(seen.counts.get(str(number), [0] * hf.arch.n_routed_experts))
     routed = hf.arch.layers[number] == "E"
 
-    def passed(sample: int) -> None:
+    def passed(block: int) -> None:
         for path in _quantizers(selection, number):
             seen.add(f"{number}.{path}", _amax(model, path))
         if routed:
             seen.counts[str(number)] = counts.tolist()
-        seen.samples = sample + 1
+        seen.blocks = block + 1
         seen.save(hidden.folder)
-        step(len(hidden.samples[sample]))
+        step(block)
 
     with ExitStack() as stack:
         if routed:
@@ -108,7 +108,7 @@ def _calibrate_layer(
         stack.enter_context(redirect_stdout(io.StringIO()))  # "Inserted 27 quantizers", for every layer
         mtq = stack.enter_context(_modelopt())
         config = {**mtq.FP8_DEFAULT_CFG, "quant_cfg": _rules(selection, number)}
-        mtq.quantize(model, config, lambda layer: hidden.pass_through(layer, seen.samples, passed))
+        mtq.quantize(model, config, lambda layer: hidden.pass_through(layer, seen.blocks, passed))
 
 
 def _activations(selection: Selection, seen: Seen, tokens: int) -> Activations:

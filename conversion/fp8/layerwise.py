@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,66 +22,97 @@ from nano3.hf_config import BLOCK_TYPES, DT_RANGE
 
 PRECISE = "e_score_correction_bias"
 """What transformers keeps in FP32 whatever the dtype of the model."""
+BLOCK_TOKENS = 16384
+"""Of a block of hidden states, at least. A killed run does at most one again, of a layer of Nano 2 TFLOP; and a file of
+88 MB does not wait for the disk as small ones would."""
 
 
 class Hidden:
-    """The hidden states of all samples, one file each in `folder`, (tokens, hidden_size) in `dtype`.
+    """The hidden states of all samples, each (tokens, hidden_size) in `dtype`, in order; on disk, in blocks of samples.
 
-    They start as the embeddings of `samples`, token ids (tokens,) each.
+    They start as the embeddings of `samples`, token ids (tokens,) each. A block is one file in `folder`; files change
+    only as a whole, and are on the disk before anything says so.
     """
 
     def __init__(self, hf: HFFolder, samples: list[np.ndarray], folder: Path, dtype: torch.dtype) -> None:
-        self.hf, self.samples, self.folder, self.dtype = hf, samples, folder, dtype
+        self.hf, self.folder, self.dtype = hf, folder, dtype
+        self.blocks = _blocks(samples)
 
     def embed(self) -> None:
         """Every sample's embeddings."""
-        for number, sample in enumerate(self.samples):
-            rows = torch.cat([self.hf.rows("backbone.embeddings.weight", int(token), 1) for token in sample])
-            self._store(self._path(number), rows.to(self.dtype))
+        for number, block in enumerate(self.blocks):
+            self._write(self._path(number), map(self._embedded, block))
 
     def pass_through(self, layer: Any, first: int = 0, passed: Callable[[int], None] | None = None) -> None:
-        """Every sample from `first` on through `layer` (see `build_layer`), its output in its input's place.
+        """All blocks from `first` on through `layer` (see `build_layer`), their outputs in the inputs' place.
 
-        `passed` gets the number of a sample whose output is on the disk, but not yet in place. A run that is killed
-        behind it calls `settle` with that number + 1 and goes on there; so no sample passes a layer twice.
+        `passed` gets the number of a block whose output is on the disk, but not yet in place. A run that is killed
+        behind it calls `settle` with that number + 1 and goes on there; so nothing passes a layer twice.
         """
         device = next(layer.layers.parameters()).device
+
+        def output(state: torch.Tensor) -> torch.Tensor:
+            return layer(inputs_embeds=state[None].to(device), use_cache=False).last_hidden_state[0].cpu()
+
         with torch.no_grad():
-            for number in range(first, len(self.samples)):
-                output = layer(inputs_embeds=self[number][None].to(device), use_cache=False)
-                self._store(self._aside(number), output.last_hidden_state[0].cpu())
+            for number in range(first, len(self.blocks)):
+                self._write(self._aside(number), map(output, self._read(number)))
                 if passed is not None:
                     passed(number)
                 self.settle(number + 1)
 
     def settle(self, passed: int) -> None:
-        """Puts the output of the last of `passed` samples in place, if it is not there."""
+        """Puts the output of the last of `passed` blocks in place, if it is not there."""
         if passed and self._aside(passed - 1).exists():
             os.replace(self._aside(passed - 1), self._path(passed - 1))
 
     def remove(self) -> None:
         """Removes the files."""
-        for number in range(len(self.samples)):
+        for number in range(len(self.blocks)):
             self._path(number).unlink(missing_ok=True)
 
-    def __getitem__(self, number: int) -> torch.Tensor:
-        return torch.from_numpy(np.load(self._path(number))).view(self.dtype)
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for number in range(len(self.blocks)):
+            yield from self._read(number)
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number}.npy"
+    def _embedded(self, sample: np.ndarray) -> torch.Tensor:
+        rows = [self.hf.rows("backbone.embeddings.weight", int(token), 1) for token in sample]
+        return torch.cat(rows).to(self.dtype)
 
-    def _aside(self, number: int) -> Path:
-        return self.folder / f"{number}.new.npy"
+    def _path(self, block: int) -> Path:
+        return self.folder / f"{block}.states"
 
-    def _store(self, path: Path, value: torch.Tensor) -> None:
+    def _aside(self, block: int) -> Path:
+        return self.folder / f"{block}.states.new"
+
+    def _read(self, block: int) -> Iterator[torch.Tensor]:
+        with open(self._path(block), "rb") as file:
+            for _ in self.blocks[block]:
+                yield torch.from_numpy(np.load(file)).view(self.dtype)
+
+    def _write(self, path: Path, states: Iterable[torch.Tensor]) -> None:
         with open(path, "wb") as file:
-            np.save(file, value.contiguous().view(torch.uint8).numpy())
+            for state in states:
+                np.save(file, state.contiguous().view(torch.uint8).numpy())
             file.flush()
             os.fsync(file.fileno())
 
 
+def _blocks(samples: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """Successive samples in groups that have at least BLOCK_TOKENS tokens, but for the last."""
+    blocks: list[list[np.ndarray]] = []
+    room = 0
+    for sample in samples:
+        if room <= 0:
+            blocks.append([])
+            room = BLOCK_TOKENS
+        blocks[-1].append(sample)
+        room -= len(sample)
+    return blocks
+
+
 def hidden_bytes(hf: HFFolder, samples: list[np.ndarray], dtype: torch.dtype) -> int:
-    """Disk that the hidden states of `samples` take, with their files' headers."""
+    """Disk that the hidden states of `samples` take, with a header each; a block in work is there twice."""
     return sum(dtype.itemsize * len(sample) * hf.arch.hidden_size + 128 for sample in samples)
 
 

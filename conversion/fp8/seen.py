@@ -1,4 +1,4 @@
-"""What a calibration has seen so far and how far it is, on disk: a killed one goes on at the sample it was at."""
+"""What a calibration has seen so far and how far it is, on disk: a killed one goes on where it was."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _FILE = "seen.json"
 
 @dataclass
 class Seen:
-    """The state between two samples of a layer.
+    """The state between two blocks of samples in a layer.
 
-    `layer` is the one in work and `samples` how many have passed it; `largest` is the largest absolute value that each
+    `layer` is the one in work and `blocks` how many have passed it; `largest` is the largest absolute value that each
     quantizer saw ("LAYER.path" -> value), `counts` how many tokens each routed expert of a layer got ("LAYER" -> list).
     """
 
     layer: int = 0
-    samples: int = 0
+    blocks: int = 0
     largest: dict[str, float] = field(default_factory=dict)
     counts: dict[str, list[int]] = field(default_factory=dict)
 
