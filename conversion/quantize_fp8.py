@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
     from conversion.fp8.calibrate import Activations
 
+WAITS = (OSError, MemoryError, RuntimeError)
+"""What may pass, such as a full disk or a GPU without memory: days of calibration wait for it."""
+
 
 def to_codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """FP8 codes of `weight` (any shape) at `scale` (), FP32: as ModelOpt's export computes them, bit for bit.
@@ -62,7 +65,7 @@ def weight_scales(largest: dict[str, float], selection: Selection) -> dict[str, 
 def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) -> Activations:
     """Calibrates, then writes the FP8 checkpoint `out`; returns what calibration found. Raises `UserError`.
 
-    A killed run's work is gone on with, from the layer and the samples that it was at.
+    What a killed run left is gone on with, from the layer and the samples that it was at, or one that met `WAITS`.
     """
     from conversion.fp8.calibrate import calibrate, scratch_bytes
 
@@ -73,7 +76,7 @@ def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) 
         before, largest = scan(hf)
         scales = weight_scales(largest, selection)
         previous_certificate(source, before)
-        with work_folder(out, HF_KIND, _job(before, selection, samples), needed) as work:
+        with work_folder(out, HF_KIND, _job(before, selection, samples), needed, WAITS) as work:
             with _progress(len(hf.arch.layers) * sum(map(len, samples))) as bar:
                 found = calibrate(hf, selection, samples, work.scratch("calibration"), bar.update)
             write(hf, before, scales, selection, found, work)

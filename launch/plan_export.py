@@ -17,6 +17,8 @@ PROCESS = GIB
 THREADS, CHUNK, STEP = 8, 64 * MIB, 16 * MIB
 """Of the streaming scripts: threads at most, bytes of a thread's buffer, bytes of a piece of arithmetic
 (conversion/checkpoint/parallel.py, plan.py, rewrite.py; tests/test_plan_export.py holds them equal)."""
+BLOCK_TOKENS = 16384
+"""Of a block of hidden states (conversion/fp8/layerwise.py; held equal likewise)."""
 PIECES = 6
 """Pieces that a thread has in work: old and new values, a delta, their FP32 copies, a temporary."""
 FP32 = 4
@@ -37,7 +39,8 @@ def plan_export(arch: Arch, samples: int = 1024, tokens: int = 4096) -> tuple[St
     """The stages of a model whose files have the expected dtypes; calibration on `samples` of `tokens` at most."""
     stream = PROCESS + THREADS * (CHUNK + PIECES * STEP)
     layers = [calibration_bytes(arch, number, tokens) for number in range(len(arch.pattern))]
-    hidden_states = samples * (2 * tokens * arch.hidden_size + 128)
+    twice = min(samples, -(-BLOCK_TOKENS // tokens))  # the block in work
+    hidden_states = (samples + twice) * (2 * tokens * arch.hidden_size + 128)
     model = model_bytes(arch)
     return (
         StagePlan("import", stream, model),

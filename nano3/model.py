@@ -25,6 +25,7 @@ from nemo.collections.llm.gpt.model.ssm import SSMConfig  # noqa: E402
 from nano3 import compat  # noqa: E402
 from nano3.arch import Arch  # noqa: E402
 from nano3.context_parallel import cut_batch  # noqa: E402
+from nano3.copies import then_equal_copies  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
 from nano3.loss import TokenLoss, WeightedFinish, accuracy, mean_loss, mean_losses, record_verdicts  # noqa: E402
 from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
@@ -135,7 +136,7 @@ class Nano3Model(GPTModel):
         finalize = self.config.finalize_model_grads_func
         if not isinstance(finalize, WeightedFinish):
             loss = self.training_loss_reduction
-            self.config.finalize_model_grads_func = WeightedFinish(finalize, loss, self._log_sources)
+            self.config.finalize_model_grads_func = WeightedFinish(then_equal_copies(finalize), loss, self._log_sources)
 
     def _log_sources(self, table: torch.Tensor) -> None:
         """Logs `loss/SOURCE`; NaN for a source that the global batch has nothing of."""

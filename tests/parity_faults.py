@@ -18,6 +18,7 @@ from nano3.parity import worker  # first: it switches the CPU backend on
 # isort: split
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
 from nano3.context_parallel import cut_batch
@@ -73,6 +74,29 @@ def a_copy_counted_twice() -> Any:
     )
 
 
+def a_last_bit_of_another_order() -> Any:
+    """Ranks whose reductions add up in another order than the first's; nobody makes their copies equal."""
+    return patch.object(worker, "then_equal_copies", lambda finalize: another_order(finalize))
+
+
+def another_order(finalize: Callable[..., None]) -> Callable[..., None]:
+    """`finalize`, and then another last bit on every rank but the first of those with slices of the same experts."""
+
+    def run(model: list, *arguments: Any, **options: Any) -> None:
+        finalize(model, *arguments, **options)
+        for parameter in model[0].parameters():
+            if getattr(parameter, "copied_over_etp", False):
+                parameter.main_grad *= 1 + parallel_state.get_expert_tensor_parallel_rank() * 1e-15
+
+    return run
+
+
+def mended() -> Any:
+    """The same other order, and the copies made equal behind it."""
+    then_equal = worker.then_equal_copies
+    return patch.object(worker, "then_equal_copies", lambda finalize: then_equal(another_order(finalize)))
+
+
 FAULTS: dict[Callable[[], Any], str] = {
     a_missing_reduction: "ep2",
     a_wrong_section_split: "tp2",
@@ -80,6 +104,8 @@ FAULTS: dict[Callable[[], Any], str] = {
     a_leaked_document: "cp2",
     a_missing_exchange: "etp2+each",
     a_copy_counted_twice: "etp2+each",
+    a_last_bit_of_another_order: "etp2+each",
+    mended: "etp2+each",
 }
 
 

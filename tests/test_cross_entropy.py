@@ -59,3 +59,15 @@ def test_what_is_no_number_is_not_hidden(bad):
     logits = torch.tensor([[[1.0, bad, 0.0, -1.0]]])
     loss, _ = of_parts(logits, torch.tensor([[0]]), torch.ones(1, 1), 1)
     assert not torch.isfinite(loss).any()
+
+
+def test_autograd_knows_that_logits_and_softmax_were_overwritten():
+    """Else a second backward pass would give another gradient, without a word."""
+    logits = torch.zeros(1, 1, 4)
+    versions = [logits._version]
+    found = calculate_predicted_logits(logits, torch.tensor([[1]]), torch.zeros(1, 1), 0, 4)
+    versions.append(logits._version)
+    softmax = found[-1]
+    calculate_gradients(softmax.view(-1, 4), torch.arange(1), found[1], torch.ones(1), softmax, torch.ones(1, 1))
+    assert versions == [0, 1]
+    assert softmax._version == 2

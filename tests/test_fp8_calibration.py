@@ -16,6 +16,7 @@ from conversion.fp8.layerwise import hidden_bytes
 from conversion.fp8.selection import Selection
 from conversion.quantize_fp8 import quantize
 from nano3.arch import PRESETS, Arch
+from nano3.cli import UserError
 from tests.test_conversion_killed import content
 from tests.test_fp8 import samples
 from tests.tiny import tiny_hf_folder
@@ -28,7 +29,9 @@ def test_disk_is_known_before_it_starts():
     import torch
 
     with HFFolder(PRESETS["pico"]) as hf:
-        assert hidden_bytes(hf, samples(), torch.bfloat16) == 2 * 113 * 128 + 3 * 128  # 113 tokens, 128 wide, 3 files
+        assert hidden_bytes(hf, samples(), torch.bfloat16) == 2 * (
+            2 * 113 * 128 + 3 * 128
+        )  # 113 tokens, 128 wide, 3 headers, in one block
 
 
 @pytest.mark.parametrize(
@@ -76,13 +79,13 @@ def calibrated(model: Path, folder: Path) -> tuple[Activations, list[int]]:
         return calibrate(hf, Selection.published(hf.arch), samples(), folder, steps.append), steps
 
 
-def killed_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on the renaming of that number, from 0, finds the process gone."""
+def killed_at(moment: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = Killed) -> None:
+    """From now on the renaming of that number, from 0, finds the process gone, or fails with another error."""
     calls = iter(range(moment))
 
     def replace(old: Path, new: Path) -> None:
         if next(calls, None) is None:
-            raise Killed
+            raise error
         os.rename(old, new)
 
     monkeypatch.setattr(os, "replace", replace)
@@ -147,6 +150,21 @@ def test_a_killed_quantization_calibrates_no_sample_twice(tmp_path, monkeypatch,
     assert len(steps) == 1 + left
     assert content(out) == content(tmp_path / "undisturbed")
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "undisturbed", work}
+
+
+@pytest.mark.usefixtures("_one_each")
+@pytest.mark.parametrize(("error", "left"), [(OSError, 5), (UserError, 9)])
+def test_days_of_work_outlive_a_full_disk_but_not_a_user_error(tmp_path, monkeypatch, error, left):
+    model, out = tiny_hf_folder(tmp_path / "hf", hybrid_override_pattern="ME*"), tmp_path / "out"
+    selection, steps = Selection.published(Arch.load(model)), Steps()
+    monkeypatch.setattr(quantize_fp8, "_progress", lambda _tokens: steps)
+    with monkeypatch.context() as patched:
+        killed_at(10, patched, error)
+        with pytest.raises(error):
+            quantize(model, out, selection, samples())
+    steps.clear()
+    quantize(model, out, selection, samples())
+    assert len(steps) == 1 + left
 
 
 @pytest.mark.usefixtures("_one_each")

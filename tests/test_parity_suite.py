@@ -80,6 +80,14 @@ def test_a_deliberate_fault_is_beyond_the_bounds(faults, fault, where):
     assert faults[fault][where] == "inf" or faults[fault][where] > 1e-3
 
 
+@pytest.mark.full
+def test_copies_of_an_experts_matrix_are_equal_whatever_the_order_of_a_sum(faults):
+    assert faults["a_last_bit_of_another_order"]["drift"] > 0
+    assert not faults["a_last_bit_of_another_order"]["holds"]
+    assert faults["mended"]["drift"] == 0
+    assert faults["mended"]["holds"]
+
+
 @pytest.mark.parametrize(
     ("layout", "words"),
     [

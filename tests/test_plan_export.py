@@ -8,6 +8,7 @@ import pytest
 
 from conversion.checkpoint import parallel, plan, rewrite
 from conversion.checkpoint.layout import Layout
+from conversion.fp8 import layerwise
 from conversion.fp8.selection import Selection
 from launch import plan_export
 from launch.hardware import GIB
@@ -40,7 +41,7 @@ def test_the_real_model_in_numbers():
     # 31,577,937,344 parameters in BF16; in FP32 A_log and D of 64 heads in 23 layers, and 23 * 128 router biases.
     assert model_bytes(NANO) == 2 * 31_577_937_344 + 2 * 23 * 2 * 64 + 4 * 23 * 128
     assert fp8_bytes(NANO) == pytest.approx(32.65e9, rel=1e-3)  # as the published FP8 checkpoint weighs
-    assert quantize.scratch == 1024 * (2 * 4096 * 2688 + 128)
+    assert quantize.scratch == (1024 + 4) * (2 * 4096 * 2688 + 128)
     experts = 128 * 2 * 2688 * 1856 * 2
     shared_and_rest = 2 * 2688 * 3712 * 2 + (128 * 2688 + 128 + 2688) * 2
     routed = experts + shared_and_rest + 4 * 4096 * 2 * (2688 + 3712 + 1856)
@@ -56,6 +57,7 @@ def test_the_streaming_scripts_have_the_buffers_that_are_planned():
     assert (parallel.MOST, plan.CHUNK_BYTES, rewrite.STEP_BYTES) == (
         plan_export.THREADS, plan_export.CHUNK, plan_export.STEP,
     )  # fmt: skip
+    assert layerwise.BLOCK_TOKENS == plan_export.BLOCK_TOKENS
 
 
 @pytest.mark.full

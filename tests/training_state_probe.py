@@ -61,15 +61,15 @@ def adam_steps(make: Callable) -> dict[str, Any]:
     }
 
 
-def draws(seed: int, step: int, rank: int) -> list[list[float]]:
+def draws(seed: int, step: int, rank: int, ep_rank: int = 0) -> list[list[float]]:
     """What a rank of TP2 and ETP2 drops: an input that all have whole, a part of one; experts' tokens, a part of them.
 
     64 numbers each: where kept 1 / 0.5 and else 0.
     """
-    for name, value in (("tensor_model", rank), ("expert_model", 0), ("expert_tensor", rank)):
+    for name, value in (("tensor_model", rank), ("expert_model", ep_rank), ("expert_tensor", rank)):
         setattr(random, f"get_{name}_parallel_rank", lambda value=value: value)
     parallel_state.get_expert_tensor_parallel_world_size = lambda: 2
-    parallel_state.get_expert_model_parallel_rank = lambda: 0
+    parallel_state.get_expert_model_parallel_rank = lambda: ep_rank
     training_state.new_random_state(seed, step)
     shares: tuple[Input, ...] = ("whole", "part", "experts", "expert slices")
     return [InputDropout(0.5, share)(torch.ones(64)).tolist() for share in shares]
@@ -78,6 +78,7 @@ def draws(seed: int, step: int, rank: int) -> list[list[float]]:
 def main() -> None:
     asked = {"first": (1234, 8, 0), "again": (1234, 8, 0), "other rank": (1234, 8, 1)}
     asked |= {"other step": (1234, 9, 0), "other seed": (1235, 8, 0)}
+    draws(1234, 8, 5, 16)  # of TP8, ETP8 and EP32, where a seed of ours has met one of Megatron-Core's, who refuses it
     result = {
         "by parameter": adam_steps(torch.optim.AdamW),
         "by group": adam_steps(GroupAdam),

@@ -83,11 +83,13 @@ def check_room(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def work_folder(out: Path, kind: str, job: dict[str, Any], needed: int) -> Iterator[Work]:
+def work_folder(
+    out: Path, kind: str, job: dict[str, Any], needed: int, stays: tuple[type[BaseException], ...] = ()
+) -> Iterator[Work]:
     """Gives the work folder of `out`, which becomes `out` in the end, of `kind` as `nano3.cli.fresh_output` has it.
 
     `job` is what decides the bytes of the output (JSON): the work of a killed run is gone on with when its job was the
-    same, else thrown away. After an error nothing stays; after Ctrl-C the work does.
+    same, else thrown away. After Ctrl-C the work stays, and after `stays`; after any other error nothing does.
 
     Args:
         needed: bytes of disk that the finished output takes, as for `check_room`.
@@ -107,11 +109,11 @@ def work_folder(out: Path, kind: str, job: dict[str, Any], needed: int) -> Itera
             (folder / MARKER).write_text(json.dumps({"kind": kind, "format": 1}) + "\n")
             work.reveal()
             replace_folder(folder, out)
-        except KeyboardInterrupt:
-            print(f"unfinished work stays in {folder}: the same command goes on from it", file=sys.stderr)
-            raise
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, *stays)):
+                print(f"unfinished work stays in {folder}: the same command goes on from it", file=sys.stderr)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
 

@@ -49,7 +49,7 @@ class Activations:
 
 
 def scratch_bytes(hf: HFFolder, samples: list[np.ndarray]) -> int:
-    """Disk that `calibrate` takes while it runs, but for a block in work."""
+    """Disk that `calibrate` takes while it runs."""
     return hidden_bytes(hf, samples, torch.bfloat16)
 
 

@@ -113,7 +113,11 @@ def _blocks(samples: list[np.ndarray]) -> list[list[np.ndarray]]:
 
 def hidden_bytes(hf: HFFolder, samples: list[np.ndarray], dtype: torch.dtype) -> int:
     """Disk that the hidden states of `samples` take, with a header each; a block in work is there twice."""
-    return sum(dtype.itemsize * len(sample) * hf.arch.hidden_size + 128 for sample in samples)
+
+    def size(some: list[np.ndarray]) -> int:
+        return sum(dtype.itemsize * len(sample) * hf.arch.hidden_size + 128 for sample in some)
+
+    return size(samples) + max(map(size, _blocks(samples)), default=0)
 
 
 def build_layer(hf: HFFolder, number: int, dtype: torch.dtype) -> Any:

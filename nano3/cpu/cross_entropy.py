@@ -7,6 +7,7 @@ the other operations is a pass over memory of its own.
 from __future__ import annotations
 
 import torch
+from torch.autograd.graph import increment_version
 
 from nano3.cpu.arrays import array
 from nano3.cpu.compiled import LOG2_E, exp2, loops
@@ -63,6 +64,7 @@ def calculate_predicted_logits(
     predicted, sums = torch.empty_like(logits_max), torch.empty_like(logits_max)
     flat = [array(t.view(-1)) for t in (logits_max, here, elsewhere, predicted, sums)]
     exponentials(array(logits.view(-1, logits.shape[-1])), *flat)
+    increment_version(logits)  # what autograd saved of them is no longer there: it must notice
     return elsewhere, here, predicted, sums, logits
 
 
@@ -79,6 +81,7 @@ def calculate_gradients(
     del arange_1d
     dloss = grad_output.reshape(-1).to(grad_2d.dtype).contiguous()
     gradients(*(array(t) for t in (grad_2d, masked_target_1d, softmax_update == 0, dloss)))
+    increment_version(grad_2d)  # a second backward pass is refused
     return grad_input
 
 

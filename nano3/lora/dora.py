@@ -52,6 +52,8 @@ class Decomposed(nn.Module):
 
     magnitude: nn.Parameter | None
     scale: float
+    routed = False
+    """Whether it adapts routed experts: then there is a magnitude for each local one, also for a single one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,18 +77,20 @@ class Decomposed(nn.Module):
 
     @torch.no_grad()
     def _base_squares(self, base: Any) -> torch.Tensor:
-        squares = [squared_lengths(weight) for weight, _, _ in self.parts(base)]
-        return self.over_columns(squares[0] if len(squares) == 1 else torch.stack(squares))
+        return self._rows([squared_lengths(weight) for weight, _, _ in self.parts(base)])
 
     @torch.no_grad()
     def _lengths(self, base: Any) -> torch.Tensor:
         """|W + s B A| by row, in the magnitude's shape; a row of zeros in W gives zero."""
         if self._squares is None:  # W is frozen: once is enough
             self._squares = self._base_squares(base)
-        changes = [squared_change(*part, self.scale) for part in self.parts(base)]
-        change = self.over_columns(changes[0] if len(changes) == 1 else torch.stack(changes))
+        change = self._rows([squared_change(*part, self.scale) for part in self.parts(base)])
         tiny = torch.finfo(torch.float32).tiny
         return torch.where(self._squares > 0, (self._squares + change).clamp_min(tiny).sqrt(), 0)
+
+    def _rows(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """Of every part (out,): in the magnitude's shape, over the whole input."""
+        return self.over_columns(torch.stack(values) if self.routed else values[0])
 
     def row_scale(self, base: Any) -> torch.Tensor:
         """g, FP32, in the magnitude's shape."""

@@ -25,8 +25,9 @@ Input = Literal["whole", "part", "experts", "expert slices"]
 """What a rank has of an adapter's input: all of it, a part of its features or positions, its experts' tokens, or a
 part of their features."""
 _SLICED_EXPERTS = "experts-whole-input"
-_OFFSET, _EXPERTS_APART = 1024 + 99, 100
-"""Megatron-Core's experts' generator starts at the seed + 1024 + 100 * (expert-parallel rank) + (ETP rank)."""
+_OFFSET, _EXPERTS_APART = 1 << 20, 100
+"""Megatron-Core's generators start at the seed + 2718 + (TP rank) and, the experts', at the seed + 1024 + 100 * (EP
+rank) + (ETP rank); it refuses a second one with the same start. Ours is beyond what those reach."""
 
 
 def seed_dropout(seed: int) -> None:

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import nn
 
+from nano3.copies import MARK
 from nano3.lora.adapters import AdapterOptions, Sharded, dense_shards
 from nano3.lora.delta import add_product, projected
 from nano3.lora.dora import MAGNITUDE, Decomposed, Part, scale_of
@@ -51,6 +52,7 @@ class ExpertsAdapter(Decomposed):
 
     linear_in: Any
     linear_out: Any
+    routed = True
 
     def __init__(self, base: Any, options: AdapterOptions) -> None:
         super().__init__()
@@ -69,6 +71,7 @@ class ExpertsAdapter(Decomposed):
         for name, value in _PER_EXPERT.items():
             setattr(parameter, name, value)
         parameter.shared = not cut and self.group.rank() > 0  # type: ignore[attr-defined]
+        setattr(parameter, MARK, not cut)
 
     def _finish(self, base: Any, dora: bool) -> None:
         if dora:

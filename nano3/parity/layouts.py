@@ -13,7 +13,7 @@ LAYOUTS = (
     "tp2.ep2", "tp2.cp2", "ep2.pp2", "cp2.ep2", "tp2.pp2.ep2", "tp2.ep2.etp2", "tp2.pp2.cp2.ep2",
     "tp2.ep2@M-*EM-", "pp3@M-*EM-", "cp2.ep2@MEM-E",
     "tp2.ep2+each", "cp2.ep2+each", "ep2.pp2+each", "tp2.ep2+dora", "cp2+dora",
-    "etp2+each", "tp2.ep2.etp2+each", "etp2+dora",
+    "etp2+each", "etp2.dp4+each", "tp2.ep2.etp2+each", "etp2+dora",
     "tp2.ep2+allgather", "tp2.ep2.etp2+allgather",
     "dp2+distributed", "ep2+distributed", "tp2.ep2.dp2+distributed", "tp2.ep2+recompute", "pp2+recompute", "cp2+full",
 )  # fmt: skip

@@ -29,6 +29,7 @@ from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from nano3.context_parallel import cut_batch  # noqa: E402
+from nano3.copies import then_equal_copies  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
 from nano3.parity.case import ALPHA, PACK, RANK, STEPS, Case, Sizes  # noqa: E402
 from nano3.parity.shards import fill, shards  # noqa: E402
@@ -50,7 +51,7 @@ def config_of(case: Case, sizes: Sizes) -> TransformerConfig:
         **sizes.kwargs,
         sequence_parallel=sizes.tp > 1,
         calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
+        finalize_model_grads_func=then_equal_copies(finalize_model_grads),
     )
 
 
