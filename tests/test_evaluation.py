@@ -1,4 +1,4 @@
-"""Scoring: answers in batches equal answers one by one, intervals equal published ones, reports hold what they must."""
+"""Answers of a model: in batches as one by one, of a folder that is whole, as its own template asks; and the script."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ import json
 import math
 import os
 import random
-import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation.charts import line_chart
 from evaluation.evaluate import evaluate_model, final_answer, main
 from evaluation.generate import Answer, _cut, encode_prompts, greedy_answers, load_tokenizer
 from evaluation.hf_model import load_reference
 from evaluation.questions import load_questions
-from evaluation.report import REQUIRED, examples_from, write_report
-from evaluation.score import compare, gain_interval, is_correct, normalize, wilson_interval
 from nano3.arch import resolve_model
 from nano3.cli import UserError
 from recipes.pico_tokenizer import save_tokenizer, vocabulary
@@ -163,73 +158,6 @@ def test_prompts_come_from_the_folders_own_template(folder):
     assert ids[0] == 10  # <|im_start|>; no <s> before it
 
 
-def test_normalization_touches_white_space_only():
-    assert normalize("  1,\t2 \n 3 ") == "1, 2 3"
-    assert is_correct(" 1, 2\n", "1, 2")
-    assert not is_correct("1,2", "1, 2")
-    assert not is_correct("Yes", "yes")
-    assert not is_correct("", "")
-
-
-def test_wilson_interval_by_hand():
-    # 0 of n: [0, z²/(n + z²)]; n of n mirrors it; one half lies symmetric around 1/2
-    z2 = 1.959963984540054**2
-    assert wilson_interval(0, 10) == pytest.approx((0.0, z2 / (10 + z2)), abs=1e-12)
-    assert wilson_interval(10, 10) == pytest.approx((10 / (10 + z2), 1.0), abs=1e-12)
-    low, high = wilson_interval(250, 500)
-    assert (low + high, high - low) == pytest.approx((1, (z2 / (500 + z2)) ** 0.5), abs=1e-12)
-
-
-def paired(both: int, tuned_only: int, base_only: int, neither: int) -> tuple[list[bool], list[bool]]:
-    """Base and tuned answers with these counts."""
-    cells = [(True, True)] * both + [(False, True)] * tuned_only + [(True, False)] * base_only
-    base, tuned = zip(*(cells + [(False, False)] * neither), strict=True)
-    return list(base), list(tuned)
-
-
-@pytest.mark.parametrize(
-    ("cells", "low", "high"),
-    [
-        ((36, 12, 2, 0), 0.0569, 0.3404),  # Newcombe 1998, table III, method 10
-        ((14, 5, 0, 22), 0.011, 0.226),  # Altman et al., Statistics with Confidence, 2000, table 6.2
-    ],
-)
-def test_gain_interval_equals_published_examples(cells, low, high):
-    digits = len(str(low)) - 2
-    assert gain_interval(*paired(*cells)) == pytest.approx((low, high), abs=0.51 * 10**-digits)
-
-
-def test_gain_interval_is_paired_symmetric_and_never_empty():
-    base, tuned = paired(40, 420, 10, 30)
-    low, high = gain_interval(base, tuned)
-    assert low < 410 / 500 < high
-    assert gain_interval(tuned, base) == pytest.approx((-high, -low))
-    # large n: close to the normal formula, variance (b + c - (b - c)²/n) / n²
-    spread = 1.96 * math.sqrt(430 - 410**2 / 500) / 500
-    assert (high - low) / 2 == pytest.approx(spread, rel=0.03)
-    # the same accuracies, but agreeing question by question: a narrower interval
-    agreeing, crossing = gain_interval(*paired(200, 50, 0, 250)), gain_interval(*paired(0, 250, 200, 50))
-    assert agreeing[1] - agreeing[0] < 0.5 * (crossing[1] - crossing[0])
-    low, high = gain_interval(*paired(0, 50, 0, 0))
-    assert high == pytest.approx(1)
-    assert 0.85 < low < 0.95
-    low, high = gain_interval(*paired(25, 0, 0, 25))
-    assert low == pytest.approx(-high)
-    assert 0 < high < 0.1
-
-
-def test_comparison_pairs_by_id():
-    def result(flags: dict[str, bool]) -> dict:
-        return {"answers": [{"id": key, "correct": flag} for key, flag in flags.items()]}
-
-    report = compare(result({"a": True, "b": False, "c": False}), result({"c": True, "b": True, "a": True}))
-    assert (report["n"], report["base_accuracy"], report["tuned_accuracy"]) == (3, 1 / 3, 1.0)
-    assert report["gain"] == pytest.approx(2 / 3)
-    assert report["ci95_gain"] == list(gain_interval([True, False, False], [True, True, True]))
-    with pytest.raises(UserError, match="different questions"):
-        compare(result({"a": True}), result({"b": True}))
-
-
 def test_scores_of_a_folder(folder, tmp_path):
     questions = load_questions(write_rows(tmp_path / "q.jsonl", rows(6)))
     first = evaluate_model(folder, questions, max_new_tokens=8, progress=False)
@@ -366,76 +294,3 @@ def test_the_script_refuses_fast_and_without_a_traceback(tmp_path):
     assert done.stderr.startswith(f"error: model '{tmp_path}' is neither a preset")
     assert done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
-
-
-REPORT = {
-    "n": 500,
-    "base_accuracy": 0.082,
-    "tuned_accuracy": 0.884,
-    "ci95_gain": [0.76, 0.84],
-    "train_tokens": 1234567,
-    "seconds": {"train": 75.0, "merge": 25.0},
-    "router_unchanged": True,
-    "layout": {"tp": 1, "ep": 2},
-    "git_commit": "abc123",
-}
-
-
-def test_report_holds_its_fields_and_escapes_what_models_say(tmp_path):
-    extra = {
-        "ci95_base": [0.06, 0.11],
-        "ci95_tuned": [0.85, 0.91],
-        "forgetting": {"copy": {"base": 0.97, "tuned": 0.93, "n": 100}},
-        "settings": {"lora.rank": 16},
-        "something": "else",
-    }
-    examples = [{"question": "<script>alert(1)</script>", "expected": "1, 2", "before": "", "after": "1,  2"}]
-    curve = {"training": [(1, 2.0), (2, math.nan), (3, 1.0)], "validation": [(3, 1.1)]}
-    data, page = write_report(tmp_path / "demo", REPORT | extra, curve, examples)
-    assert json.loads(data.read_text()) == REPORT | extra
-    html = page.read_text()
-    assert "<script" not in html
-    assert "&lt;script&gt;alert(1)" in html
-    assert not re.search(r"https?://|src=|@import|url\(", html)  # nothing from outside
-    assert re.search(r"✗ <code>—</code>.*✓ <code>1,  2</code>", html)
-    for text in ("8.2%", "88.4%", "+80.2 points", "+76.0 to +84.0", "router unchanged", "−4.0", "abc123", "something"):
-        assert text in html
-    assert "nan" not in html
-    assert sorted(os.listdir(data.parent)) == ["report.html", "report.json"]
-    tree = ElementTree.fromstring(html[html.index("<main>") : html.index("</body>")])  # well-formed, all of it
-    assert len(tree.findall(".//svg")) == 3
-    changed = write_report(tmp_path / "demo", REPORT | {"router_unchanged": False}, {}, [])[1].read_text()
-    assert "ROUTER CHANGED" in changed
-    assert "no points recorded" in changed
-
-
-def test_a_curve_lies_where_its_axes_say():
-    """Axes from 0 to 2 and 1 to 3; the middle point is half way across and up."""
-    svg = line_chart({"loss": [(1, 0.0), (2, 1.0), (3, 2.0)]}, "step", "loss")
-    x, y = zip(*(map(float, place.split()) for place in re.search(r"d='M([^']*)'", svg)[1].split("L")), strict=True)
-    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
-    assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=0.2)
-    assert y[0] > y[2]  # SVG counts downwards
-
-
-@pytest.mark.parametrize("field", REQUIRED)
-def test_a_report_without_a_required_field_is_an_error(tmp_path, field):
-    with pytest.raises(ValueError, match=f"lacks {field}"):
-        write_report(tmp_path, {name: value for name, value in REPORT.items() if name != field}, {}, [])
-    assert os.listdir(tmp_path) == []
-
-
-def test_examples_pair_the_two_results():
-    def result(answers: dict[str, tuple[str, bool]]) -> dict:
-        rows = [
-            {"id": key, "question": f"{key}?", "expected": "1", "answer": text, "finished": finished}
-            for key, (text, finished) in answers.items()
-        ]
-        return {"answers": rows}
-
-    base, tuned = result({"a": ("0", True), "b": ("1", False)}), result({"b": ("1", True), "a": ("2", True)})
-    assert examples_from(base, tuned) == [
-        {"question": "a?", "expected": "1", "before": "0", "after": "2"},
-        {"question": "b?", "expected": "1", "before": "1 …", "after": "1"},
-    ]
-    assert len(examples_from(base, tuned, count=1)) == 1

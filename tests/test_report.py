@@ -1,0 +1,86 @@
+"""The report holds what it must, takes nothing for markup that a model said, and draws curves where their axes say."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from evaluation.charts import line_chart
+from evaluation.report import REQUIRED, examples_from, write_report
+
+REPORT = {
+    "n": 500,
+    "base_accuracy": 0.082,
+    "tuned_accuracy": 0.884,
+    "ci95_gain": [0.76, 0.84],
+    "train_tokens": 1234567,
+    "seconds": {"train": 75.0, "merge": 25.0},
+    "router_unchanged": True,
+    "layout": {"tp": 1, "ep": 2},
+    "git_commit": "abc123",
+}
+
+
+def test_report_holds_its_fields_and_escapes_what_models_say(tmp_path):
+    extra = {
+        "ci95_base": [0.06, 0.11],
+        "ci95_tuned": [0.85, 0.91],
+        "forgetting": {"copy": {"base": 0.97, "tuned": 0.93, "n": 100}},
+        "settings": {"lora.rank": 16},
+        "something": "else",
+    }
+    examples = [{"question": "<script>alert(1)</script>", "expected": "1, 2", "before": "", "after": "1,  2"}]
+    curve = {"training": [(1, 2.0), (2, math.nan), (3, 1.0)], "validation": [(3, 1.1)]}
+    data, page = write_report(tmp_path / "demo", REPORT | extra, curve, examples)
+    assert json.loads(data.read_text()) == REPORT | extra
+    html = page.read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)" in html
+    assert not re.search(r"https?://|src=|@import|url\(", html)  # nothing from outside
+    assert re.search(r"✗ <code>—</code>.*✓ <code>1,  2</code>", html)
+    for text in ("8.2%", "88.4%", "+80.2 points", "+76.0 to +84.0", "router unchanged", "−4.0", "abc123", "something"):
+        assert text in html
+    assert "nan" not in html
+    assert sorted(os.listdir(data.parent)) == ["report.html", "report.json"]
+    tree = ElementTree.fromstring(html[html.index("<main>") : html.index("</body>")])  # well-formed, all of it
+    assert len(tree.findall(".//svg")) == 3
+    changed = write_report(tmp_path / "demo", REPORT | {"router_unchanged": False}, {}, [])[1].read_text()
+    assert "ROUTER CHANGED" in changed
+    assert "no points recorded" in changed
+
+
+def test_a_curve_lies_where_its_axes_say():
+    """Axes from 0 to 2 and 1 to 3; the middle point is half way across and up."""
+    svg = line_chart({"loss": [(1, 0.0), (2, 1.0), (3, 2.0)]}, "step", "loss")
+    x, y = zip(*(map(float, place.split()) for place in re.search(r"d='M([^']*)'", svg)[1].split("L")), strict=True)
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
+    assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=0.2)
+    assert y[0] > y[2]  # SVG counts downwards
+
+
+@pytest.mark.parametrize("field", REQUIRED)
+def test_a_report_without_a_required_field_is_an_error(tmp_path, field):
+    with pytest.raises(ValueError, match=f"lacks {field}"):
+        write_report(tmp_path, {name: value for name, value in REPORT.items() if name != field}, {}, [])
+    assert os.listdir(tmp_path) == []
+
+
+def test_examples_pair_the_two_results():
+    def result(answers: dict[str, tuple[str, bool]]) -> dict:
+        rows = [
+            {"id": key, "question": f"{key}?", "expected": "1", "answer": text, "finished": finished}
+            for key, (text, finished) in answers.items()
+        ]
+        return {"answers": rows}
+
+    base, tuned = result({"a": ("0", True), "b": ("1", False)}), result({"b": ("1", True), "a": ("2", True)})
+    assert examples_from(base, tuned) == [
+        {"question": "a?", "expected": "1", "before": "0", "after": "2"},
+        {"question": "b?", "expected": "1", "before": "1 …", "after": "1"},
+    ]
+    assert len(examples_from(base, tuned, count=1)) == 1
