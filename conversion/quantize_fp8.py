@@ -71,20 +71,21 @@ def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) 
 
     refuse_overlap(out, source)
     with HFFolder(source) as hf:
-        needed = max(Layout.make(selection.table(hf.dtypes)).total_bytes, scratch_bytes(hf, samples))
+        layout = Layout.make(selection.table(hf.dtypes))
+        needed = max(layout.total_bytes, scratch_bytes(hf, samples))
         check_room(check_output(out, HF_KIND), needed)
         before, largest = scan(hf)
         scales = weight_scales(largest, selection)
         previous_certificate(source, before)
-        with work_folder(out, HF_KIND, _job(before, selection, samples), needed, WAITS) as work:
+        with work_folder(out, HF_KIND, _job(before, layout, selection, samples), needed, WAITS) as work:
             with _progress(len(hf.arch.layers) * sum(map(len, samples))) as bar:
-                found = calibrate(hf, selection, samples, work.scratch("calibration"), bar.update)
+                found = calibrate(hf, selection, samples, work, bar.update)
             write(hf, before, scales, selection, found, work)
     return found
 
 
-def _job(before: dict[str, Fact], selection: Selection, samples: list[Any]) -> dict[str, Any]:
-    """What decides the bytes of the output: the sources, the selection, the samples, and who calculates."""
+def _job(before: dict[str, Fact], layout: Layout, selection: Selection, samples: list[Any]) -> dict[str, Any]:
+    """What decides the bytes of the output: sources, layout, selection, samples, and who calculates."""
     import torch
 
     from conversion.fp8.layerwise import BLOCK_TOKENS
@@ -93,6 +94,7 @@ def _job(before: dict[str, Fact], selection: Selection, samples: list[Any]) -> d
     return {
         "tool": "quantize",
         "source": {name: fact.sha256 for name, fact in before.items()},
+        "layout": layout.to_json(),
         "selection": [sorted(selection.chosen), selection.kv_cache],
         "samples": [tokens, BLOCK_TOKENS],
         "libraries": {name: version(name) for name in ("torch", "transformers", "nvidia-modelopt")},

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.work import Work
 from conversion.fp8.calibrate import calibrate
 from conversion.fp8.selection import Selection
 from conversion.golden import logprobs
@@ -34,7 +35,7 @@ def run(folder: Path, beside: Path, what: str) -> int:
     before, samples = status("VmRSS"), [np.arange(5, 37), np.arange(3, 60)]
     with HFFolder(folder) as hf:
         if what == "calibrate":
-            calibrate(hf, Selection.published(hf.arch), samples, beside / folder.name, lambda _tokens: None)
+            calibrate(hf, Selection.published(hf.arch), samples, Work(beside / folder.name), lambda _tokens: None)
         else:
             logprobs(hf, samples, torch.float32, beside, None)
     return status("VmHWM") - before

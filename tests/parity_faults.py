@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
 from nano3.context_parallel import cut_batch
+from nano3.copies import MARK
 from nano3.lora import adapters, expert_adapters
 from nano3.parity.case import Sizes
 from nano3.parity.comparison import as_json, compare, run
@@ -74,21 +75,21 @@ def a_copy_counted_twice() -> Any:
     )
 
 
-def a_last_bit_of_another_order() -> Any:
-    """Ranks whose reductions add up in another order than the first's; nobody makes their copies equal."""
-    return patch.object(worker, "then_equal_copies", lambda finalize: another_order(finalize))
-
-
 def another_order(finalize: Callable[..., None]) -> Callable[..., None]:
     """`finalize`, and then another last bit on every rank but the first of those with slices of the same experts."""
 
     def run(model: list, *arguments: Any, **options: Any) -> None:
         finalize(model, *arguments, **options)
         for parameter in model[0].parameters():
-            if getattr(parameter, "copied_over_etp", False):
+            if getattr(parameter, MARK, False):
                 parameter.main_grad *= 1 + parallel_state.get_expert_tensor_parallel_rank() * 1e-15
 
     return run
+
+
+def a_last_bit_of_another_order() -> Any:
+    """Ranks whose reductions add up in another order than the first's; nobody makes their copies equal."""
+    return patch.object(worker, "then_equal_copies", another_order)
 
 
 def mended() -> Any:

@@ -10,6 +10,7 @@ import pytest
 
 from conversion import quantize_fp8
 from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.work import Work
 from conversion.fp8 import layerwise
 from conversion.fp8.calibrate import Activations, calibrate
 from conversion.fp8.layerwise import hidden_bytes
@@ -76,7 +77,7 @@ def calibrated(model: Path, folder: Path) -> tuple[Activations, list[int]]:
     """A calibration on 3 samples, and the tokens that its steps named."""
     steps: list[int] = []
     with HFFolder(model) as hf:
-        return calibrate(hf, Selection.published(hf.arch), samples(), folder, steps.append), steps
+        return calibrate(hf, Selection.published(hf.arch), samples(), Work(folder), steps.append), steps
 
 
 def killed_at(moment: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = Killed) -> None:
@@ -102,7 +103,8 @@ def test_a_killed_calibration_goes_on_at_its_sample(tmp_path, monkeypatch):
     assert calibrated(model, tmp_path / "two blocks")[0] == expected
     lengths = [len(sample) for sample in samples()]
     assert steps == [0, *lengths * 3]
-    assert [path.name for path in (tmp_path / "undisturbed").iterdir()] == ["seen.json"]
+    left = [path.name for path in (tmp_path / "undisturbed").rglob("*") if path.is_file()]
+    assert left == ["calibration.json"]
     for moment in range(22):
         folder = tmp_path / str(moment)
         with monkeypatch.context() as patched:

@@ -49,16 +49,19 @@ class Work:
             return None
 
     def record(self, file: str, content: dict[str, Any]) -> None:
-        """Keeps `content` as what is known of `file`, which is complete and on the disk."""
+        """Keeps `content` as what is known of `file`, which is complete and on the disk; so is this when it returns."""
         path = self._record(file)
         new = path.with_suffix(".new")
-        new.write_text(json.dumps(content))
+        with open(new, "w") as record:
+            record.write(json.dumps(content))
+            record.flush()
+            os.fsync(record.fileno())
         os.replace(new, path)
 
     def scratch(self, name: str) -> Path:
         """A folder for what is needed on the way; the next run of the same job finds it, the output has none."""
         path = self.folder / _RECORDS / name
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         return path
 
     def reveal(self) -> None:

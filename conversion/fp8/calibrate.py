@@ -4,8 +4,8 @@ Whole-model calibration needs the whole model. But a calibration run changes not
 largest absolute values that a quantizer sees are the same when the layers come one after the other: every layer is
 built alone, all samples go through it, its quantizers are read, and its outputs wait on disk for the next.
 
-It takes days where there is no GPU: what has been seen is saved every few samples (`conversion.fp8.seen`), and a
-killed run goes on there.
+It takes days where there is no GPU: what has been seen is recorded every few samples, and a killed run goes on
+there.
 
 Memory: one layer (of Nano at most 2.6 GB, a mixture-of-experts layer in BF16) and one sample's activations. Disk: the
 hidden states of all samples, 2 * tokens * hidden_size bytes (22.5 GB for Nano and 1,024 samples of 4,096 tokens).
@@ -17,20 +17,20 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.work import Work
 from conversion.fp8.layerwise import Hidden, build_layer, count_tokens, hidden_bytes
-from conversion.fp8.seen import Seen
 from conversion.fp8.selection import Selection, matrices
 from nano3.cli import UserError
 from nano3.imports import hidden
 
+_RECORD = "calibration"
 _CACHE = {part: f"mixer.{part}_bmm_quantizer" for part in "kv"}
 
 
@@ -48,17 +48,35 @@ class Activations:
     tokens: int = 0
 
 
+@dataclass
+class Seen:
+    """What has been seen between two blocks of samples in a layer.
+
+    `layer` is the one in work and `blocks` how many have passed it; `largest` is the largest absolute value that each
+    quantizer saw ("LAYER.path" -> value), `counts` how many tokens each routed expert of a layer got ("LAYER" -> list).
+    """
+
+    layer: int = 0
+    blocks: int = 0
+    largest: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, quantizer: str, value: float) -> None:
+        """Takes the larger of `value` and what is known; what is no number stays seen."""
+        self.largest[quantizer] = float(np.maximum(self.largest.get(quantizer, 0.0), value))
+
+
 def scratch_bytes(hf: HFFolder, samples: list[np.ndarray]) -> int:
     """Disk that `calibrate` takes while it runs."""
     return hidden_bytes(hf, samples, torch.bfloat16)
 
 
 def calibrate(
-    hf: HFFolder, selection: Selection, samples: list[np.ndarray], folder: Path, step: Callable[[int], object]
+    hf: HFFolder, selection: Selection, samples: list[np.ndarray], work: Work, step: Callable[[int], object]
 ) -> Activations:
     """Runs `samples`, token ids (n,) each, through the model of `hf`, in BF16, as it will be served.
 
-    Goes on from what a killed run with the same arguments left in `folder`. Meanwhile the hidden states lie there.
+    Goes on from what a killed run of the same job left in `work`. Meanwhile the hidden states lie there.
 
     Args:
         step: is told how many tokens passed a layer: first those of the killed run, then those of every block.
@@ -66,41 +84,45 @@ def calibrate(
     Raises:
         UserError: a quantizer saw nothing, or something that is no number.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    hidden, seen = Hidden(hf, samples, folder, torch.bfloat16), Seen.load(folder)
+    hidden = Hidden(hf, samples, work.scratch(_RECORD), torch.bfloat16)
     lengths = [sum(map(len, block)) for block in hidden.blocks]
-    if seen is None:
+    recorded = work.recorded(_RECORD)
+    seen = Seen(**recorded or {})
+    if recorded is None:
         hidden.embed()
-        seen = Seen()
-        seen.save(folder)
+        work.record(_RECORD, asdict(seen))
+
+    def passed(block: int) -> None:
+        seen.blocks = block + 1
+        work.record(_RECORD, asdict(seen))
+        step(lengths[block])
+
     hidden.settle(seen.blocks)
     step(seen.layer * sum(lengths) + sum(lengths[: seen.blocks]))
     while seen.layer < len(hf.arch.layers):
         if seen.blocks < len(lengths):
-            _calibrate_layer(hf, selection, hidden, seen, lambda block: step(lengths[block]))
+            _calibrate_layer(hf, selection, hidden, seen, passed)
         seen.layer, seen.blocks = seen.layer + 1, 0
-        seen.save(folder)
+        work.record(_RECORD, asdict(seen))
     hidden.remove()
     return _activations(selection, seen, sum(lengths))
 
 
 def _calibrate_layer(
-    hf: HFFolder, selection: Selection, hidden: Hidden, seen: Seen, step: Callable[[int], object]
+    hf: HFFolder, selection: Selection, hidden: Hidden, seen: Seen, passed: Callable[[int], None]
 ) -> None:
-    """The rest of the blocks through the layer in work; after each `seen` is saved, and `step` gets its number."""
+    """The rest of the blocks through the layer in work; `passed` gets the number of each, once `seen` knows of it."""
     number = seen.layer
     model = build_layer(hf, number, torch.bfloat16)
     counts = torch.tensor(seen.counts.get(str(number), [0] * hf.arch.n_routed_experts))
     routed = hf.arch.layers[number] == "E"
 
-    def passed(block: int) -> None:
+    def look(block: int) -> None:
         for path in _quantizers(selection, number):
             seen.add(f"{number}.{path}", _amax(model, path))
         if routed:
             seen.counts[str(number)] = counts.tolist()
-        seen.blocks = block + 1
-        seen.save(hidden.folder)
-        step(block)
+        passed(block)
 
     with ExitStack() as stack:
         if routed:
@@ -108,7 +130,7 @@ def _calibrate_layer(
         stack.enter_context(redirect_stdout(io.StringIO()))  # "Inserted 27 quantizers", for every layer
         mtq = stack.enter_context(_modelopt())
         config = {**mtq.FP8_DEFAULT_CFG, "quant_cfg": _rules(selection, number)}
-        mtq.quantize(model, config, lambda layer: hidden.pass_through(layer, seen.blocks, passed))
+        mtq.quantize(model, config, lambda layer: hidden.pass_through(layer, seen.blocks, look))
 
 
 def _activations(selection: Selection, seen: Seen, tokens: int) -> Activations:
