@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 REFERENCE := build/reference
-PACKAGES := nano3 recipes data_prep conversion evaluation launch tests benchmarks
+PACKAGES := nano3 finetune recipes pico data_prep conversion evaluation launch tests benchmarks
 
 # The models are tiny: one thread per process is fastest, and ranks do not fight over cores.
 export OMP_NUM_THREADS := 1
@@ -33,7 +33,7 @@ check: $(INSTALLED) ## format, lint, types, and that imports go one way
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(PY) -m pytest -q tests/test_structure.py
+	$(PY) -m pytest -q tests/project/test_structure.py
 
 gpu-check: ## what can be checked on GPUs, in tiers; uses GPU_PYTHON (python3), as in the NeMo container, not .venv
 	@$(GPU_PYTHON) -m tests.gpu_check $(GPU_ARGS)

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from conversion.checkpoint.folders import HF_KIND
+from conversion.checkpoint.output_work import work_folder
 from conversion.checkpoint.safetensors_io import HFFolder
 from conversion.checkpoint.scan import scan
-from conversion.checkpoint.work import work_folder
 from conversion.fp8.calibrate import Activations
 from conversion.fp8.selection import Selection
 from conversion.quantize_fp8 import weight_scales, write

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from conversion.checkpoint.folders import HF_KIND
-from conversion.checkpoint.layout import Layout
 from conversion.checkpoint.names import adaptable, adapter_shapes
+from conversion.checkpoint.output_work import work_folder
 from conversion.checkpoint.parallel import in_parallel
 from conversion.checkpoint.plan import PREFIX
+from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.checkpoint.safetensors_writer import PIECE, SafetensorsWriter
-from conversion.checkpoint.work import work_folder
 from nano3.arch import Arch
 from nano3.targets import PRESETS, select
 
@@ -29,7 +29,9 @@ def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
 
 def write_model(folder: Path, config: dict[str, Any]) -> int:
     """A model of `config` with random values between 2**-8 and 2**-6 in size, so BF16 and FP32 alike; its bytes."""
-    layout = Layout.make({name: (spec.dtype, spec.shape) for name, spec in Arch.from_config(config).tensors().items()})
+    layout = FileLayout.make(
+        {name: (spec.dtype, spec.shape) for name, spec in Arch.from_config(config).tensors().items()}
+    )
     shutil.rmtree(folder, ignore_errors=True)
     with work_folder(folder, HF_KIND, {"tool": "random", "config": config}, layout.total_bytes) as work:
         (work.folder / "config.json").write_text(json.dumps(config))

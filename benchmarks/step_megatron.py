@@ -31,8 +31,8 @@ from step_recipe import recipe_of  # noqa: E402
 
 from data_prep.epochs import Epochs  # noqa: E402
 from data_prep.packing import PackedDataset  # noqa: E402
+from finetune.packed_data import collate  # noqa: E402
 from nano3.model import packed_data_step, packed_forward_step  # noqa: E402
-from recipes.packed_data import collate  # noqa: E402
 
 
 def parallel_groups_of_one() -> None:

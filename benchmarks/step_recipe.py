@@ -15,8 +15,9 @@ import fiddle  # noqa: E402
 import lightning.pytorch as pl  # noqa: E402
 from lockstep import Job, Server  # noqa: E402
 
+from finetune.command import parser, resolve  # noqa: E402
 from nano3.quiet import quiet  # noqa: E402
-from recipes.nemotron_lora import nemotron_3_nano_lora, parser, resolve  # noqa: E402
+from recipes.nemotron_lora import nemotron_3_nano_lora  # noqa: E402
 
 
 def recipe_of(job: Job) -> Any:
@@ -32,8 +33,8 @@ def recipe_of(job: Job) -> Any:
         "train.global_batch": 1,
         "train.warmup": 0,
     }
-    task, _ = resolve(parser().parse_args([*arguments, *(f"{key}={value}" for key, value in settings.items())]))
-    return nemotron_3_nano_lora(task)
+    run, _ = resolve(parser().parse_args([*arguments, *(f"{key}={value}" for key, value in settings.items())]))
+    return nemotron_3_nano_lora(run)
 
 
 class Lockstep(pl.Callback):

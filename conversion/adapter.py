@@ -21,14 +21,14 @@ from conversion.adapters.lora_json import read_lora_json
 from conversion.adapters.peft_names import CONFIG, CONSUMERS, FACTS, check_consumer
 from conversion.adapters.peft_names import WEIGHTS as PEFT_WEIGHTS
 from conversion.certificates.certificate import folder_sha256
-from conversion.checkpoint.facts import content_hash
 from conversion.checkpoint.folders import WEIGHTS, progress, refuse_overlap, require_adapter, require_space
-from conversion.checkpoint.layout import Layout, TensorTable, make_header
+from conversion.checkpoint.output_work import work_folder
 from conversion.checkpoint.parallel import in_parallel
 from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.safetensors_layout import FileLayout, TensorTable, make_header
 from conversion.checkpoint.safetensors_writer import SafetensorsWriter
 from conversion.checkpoint.scan import facts_of
-from conversion.checkpoint.work import work_folder
+from conversion.checkpoint.tensor_digests import content_hash
 from conversion.identity import refuse_other_base
 from nano3.arch import Arch, resolve_model
 from nano3.checkpoints.checkpoint_folder import record_files
@@ -58,7 +58,7 @@ def export(folder: Path, out: Path, consumer: str) -> int:
     made = {piece.key: piece for piece in pieces(adapter, consumer)}
     table: TensorTable = {name: (piece.dtype, piece.shape) for name, piece in made.items()}
     facts = json.dumps(json.loads((folder / "lora.json").read_text()))
-    layout = Layout({PEFT_WEIGHTS: make_header(list(table), table, {FACTS: facts})}, None)
+    layout = FileLayout({PEFT_WEIGHTS: make_header(list(table), table, {FACTS: facts})}, None)
 
     def do(name: str) -> None:
         value = made[name].make()

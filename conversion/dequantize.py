@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.checkpoint.folders import HF_KIND, copy_files, refuse_overlap
-from conversion.checkpoint.layout import FP8, Layout
+from conversion.checkpoint.output_work import work_folder
 from conversion.checkpoint.plan import row_steps
 from conversion.checkpoint.rewrite import STEP_BYTES, Passage, rewrite
 from conversion.checkpoint.safetensors_io import HFFolder, side_files
-from conversion.checkpoint.work import work_folder
+from conversion.checkpoint.safetensors_layout import FP8, FileLayout
 from conversion.fp8.selection import scale_problem
 from conversion.identity import source_files
 from nano3.cli import UserError, check_output, run
@@ -56,7 +56,7 @@ def dequantize(source: Path, out: Path, activations: bool = True) -> int:
             scale_of(hf, f"{name}_scale")
         scales = activation_scales(hf) if activations else None
         dtypes = {name: "BF16" if name in coded else dtype for name, dtype in hf.dtypes.items()}
-        layout = Layout.make({name: (dtypes[name], spec.shape) for name, spec in hf.arch.tensors().items()})
+        layout = FileLayout.make({name: (dtypes[name], spec.shape) for name, spec in hf.arch.tensors().items()})
         job: dict[str, Any] = {"tool": "dequantize", "source": str(source.resolve()), "files": source_files(hf)}
         job["activations"] = activations
         with work_folder(out, HF_KIND, job | {"layout": layout.to_json()}, layout.total_bytes) as work:

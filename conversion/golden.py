@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conversion.certificates.certificate_json import read_certificate
-from conversion.checkpoint.facts import content_hash
 from conversion.checkpoint.folders import CERTIFICATE
-from conversion.checkpoint.layout import FP8
 from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.safetensors_layout import FP8
 from conversion.checkpoint.scan import facts_of
+from conversion.checkpoint.tensor_digests import content_hash
 from conversion.fp8.golden_file import Golden, Tolerance
 from nano3.arch import resolve_model
 from nano3.cli import UserError, hidden_prefix, run, tidy

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from conversion.certificates.certificate import Claim, write_certificate
 from conversion.certificates.revision import base_revision
-from conversion.checkpoint.facts import Fact, content_hash
 from conversion.checkpoint.folders import CONTEXT, LAYOUT, NEMO_KIND, SIDE, copy_files, progress, rate, refuse_overlap
 from conversion.checkpoint.model_folder import ModelFolder
+from conversion.checkpoint.output_work import Work, work_folder
 from conversion.checkpoint.plan import CHUNK_BYTES, Plan, make_plan
 from conversion.checkpoint.safetensors_io import HFFolder, side_files
-from conversion.checkpoint.work import Work, work_folder
+from conversion.checkpoint.tensor_digests import Fact, content_hash
 from conversion.identity import record, source_files
 from nano3.arch import resolve_model
 from nano3.cli import check_output, run

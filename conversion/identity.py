@@ -1,4 +1,4 @@
-"""Which base model an adapter or a checkpoint belongs to, by content hash (conversion/checkpoint/facts.py).
+"""Which base model an adapter or a checkpoint belongs to, by content hash (conversion/checkpoint/tensor_digests.py).
 
     python conversion/identity.py MODEL
 
@@ -14,10 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.facts import Facts, content_hash
 from conversion.checkpoint.nemo_folder import named_model, open_model
 from conversion.checkpoint.safetensors_io import HFFolder
 from conversion.checkpoint.scan import facts_of
+from conversion.checkpoint.tensor_digests import Facts, content_hash
 from nano3.checkpoints.base_identity import FILE
 from nano3.cli import UserError, run
 

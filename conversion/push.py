@@ -18,8 +18,8 @@ from conversion.certificates.certificate_json import read_certificate
 from conversion.certificates.model_card import model_card, read_readme
 from conversion.certify import verify
 from conversion.checkpoint.folders import CARD, CERTIFICATE
-from conversion.checkpoint.layout import INDEX, Layout
 from conversion.checkpoint.safetensors_io import WEIGHT_ENDS, side_files
+from conversion.checkpoint.safetensors_layout import INDEX, FileLayout
 from nano3.arch import is_nemo_checkpoint
 from nano3.cli import UserError, run
 
@@ -87,7 +87,7 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     if is_nemo_checkpoint(folder):
         raise UserError(f"{folder} is a NeMo checkpoint; export it with conversion/nemo_to_hf.py and push that")
     read_certificate(folder)  # or no card either
-    layout = Layout.read(folder, quantized=True)
+    layout = FileLayout.read(folder, quantized=True)
     names = [str(path) for path in side_files(folder)] + [*layout.headers, CERTIFICATE]
     names += [INDEX] if layout.index is not None else []
     return {name: folder / name for name in sorted(names) if name != README} | {README: folder / CARD}

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.certificates.certificate import Claim, norm_ratio, previous_certificate, write_certificate
-from conversion.checkpoint.facts import Fact
 from conversion.checkpoint.folders import HF_KIND, copy_files, refuse_overlap
-from conversion.checkpoint.layout import Layout
+from conversion.checkpoint.output_work import Work, check_room, work_folder
 from conversion.checkpoint.plan import row_steps
 from conversion.checkpoint.rewrite import STEP_BYTES, Change, Passage, rewrite
 from conversion.checkpoint.safetensors_io import HFFolder, side_files
+from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.checkpoint.scan import scan
-from conversion.checkpoint.work import Work, check_room, work_folder
+from conversion.checkpoint.tensor_digests import Fact
 from conversion.fp8.selection import E4M3_MAX, KV_SCALES, Selection
 from conversion.push import add_push, asked_hub, push
 from nano3.arch import Arch, resolve_model
@@ -71,7 +71,7 @@ def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) 
 
     refuse_overlap(out, source)
     with HFFolder(source) as hf:
-        layout = Layout.make(selection.table(hf.dtypes))
+        layout = FileLayout.make(selection.table(hf.dtypes))
         needed = max(layout.total_bytes, scratch_bytes(hf, samples))
         check_room(check_output(out, HF_KIND), needed)
         before, largest = scan(hf)
@@ -84,7 +84,7 @@ def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) 
     return found
 
 
-def _job(before: dict[str, Fact], layout: Layout, selection: Selection, samples: list[Any]) -> dict[str, Any]:
+def _job(before: dict[str, Fact], layout: FileLayout, selection: Selection, samples: list[Any]) -> dict[str, Any]:
     """What decides the bytes of the output: sources, layout, selection, samples, and who calculates."""
     import torch
 
@@ -111,7 +111,7 @@ def write(
     work: Work,
 ) -> None:
     """Writes the FP8 checkpoint of `hf`, whose tensors are `before`, with its certificate into `work`."""
-    layout, added = Layout.make(selection.table(hf.dtypes)), _scalars(selection, scales, found)
+    layout, added = FileLayout.make(selection.table(hf.dtypes)), _scalars(selection, scales, found)
     copy_files(hf.path, side_files(hf.path), work.folder)
     _write_configs(hf.path, work.folder, selection)
     changes: dict[str, Change] = {name: partial(_quantize, scale) for name, scale in scales.items()}

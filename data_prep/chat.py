@@ -1,8 +1,9 @@
 """Nemotron-3-Nano's chat format, as text that knows which of its characters the model itself writes.
 
 `render` gives what the published chat template gives (`chat_template.jinja` here is our own writing of it, compared
-with `render` in tests/test_chat.py), cut into segments that carry the loss mask. The usual "assistant only" mask of
-tokenizer libraries needs `{% generation %}` marks, which the published template lacks, and silently becomes all ones.
+with `render` in tests/data_prep/test_chat.py), cut into segments that carry the loss mask. The usual "assistant only"
+mask of tokenizer libraries needs `{% generation %}` marks, which the published template lacks. It silently
+becomes all ones.
 
 What is supervised: exactly what the model writes at inference. A prompt ends in `<|im_start|>assistant\n<think>\n`
 (thinking) or `<|im_start|>assistant\n<think></think>` (not), so these characters are prompt; the model writes the

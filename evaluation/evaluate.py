@@ -47,7 +47,7 @@ def evaluate_model(
     import torch
     from transformers.utils import logging
 
-    from evaluation.generate import encode_prompts, greedy_answers, load_tokenizer
+    from evaluation.generation import encode_prompts, greedy_answers, load_tokenizer
     from evaluation.hf_model import load_reference
 
     logging.set_verbosity_error()

@@ -1,11 +1,11 @@
 """A job as NeMo-Run puts it to Kubernetes: the manifest of a TrainJob (Kubeflow Trainer), printed, not sent.
 
     python launch/kubernetes_nemo_run.py --cluster cluster.yaml --nodes 2 --name lora --volume CLAIM:/data \\
-        -- -m recipes.worker /data/out/run.json | kubectl apply --filename=-
+        -- -m finetune.worker /data/out/run.json | kubectl apply --filename=-
 
 The site is cluster.yaml's: image, interpreter, setup, environment, GPUs of a node; what is Slurm's (account, partition,
 time, mounts, options) is not used. --volume names persistent volume claims and where pods see them. What comes before
-the ranks (recipes.cluster_run) is to have run already. **Never tried on Kubernetes**; docs/launch.md says what is
+the ranks (finetune.run_cluster) is to have run already. **Never tried on Kubernetes**; docs/launch.md says what is
 lacking there. Imports NeMo-Run, not NeMo.
 """
 
@@ -20,8 +20,8 @@ from typing import Any
 import yaml
 from nemo_run.core.execution.kubeflow import KubeflowExecutor
 
-from launch.cluster import Cluster
-from launch.slurm import Job, environment
+from launch.slurm.cluster import Cluster
+from launch.slurm.sbatch import Job, environment
 from nano3.cli import UserError, run
 
 

@@ -7,7 +7,8 @@
 The stages are prepare, import, train, merge, quantize, evaluate; README.md has how to score the FP8 checkpoint as well.
 On Slurm every stage is a job that waits for the one before (afterok), on CPU nodes where no GPU is needed; the site is
 in cluster.yaml. Key=value are the recipe's. The same command again goes on: finished stages are not repeated, a
-training that was interrupted resumes. Stages are command lines (launch/stages.py): nothing here imports what they run.
+training that was interrupted resumes. Stages are command lines (launch/chain/stages.py).
+Nothing here imports what they run.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.cluster import Cluster
-from launch.hardware import GIB
-from launch.mounts import parse_mount
-from launch.plan_export import plan_export
-from launch.preflight_checks import unmounted
-from launch.slurm import Job, render
-from launch.slurm_queue import cancel, queue, submit
-from launch.stage_records import KIND, Records
-from launch.stages import NAMES, TRAIN, Chain, Stage, model_folder
+from launch.chain.records import KIND, Records
+from launch.chain.stages import NAMES, TRAIN, Chain, Stage, model_folder
+from launch.plan.hardware import GIB
+from launch.plan.mounts import parse_mount
+from launch.plan.plan_export import plan_export
+from launch.plan.preflight_checks import unmounted
+from launch.slurm.cluster import Cluster
+from launch.slurm.job_queue import cancel, queue, submit
+from launch.slurm.sbatch import Job, render
 from nano3.arch import Arch
 from nano3.cli import UserError, check_output, free_disk, fresh_output, run
 from nano3.lock import alone

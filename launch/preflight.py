@@ -16,15 +16,14 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.hardware import Gpu, find_gpu
-from launch.layout import Layout, nearest
-from launch.memory import MemoryPlan, plan_memory
-from launch.mounts import parse_mount
 from launch.overrides import apply_overrides
-from launch.plan_export import table as export_table
-from launch.plan_rules import check_settings
-from launch.plan_settings import Plan, default_layout
-from launch.preflight_checks import (
+from launch.plan.hardware import Gpu, find_gpu
+from launch.plan.layout import Layout, nearest
+from launch.plan.memory import MemoryPlan, plan_memory
+from launch.plan.mounts import parse_mount
+from launch.plan.plan_export import table as export_table
+from launch.plan.plan_settings import Plan, default_layout
+from launch.plan.preflight_checks import (
     Finding,
     Paths,
     check_model,
@@ -34,8 +33,9 @@ from launch.preflight_checks import (
     check_validation,
     check_versions,
 )
-from launch.search import Candidate, fitting, refuse_layout
-from launch.throughput import Estimate, errors, estimate
+from launch.plan.rules import check_settings
+from launch.plan.search import Candidate, fitting, refuse_layout
+from launch.plan.throughput import Estimate, errors, estimate
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError, run
 

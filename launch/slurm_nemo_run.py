@@ -1,4 +1,4 @@
-"""NeMo-Run's Slurm executor from the same description that `launch/slurm.py` renders. Imports NeMo-Run, not NeMo."""
+"""NeMo-Run's Slurm executor from what `launch/slurm/sbatch.py` renders. Imports NeMo-Run, not NeMo."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import nemo_run as run
 
-from launch.cluster import Cluster
-from launch.slurm import Job, environment, sbatch_options, srun_options
+from launch.slurm.cluster import Cluster
+from launch.slurm.sbatch import Job, environment, sbatch_options, srun_options
 
 _OWN = {"job-name", "account", "partition", "time", "nodes", "ntasks-per-node", "output", "open-mode", "gres", "array"}
 _OWN |= {"exclusive", "signal", "cpus-per-task", "dependency", "kill-on-invalid-dep"}

@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nano3 import cpu
 from nano3.arch import Arch, padded_vocab_size
-from nano3.casts import keep_dtype
 from nano3.cli import UserError
+from nano3.kept_dtypes import keep_dtype
 
 MAMBA_CONV_KERNEL = 4
 """Width of the causal convolution, `d_conv` of Megatron-Core's MambaMixer."""

@@ -25,8 +25,8 @@ from nemo.collections.llm.gpt.model.ssm import SSMConfig  # noqa: E402
 from nano3 import compat  # noqa: E402
 from nano3.arch import Arch  # noqa: E402
 from nano3.context_parallel import cut_batch  # noqa: E402
-from nano3.copies import then_equal_copies  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
+from nano3.etp_replicas import then_equal_copies  # noqa: E402
 from nano3.loss import TokenLoss, WeightedFinish, accuracy, mean_loss, mean_losses, record_verdicts  # noqa: E402
 from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
 from nano3.router import BALANCE_RATE, count_documents_only  # noqa: E402

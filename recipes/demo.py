@@ -24,11 +24,11 @@ from typing import Any
 
 from nano3.arch import resolve_model
 from nano3.cli import UserError, check_output, fresh_output, run
-from recipes.pico_tasks import DEMO, PRETRAINING
+from pico.tasks import DEMO, PRETRAINING
 
 KIND = "demo-run"
 TITLE = "Teach pico to sort 8 to 10 numbers"
-"""`recipes.pico_tasks.DEMO` in words; pretraining sorted at most 5."""
+"""`pico.tasks.DEMO` in words; pretraining sorted at most 5."""
 OLD_QUESTIONS = 60
 """Held-out questions of each old task, for what the tuning made the model forget."""
 HELD_OUT_SEED, TRAINING_SEED = 101, 202
@@ -70,7 +70,7 @@ def prepare_data(out: Path, held_out: int, training: int, old_training: int) -> 
     from data_prep.overlap import HeldOut, overlap_of_files
     from data_prep.prepare import prepare
     from data_prep.sources import write_rows
-    from recipes.pico_tasks import conversations, rows
+    from pico.tasks import conversations, rows
 
     pico = resolve_model("pico")
     held = rows(DEMO, held_out, HELD_OUT_SEED)
@@ -93,7 +93,7 @@ def prepare_data(out: Path, held_out: int, training: int, old_training: int) -> 
 
 def train(out: Path, ranks: int) -> dict[str, Any]:
     """Runs the LoRA recipe on CPU ranks; returns what the report says about it."""
-    from recipes import nemotron_lora as recipe
+    from finetune import command as recipe
 
     flags = ["--model", "pico", "--local", "--ranks", str(ranks), "--out", str(out / "lora")]
     flags += ["--data", str(out / "train"), "--validation", str(out / "validation"), *RECIPE]
@@ -156,7 +156,7 @@ def score(out: Path, base: Path, adapter: Path, merged: Path) -> tuple[dict[str,
     """Results of the four models on the held-out questions, and their accuracies on the old tasks."""
     from evaluation.evaluate import evaluate_model, write_result
     from evaluation.questions import load_questions
-    from recipes.unmerged import with_adapter
+    from finetune.unmerged import with_adapter
 
     models = {"base": base, "tuned": base, "merged": merged, "fp8": out / "fp8-plain"}
     results: dict[str, Any] = {}

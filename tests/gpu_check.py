@@ -64,8 +64,8 @@ def kernels(tier: Tier) -> None:
     done = _run("tests.gpu.kernels", str(REFERENCE))
     tier.rows = rows_from(done.stdout)
     if not _missing(("pytest",)):
-        recurrence = _run("pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py", "-k", "cuda")
-        tier.rows.append(Row("tests/test_kernels.py on CUDA tensors", recurrence.returncode, 0, "(exit code)"))
+        recurrence = _run("pytest", "-q", "-p", "no:cacheprovider", "tests/nano3/test_kernels.py", "-k", "cuda")
+        tier.rows.append(Row("tests/nano3/test_kernels.py on CUDA tensors", recurrence.returncode, 0, "(exit code)"))
     tier.judge()
     if done.returncode and tier.state == "passed":
         tier.fail(done.stderr.strip()[-1500:])

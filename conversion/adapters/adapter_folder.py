@@ -20,8 +20,8 @@ from conversion.adapters.lora_json import read_lora_json
 from conversion.adapters.peft_file import is_peft
 from conversion.adapters.peft_folder import PeftFolder
 from conversion.checkpoint.folders import WEIGHTS
-from conversion.checkpoint.layout import check_tensors
 from conversion.checkpoint.names import VOCABULARY_KEYS, adaptable, adapter_key, adapter_shapes
+from conversion.checkpoint.safetensors_layout import check_tensors
 from conversion.checkpoint.torch_dist import RowReader, TorchDistReader
 from nano3.arch import Arch
 from nano3.cli import UserError

@@ -28,8 +28,8 @@ from conversion.adapters.peft_names import (
     parts,
     tensor_name,
 )
-from conversion.checkpoint.layout import PLAIN_BYTES, some
 from conversion.checkpoint.names import Linear, adaptable
+from conversion.checkpoint.safetensors_layout import PLAIN_BYTES, some
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.targets import EMBEDDING

@@ -30,10 +30,10 @@ from typing import Any
 from conversion.certificates.certificate_json import FORMAT, MAY, SIDES, count_lines, happened, read_certificate
 from conversion.certificates.model_card import model_card, read_readme
 from conversion.certificates.revision import base_revision
-from conversion.checkpoint.facts import Facts, content_hash
 from conversion.checkpoint.folders import CARD, CERTIFICATE, side_folder
+from conversion.checkpoint.output_work import PART
 from conversion.checkpoint.safetensors_io import side_files
-from conversion.checkpoint.work import PART
+from conversion.checkpoint.tensor_digests import Facts, content_hash
 from nano3.cli import UserError
 from nano3.token_store import file_sha256
 

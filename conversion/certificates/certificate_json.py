@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.facts import Fact, Facts
 from conversion.checkpoint.folders import CERTIFICATE
-from conversion.checkpoint.layout import FP8
+from conversion.checkpoint.safetensors_layout import FP8
+from conversion.checkpoint.tensor_digests import Fact, Facts
 from nano3.cli import UserError
 
 FORMAT = 2

@@ -12,9 +12,9 @@ from itertools import pairwise
 from typing import Any
 
 from conversion.certificates.certificate_json import BALANCE, MAY, SIDES, chain, count_lines, happened, said
-from conversion.checkpoint.facts import content_hash
-from conversion.checkpoint.layout import some
 from conversion.checkpoint.names import adaptable
+from conversion.checkpoint.safetensors_layout import some
+from conversion.checkpoint.tensor_digests import content_hash
 from conversion.fp8.selection import KV_SCALES, SCALES
 from nano3.arch import Arch
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conversion.checkpoint.layout import FP8, Layout
+from conversion.checkpoint.safetensors_layout import FP8, FileLayout
 from nano3.arch import Arch
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class ModelFolder(ABC):
     side: Path
     """The folder with config.json and tokenizer."""
     arch: Arch
-    layout: Layout
+    layout: FileLayout
     """Dtype, shape and bytes of every tensor, as it lies or would lie in safetensors files."""
 
     @property

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conversion.checkpoint.folders import LAYOUT, SIDE, WEIGHTS
-from conversion.checkpoint.layout import Layout, TensorTable, check_tensors, some
 from conversion.checkpoint.model_folder import ModelFolder, RowFolder
 from conversion.checkpoint.names import VOCABULARY_KEYS, MegatronTensor, RowBlock, megatron_tensors
 from conversion.checkpoint.plan import PREFIX
 from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.safetensors_layout import FileLayout, TensorTable, check_tensors, some
 from nano3.arch import Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError
 
@@ -113,10 +113,10 @@ def _places(tensors: list[MegatronTensor]) -> dict[str, list[Place]]:
     return {name: sorted(found, key=lambda place: place[2].start) for name, found in places.items()}
 
 
-def _layout(source: Path, table: TensorTable) -> Layout:
+def _layout(source: Path, table: TensorTable) -> FileLayout:
     """The files that the checkpoint was made from when its tensors are still the same, else files of our making."""
     if (source / LAYOUT).is_file():
-        layout = Layout.from_json((source / LAYOUT).read_text())
+        layout = FileLayout.from_json((source / LAYOUT).read_text())
         if layout.fits(table):
             return layout
-    return Layout.make(table)
+    return FileLayout.make(table)

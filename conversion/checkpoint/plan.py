@@ -1,7 +1,7 @@
 """The plan of a Megatron `torch_dist` checkpoint: keys, global shapes, chunks and `_extra_state` objects. Torch-free.
 
 It is derived from the architecture alone, not from a built model, so that a conversion starts at once and needs no
-CUDA library; tests/test_conversion.py compares it, key by key, with what megatron-core's own model asks for.
+CUDA library; tests/conversion/test_conversion.py compares it, key by key, with what megatron-core's own model asks for.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from conversion.checkpoint.layout import ITEM_BYTES
 from conversion.checkpoint.names import OUTPUT, VOCABULARY_KEYS, MegatronTensor, extra_state_keys, megatron_tensors
+from conversion.checkpoint.safetensors_layout import ITEM_BYTES
 from nano3.arch import Arch, padded_vocab_size
 from nano3.cli import UserError
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from conversion.checkpoint.facts import raw_bytes
 from conversion.checkpoint.folders import progress
-from conversion.checkpoint.layout import PLAIN_BYTES, Entry, Layout
 from conversion.checkpoint.magnitude import largest_magnitude, refuse_not_finite
 from conversion.checkpoint.model_folder import ModelFolder
+from conversion.checkpoint.output_work import Work
 from conversion.checkpoint.parallel import in_parallel, scratch
+from conversion.checkpoint.safetensors_layout import PLAIN_BYTES, Entry, FileLayout
 from conversion.checkpoint.safetensors_writer import PIECE, SafetensorsWriter
-from conversion.checkpoint.work import Work
+from conversion.checkpoint.tensor_digests import raw_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ Change = Callable[[Passage], Any]
 def rewrite(
     hf: ModelFolder,
     work: Work,
-    layout: Layout,
+    layout: FileLayout,
     changes: Mapping[str, Change],
     added: Mapping[str, torch.Tensor],
     what: str,

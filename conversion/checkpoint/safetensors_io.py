@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 
 from conversion.checkpoint.folders import CARD, CERTIFICATE
-from conversion.checkpoint.layout import INDEX, Layout, check_tensors
 from conversion.checkpoint.model_folder import ModelFolder
+from conversion.checkpoint.safetensors_layout import INDEX, FileLayout, check_tensors
 from nano3.arch import Arch
 from nano3.cli import MARKER, UserError
 from nano3.hf_config import FP8_ACTIVATIONS, read_config
@@ -47,7 +47,7 @@ class HFFolder(ModelFolder):
         self.config = read_config(self.path)
         self.quantization = self.config.pop("quantization_config", None) if quantized else None
         self.arch = Arch.from_config(self.config, str(self.path))
-        self.layout = Layout.read(self.path, quantized)
+        self.layout = FileLayout.read(self.path, quantized)
         shapes = {name: entry.shape for name, entry in self.layout.entries.items()}
         if quantized:
             shapes = {name: shape for name, shape in shapes.items() if not name.endswith("_scale")}

@@ -9,12 +9,12 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from conversion.checkpoint.facts import Fact, raw_bytes
-from conversion.checkpoint.layout import INDEX, Layout
 from conversion.checkpoint.model_folder import torch_dtype
+from conversion.checkpoint.output_work import PART, Work
 from conversion.checkpoint.parallel import in_parallel, scratch
 from conversion.checkpoint.safetensors_io import read_exactly
-from conversion.checkpoint.work import PART, Work
+from conversion.checkpoint.safetensors_layout import INDEX, FileLayout
+from conversion.checkpoint.tensor_digests import Fact, raw_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class SafetensorsWriter:
     recorded are read again, and taken when they hold what the record says: `todo` is what is left to write.
     """
 
-    def __init__(self, work: Work, layout: Layout) -> None:
+    def __init__(self, work: Work, layout: FileLayout) -> None:
         self.work, self.layout = work, layout
         self.facts: dict[str, Fact] = {}
         self.notes: dict[str, Any] = {}

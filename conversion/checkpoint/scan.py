@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from conversion.checkpoint.facts import Fact
 from conversion.checkpoint.folders import progress
 from conversion.checkpoint.magnitude import largest_magnitude, refuse_not_finite
 from conversion.checkpoint.model_folder import ModelFolder
 from conversion.checkpoint.parallel import in_parallel, scratch
 from conversion.checkpoint.plan import row_steps
 from conversion.checkpoint.safetensors_writer import PIECE
+from conversion.checkpoint.tensor_digests import Fact
 
 
 def facts_of(model: ModelFolder) -> dict[str, Fact]:

@@ -2,7 +2,7 @@
 
 PyTorch's own writer keeps every tensor of a file alive until the file is done, which for 63 GB is the whole model;
 writing the chunks ourselves is shorter than working around it. Every file holds whole Hugging Face tensors
-(conversion/checkpoint/units.py) and is recorded when it is on the disk, so that a killed conversion goes on from there.
+(conversion/checkpoint/tensor_groups.py) and is recorded when it is on the disk. A killed conversion resumes from there.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from conversion.checkpoint.facts import Fact
 from conversion.checkpoint.folders import WEIGHTS
-from conversion.checkpoint.layout import Entry
 from conversion.checkpoint.magnitude import largest_magnitude, refuse_not_finite
 from conversion.checkpoint.model_folder import ModelFolder, torch_dtype
+from conversion.checkpoint.output_work import Work
 from conversion.checkpoint.parallel import in_parallel, scratch
 from conversion.checkpoint.plan import Plan, is_native
 from conversion.checkpoint.safetensors_io import read_exactly
+from conversion.checkpoint.safetensors_layout import Entry
 from conversion.checkpoint.safetensors_writer import PIECE, write_all
+from conversion.checkpoint.tensor_digests import Fact
+from conversion.checkpoint.tensor_groups import Box, Unit, files, units
 from conversion.checkpoint.torch_dist import data_begin
-from conversion.checkpoint.units import Box, Unit, files, units
-from conversion.checkpoint.work import Work
 
 FILE_BYTES = 512 << 20
 """About the size of a `.distcp` file: what one thread writes in one go, and what a killed conversion may lose."""

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from conversion.checkpoint.output_work import Work
 from conversion.checkpoint.safetensors_io import HFFolder
-from conversion.checkpoint.work import Work
 from conversion.fp8.layerwise import Hidden, build_layer, count_tokens, hidden_bytes
 from conversion.fp8.selection import Selection, matrices
 from nano3.cli import UserError
@@ -169,7 +169,7 @@ def _rules(selection: Selection, number: int) -> list[dict[str, Any]]:
 def _modelopt() -> Iterator[Any]:
     """ModelOpt's quantization, without its plugins for Megatron: when loaded and when used it would import that."""
     with hidden("megatron", "nemo", "transformer_engine"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it has not been tested with this transformers; tests/test_fp8.py has
+        warnings.simplefilter("ignore")  # tests/conversion/test_fp8.py has tried it with this transformers
         import modelopt.torch.quantization as mtq
 
         yield mtq

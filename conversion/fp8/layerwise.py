@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from conversion.checkpoint.layout import FP8
 from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.safetensors_layout import FP8
 from nano3.hf_config import BLOCK_TYPES, DT_RANGE
 
 PRECISE = "e_score_correction_bias"

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.layout import FP8, ITEM_BYTES, TensorTable
+from conversion.checkpoint.safetensors_layout import FP8, ITEM_BYTES, TensorTable
 from nano3.arch import Arch
 from nano3.cli import UserError
 

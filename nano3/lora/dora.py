@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nano3.casts import keep_dtype
+from nano3.kept_dtypes import keep_dtype
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """A weight (out, in) and the factors A (rank, in) and B (out, rank) of its delta; of the local rows or columns."""

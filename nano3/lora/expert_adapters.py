@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import nn
 
-from nano3.copies import MARK
+from nano3.etp_replicas import MARK
 from nano3.lora.adapters import AdapterOptions, Sharded, dense_shards
 from nano3.lora.delta import add_product, projected
 from nano3.lora.dora import MAGNITUDE, Decomposed, Part, scale_of

@@ -29,11 +29,11 @@ from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from nano3.context_parallel import cut_batch  # noqa: E402
-from nano3.copies import then_equal_copies  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
+from nano3.etp_replicas import then_equal_copies  # noqa: E402
 from nano3.parity.case import ALPHA, PACK, RANK, STEPS, Case, Sizes  # noqa: E402
 from nano3.parity.shards import fill, shards  # noqa: E402
-from nano3.pipeline import pipeline_kwargs  # noqa: E402
+from nano3.pipeline_parallel import pipeline_kwargs  # noqa: E402
 from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
 from nano3.targets import PRESETS, adaptable_modules, select  # noqa: E402
 

@@ -39,7 +39,7 @@ def logged(trainer: pl.Trainer, *beginnings: str) -> Row:
 
 
 class Details(Protocol):
-    """Metrics of a step that need all ranks (`nano3.training.details`)."""
+    """Metrics of a step that need all ranks (`nano3.training.step_metrics`)."""
 
     def start(self, model: pl.LightningModule) -> None:
         """Before the step."""

@@ -4,7 +4,7 @@
     python -m tests.gpu.kernels build/reference --interpret  # tiny, in FP32, on the CPU, in Triton's interpreter
 
 Every case computes outputs and gradients three times: by the original, by the stand-in in the same dtype, and by the
-stand-in in FP64, which tests/test_kernels.py compares with the recurrence token by token.
+stand-in in FP64, which tests/nano3/test_kernels.py compares with the recurrence token by token.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def build(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 
     from nano3.lora.lora import Nano3LoRA
     from nano3.targets import PRESETS, select
-    from tests.mcore_model import build as build_model
+    from tests.helpers.mcore_model import build as build_model
 
     arch = Arch.load(folder / "hf")
     model = build_model(arch, sum(LENGTHS), dtype)

@@ -1,0 +1,245 @@
+"""How safetensors files are laid out: headers, index, and where every tensor lies. Torch-free.
+
+The header of every file is kept as the bytes that it is, so that a folder which went through another format and back
+has the same files, not only the same tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nano3.cli import UserError
+
+TensorTable = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensor name -> (dtype in safetensors' word, shape)."""
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PLAIN_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+"""The dtypes that we convert, in the words of safetensors headers, and their size in bytes."""
+
+FP8 = "F8_E4M3"
+ITEM_BYTES = PLAIN_BYTES | {FP8: 1}
+"""The same with that of our quantized checkpoints."""
+
+SHARD_BYTES = 5_000_000_000
+"""Largest file of a layout that we make ourselves (Hugging Face's own limit for uploads)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: bytes `start` to `stop` of `file`."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """Length of axis 0; a scalar is one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one step along axis 0."""
+        return math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+
+
+class FileLayout:
+    """The safetensors files of a folder: their header bytes, the index if there is one, and every tensor's place."""
+
+    def __init__(self, headers: Mapping[str, bytes], index: bytes | None) -> None:
+        self.headers, self.index = dict(headers), index
+        self.entries: dict[str, Entry] = {}
+        self.sizes: dict[str, int] = {}
+        for file, header in self.headers.items():
+            self._add(file, header)
+
+    @classmethod
+    def read(cls, folder: Path, quantized: bool = False) -> FileLayout:
+        """Reads the headers of a Hugging Face folder. Raises `UserError` for a truncated or missing file, an index
+        that does not fit the files, or FP8 tensors unless they are `quantized`."""
+        files = {path.name for path in folder.glob("*.safetensors")}
+        index = (folder / INDEX).read_bytes() if (folder / INDEX).is_file() else None
+        wanted = _indexed_files(folder, index) if index is not None else {SINGLE}
+        missing = sorted(wanted - files)
+        if missing:
+            more = f"; {INDEX} names {len(wanted)} files" if index is not None else ""
+            raise UserError(f"{folder} lacks {some(missing)}{more}: download the model again")
+        if files - wanted:
+            raise UserError(
+                f"{folder} holds {some(sorted(files - wanted))}, which "
+                + (f"{INDEX} does not name" if index is not None else f"no {INDEX} explains")
+                + ": remove the stray file or download the model again"
+            )
+        layout = cls({file: _read_header(folder / file) for file in sorted(wanted)}, index)
+        if not quantized:
+            layout._refuse_codes()
+        for file, size in layout.sizes.items():
+            actual = (folder / file).stat().st_size
+            if actual != size:
+                raise UserError(
+                    f"{folder / file} has {actual:,} bytes, its header promises {size:,}: truncated; download it again"
+                )
+        if index is not None:
+            layout._check_index(folder, json.loads(index)["weight_map"])
+        return layout
+
+    @classmethod
+    def make(cls, tensors: TensorTable, shard_bytes: int = SHARD_BYTES) -> FileLayout:
+        """A layout of our own for `tensors`, name -> (dtype, shape): files of at most `shard_bytes` in Hugging Face's
+        naming, tensors in the given order but FP32 first in each file, which keeps every tensor aligned."""
+        shards: list[list[str]] = [[]]
+        filled = 0
+        size = {name: math.prod(shape) * ITEM_BYTES[dtype] for name, (dtype, shape) in tensors.items()}
+        for name in tensors:
+            if shards[-1] and filled + size[name] > shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += size[name]
+        if len(shards) == 1:
+            return cls({SINGLE: make_header(shards[0], tensors)}, None)
+        headers: dict[str, bytes] = {}
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            headers[file] = make_header(names, tensors)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+        return cls(headers, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+
+    @classmethod
+    def from_json(cls, text: str) -> FileLayout:
+        """The layout that `to_json` wrote. Raises `UserError` for a damaged one, and for files in other folders."""
+        try:
+            data = json.loads(text)
+            index = data["index"].encode() if data["index"] is not None else None
+            headers = {file: header.encode() for file, header in data["headers"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"the record of the safetensors files is damaged ({error!r}): copy the checkpoint again"
+            ) from None
+        for file in headers:
+            if Path(file).name != file:
+                raise UserError(f"the record of the safetensors files names {file!r}, which is no plain file name")
+        return cls(headers, index)
+
+    def to_json(self) -> str:
+        """The layout as text, byte for byte recoverable."""
+        index = self.index.decode() if self.index is not None else None
+        return json.dumps({"headers": {file: header.decode() for file, header in self.headers.items()}, "index": index})
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.sizes.values())
+
+    def fits(self, tensors: TensorTable) -> bool:
+        """Whether these are exactly our tensors, with our dtypes and shapes."""
+        return {name: (entry.dtype, entry.shape) for name, entry in self.entries.items()} == dict(tensors)
+
+    def _add(self, file: str, header: bytes) -> None:
+        begin = 8 + len(header)
+        self.sizes[file] = begin
+        for name, item in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            if name in self.entries:
+                raise UserError(
+                    f"tensor {name} is in {self.entries[name].file} and in {file}: download the model again"
+                )
+            if item["dtype"] not in ITEM_BYTES:
+                raise UserError(
+                    f"tensor {name} in {file} is {item['dtype']}; known are {', '.join(ITEM_BYTES)}: "
+                    "give the unquantized checkpoint"
+                )
+            shape = tuple(item["shape"])
+            start, stop = (begin + offset for offset in item["data_offsets"])
+            if stop - start != math.prod(shape) * ITEM_BYTES[item["dtype"]]:
+                raise UserError(f"tensor {name} in {file}: {stop - start} bytes do not make {item['dtype']} {shape}")
+            self.entries[name] = Entry(file, item["dtype"], shape, start, stop)
+            self.sizes[file] = max(self.sizes[file], stop)
+
+    def _refuse_codes(self) -> None:
+        for name, entry in self.entries.items():
+            if entry.dtype not in PLAIN_BYTES:
+                raise UserError(
+                    f"tensor {name} in {entry.file} is {entry.dtype}; known are {', '.join(PLAIN_BYTES)}: "
+                    "give the unquantized checkpoint"
+                )
+
+    def _check_index(self, folder: Path, weight_map: dict[str, str]) -> None:
+        for name, file in weight_map.items():
+            if name not in self.entries or self.entries[name].file != file:
+                raise UserError(
+                    f"{folder / INDEX} says that {name} is in {file}, and it is not: download the model again"
+                )
+        stray = sorted(self.entries.keys() - weight_map.keys())
+        if stray:
+            raise UserError(f"{folder / INDEX} does not name {some(stray)}: download the model again")
+
+
+def check_tensors(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `UserError` naming the tensors that are missing in `found`, unknown, or of another shape."""
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise UserError(f"{where} lacks {some(missing)}: it is not a complete model of its config.json")
+    unknown = [name for name in found if name not in expected]
+    if unknown:
+        raise UserError(f"{where} holds {some(unknown)}, which its config.json does not have: a model of another kind?")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(f"{where}: {name} has shape {found[name]}, its config.json says {shape}")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names of a long list."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _indexed_files(folder: Path, index: bytes) -> set[str]:
+    try:
+        weight_map = json.loads(index)["weight_map"]
+        return {str(file) for file in weight_map.values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / INDEX} is not a safetensors index: download it again") from None
+
+
+def _read_header(path: Path) -> bytes:
+    """The header bytes of one file; `UserError` when they are cut off or not a header."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= path.stat().st_size - 8:
+            raise UserError(f"{path} is truncated or no safetensors file: download it again")
+        header = file.read(length)
+    try:
+        parsed: Any = json.loads(header)
+        if not isinstance(parsed, dict):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{path} has a broken safetensors header: download it again") from None
+    return header
+
+
+def make_header(names: list[str], tensors: TensorTable, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The header of a safetensors file with these of `tensors`, FP32 first, and `metadata` beside the format's name."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for name in sorted(names, key=lambda name: -ITEM_BYTES[tensors[name][0]]):
+        dtype, shape = tensors[name]
+        stop = offset + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)

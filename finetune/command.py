@@ -1,0 +1,210 @@
+"""The command line of every recipe: paths and resources as flags, the rest key=value; resolved, checked, run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from conversion.checkpoint.folders import refuse_overlap
+from conversion.checkpoint.names import adaptable, adapter_shapes
+from finetune import run_cluster, run_local
+from finetune.checks import check_run
+from finetune.eval_only import evaluate, evaluation_run
+from finetune.initial import adopt
+from finetune.run_local import KIND, refuse_finished
+from finetune.settings import Run, Settings
+from launch.overrides import apply_overrides, flatten
+from launch.plan.layout import Layout
+from launch.plan.plan_settings import default_layout
+from launch.slurm.cluster import CPU, Cluster
+from launch.slurm.sbatch import read_seeds
+from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
+from nano3.cli import UserError, check_output
+from nano3.targets import select, sizes
+
+GPUS_PER_NODE = 8
+BALANCE_WARNING = (
+    "router      balance: the routers' correction biases MOVE in training. They are saved with the adapter and merged; "
+    "the adapter without them is another model"
+)
+
+
+def parser(description: str | None = None) -> argparse.ArgumentParser:
+    """Flags for paths and resources; the rest is key=value."""
+    parse = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parse.add_argument("--model", default="nano", help="pico, nano, or a folder (default: nano)")
+    parse.add_argument(
+        "--base",
+        type=Path,
+        help="NeMo checkpoint of MODEL (default: OUT/base, imported from MODEL when the run starts)",
+    )
+    parse.add_argument("--data", type=Path, help="token store to train on")
+    parse.add_argument("--validation", type=Path, help="token store to validate on (default: no validation)")
+    parse.add_argument("--out", type=Path, default=Path("runs/lora"), help="folder to write (default: runs/lora)")
+    parse.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
+    parse.add_argument("--gpus-per-node", type=int, help=f"GPUs of each machine (default: {GPUS_PER_NODE})")
+    parse.add_argument("--local", action="store_true", help="run on CPU ranks of this machine instead of GPUs")
+    parse.add_argument("--ranks", type=int, help="CPU ranks with --local (default: 1)")
+    parse.add_argument("--eval-only", action="store_true", help="loss and accuracy on --validation, no training")
+    parse.add_argument(
+        "--adapter", help="with --eval-only: adapter folder, or none for the base (default: OUT/adapter if it exists)"
+    )
+    parse.add_argument(
+        "--cluster", type=Path, help="site file of a Slurm cluster (default with --nodes above 1: cluster.yaml)"
+    )
+    parse.add_argument(
+        "--after",
+        type=int,
+        metavar="JOB",
+        help="on a cluster: job that makes what is not there yet of --data and --base",
+    )
+    parse.add_argument("--array", metavar="SEEDS", help="on a cluster: a run for each of 1,2,3 in OUT/seed-1 and so on")
+    parse.add_argument("--follow", action="store_true", help="on a cluster: show the job's log until it ends")
+    parse.add_argument("--dry-run", action="store_true", help="print the resolved recipe and layout, start nothing")
+    parse.add_argument("--overwrite", action="store_true", help="start over in an OUT that has a run")
+    parse.add_argument("settings", nargs="*", metavar="key=value", help="for example layout.ep=8 lora.rank=16")
+    return parse
+
+
+def resolve(
+    args: argparse.Namespace, defaults: Callable[[], Settings] = Settings, recipe: str | None = None
+) -> tuple[Run, Arch]:
+    """The run that the arguments describe, its settings, layout, targets and paths checked. Raises `UserError`."""
+    model, base = _model(args.model)
+    arch = Arch.load(model)
+    if args.base is not None:
+        if base is not None:
+            raise UserError("--model is a NeMo checkpoint itself; leave --base out, or give the Hugging Face folder")
+        base = args.base.resolve()
+    if args.local and (args.nodes != 1 or args.gpus_per_node is not None):
+        raise UserError(
+            "--local runs on CPU ranks of this machine; leave --nodes and --gpus-per-node out, give --ranks"
+        )
+    if args.ranks is not None and not args.local:
+        raise UserError("--ranks counts CPU ranks; give --local too, or --gpus-per-node for GPUs")
+    site = _site(args)
+    cpu = args.local or (site is not None and site.hardware == CPU)
+    per_node = args.gpus_per_node or (GPUS_PER_NODE if site is None else site.ranks_per_node)
+    ranks = (args.ranks or 1) if args.local else per_node
+    settings = defaults()
+    if not cpu and settings.layout == Layout():
+        settings.layout = default_layout(arch, ranks)
+    apply_overrides(settings, args.settings)
+    if settings.lora.init_from:
+        adopt(settings.lora)
+    run = Run(
+        model=str(model),
+        base=str(base or args.out.resolve() / "base"),
+        data=str(args.data.resolve()) if args.data else "",
+        validation=str(args.validation.resolve()) if args.validation else None,
+        out=str(args.out.resolve()),
+        nodes=args.nodes,
+        ranks_per_node=ranks,
+        cpu=cpu,
+        settings=settings,
+        recipe=recipe or Run.recipe,
+    )
+    if args.eval_only and args.overwrite:
+        raise UserError("--eval-only trains nothing and overwrites no run; leave --overwrite out")
+    if args.eval_only:
+        run = evaluation_run(run, args.adapter)
+    elif args.adapter:
+        raise UserError("--adapter is what --eval-only evaluates; give that too")
+    check_run(run, arch)
+    sources = [model, base, args.data, args.validation, settings.lora.init_from or None]
+    refuse_overlap(args.out, *(Path(source) for source in sources if source is not None))
+    return run, arch
+
+
+def _site(args: argparse.Namespace) -> Cluster | None:
+    """The cluster that the run goes to; None for this machine, and for a recipe that is only printed."""
+    if args.cluster is None and (args.nodes == 1 or args.dry_run or args.local):
+        return None
+    return run_cluster.site_of(args.cluster or Path("cluster.yaml"), args.nodes, args.gpus_per_node)
+
+
+def _model(name: str) -> tuple[Path, Path | None]:
+    """The folder with config.json, and the NeMo checkpoint when `name` is one."""
+    folder = Path(name)
+    if name not in PRESETS and is_nemo_checkpoint(folder):
+        return (folder / "hf").resolve(), folder.resolve()
+    return resolve_model(name).resolve(), None
+
+
+def trainable_parameters(run: Run, arch: Arch) -> int:
+    """Adapter parameters of the whole model: rank * (in + out) for every adapter, and its magnitudes under DoRA.
+
+    Rows that pad the vocabulary are not counted: they never get a gradient.
+    """
+    lora, modules = run.settings.lora, adaptable(arch)
+    paths = select(arch, lora.chosen_targets(), lora.experts)
+    chosen = sizes(paths, lora.rank, lora.alpha, lora.rank_pattern, lora.alpha_pattern, lora.rslora)
+    return sum(
+        math.prod(shape)
+        for path, size in chosen.items()
+        for shape in adapter_shapes(modules[path], size.rank, lora.experts == "each", lora.dora).values()
+    )
+
+
+def describe(run: Run, arch: Arch) -> str:
+    """The resolved recipe for people."""
+    lines = [f"model       {run.model} ({arch.parameters:,} parameters, {arch.active_parameters:,} active)"]
+    lines += [f"data        {run.data or '(none given)'}", f"out         {run.out}"]
+    lines += [f"adapters    {trainable_parameters(run, arch):,} parameters"]
+    lines += [BALANCE_WARNING] if run.settings.router == "balance" else []
+    lines += ["settings", *(f"  {key}={_text(value)}" for key, value in flatten(run.settings).items())]
+    return "\n".join([*lines, "layout", run.settings.layout.describe(arch, run.ranks)])
+
+
+def _text(value: object) -> str:
+    return ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
+
+
+def train(run: Run, arch: Arch, overwrite: bool = False) -> int:
+    """Checks the data and runs the recipe on this machine, from the newest checkpoint if OUT has one; the exit code."""
+    run_local.check_data(run, arch)
+    return run_local.train(run, overwrite)
+
+
+def _on_cluster(args: argparse.Namespace, site: Cluster, run: Run, arch: Arch) -> int:
+    """Checks the run and submits it to Slurm; with --dry-run prints what preflight says and the script."""
+    for flag, given in (("--local", args.local), ("--eval-only", args.eval_only), ("--overwrite", args.overwrite)):
+        if given:
+            raise UserError(f"{flag} is for runs on this machine; leave it out with --cluster or --nodes above 1")
+    if not args.dry_run and args.after is None:
+        run_local.check_data(run, arch)
+    seeds = read_seeds(args.array) if args.array else ()
+    return run_cluster.submit(run, site, args.dry_run, args.after, args.follow, seeds)
+
+
+def main(description: str | None = None, defaults: Callable[[], Settings] = Settings, recipe: str | None = None) -> int:
+    """A recipe's command line: its own defaults, and the function that makes its configuration."""
+    args = parser(description).parse_intermixed_args()
+    run, arch = resolve(args, defaults, recipe)
+    check_output(run.out, KIND)
+    site = _site(args)
+    if site is None and (args.after is not None or args.follow or args.array):
+        raise UserError("--after, --follow and --array are about jobs of Slurm; give --cluster too")
+    if args.dry_run:
+        if args.data and args.after is None:
+            run_local.check_data(run, arch)
+        print(describe(run, arch))
+        return _on_cluster(args, site, run, arch) if site is not None else 0
+    if site is not None:
+        return _on_cluster(args, site, run, arch)
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if not run.cpu and gpus < run.ranks_per_node:
+        raise UserError(
+            f"the run wants {run.ranks_per_node} NVIDIA GPUs and this machine has {gpus}; give --gpus-per-node, add "
+            "--local to run on CPU ranks, or --dry-run to see the recipe"
+        )
+    if run.eval_only:
+        run_local.check_data(run, arch)
+        return evaluate(run)
+    if not args.overwrite:
+        refuse_finished(Path(run.out))
+    return train(run, arch, args.overwrite)

@@ -1,0 +1,101 @@
+"""`--eval-only`: loss and token accuracy on a validation store, of the base or of base and adapter. Nothing is trained.
+
+Model, data and layout are the training recipe's, of which this is a variant; `nemotron_lora.py` calls `evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune.run_local import KIND, import_base
+from finetune.settings import Run
+from nano3.cli import UserError, fresh_output, owner_of
+
+RESULTS = "results.json"
+FOLDER = "evaluation"
+"""In OUT: the run's JSON, logs and results."""
+
+
+def evaluation_run(run: Run, adapter: str | None) -> Run:
+    """The run that evaluates: `adapter` is a folder, `none` for the base alone, None for OUT/adapter if there is one.
+
+    Raises:
+        UserError: no validation store, or no adapter in the folder.
+    """
+    if run.validation is None:
+        raise UserError("--eval-only needs --validation STORE, a token store made by data_prep/prepare.py")
+    folder = Path(adapter) if adapter else Path(run.out) / "adapter"
+    if adapter == "none" or (adapter is None and not folder.exists()):
+        return replace(run, eval_only=True)
+    if not (folder / "lora.json").is_file():
+        raise UserError(f"--adapter {folder} has no lora.json; give an adapter folder that training wrote, or none")
+    return replace(run, eval_only=True, adapter=str(folder.resolve()))
+
+
+def evaluate(run: Run) -> int:
+    """Runs the evaluation on this machine's ranks and prints its results; returns the exit code."""
+    from launch.local import run_ranks
+
+    out = Path(run.out)
+    if owner_of(out) != KIND:
+        with fresh_output(out, KIND):
+            pass
+    import_base(run)
+    folder = out / FOLDER
+    folder.mkdir(exist_ok=True)
+    (folder / RESULTS).unlink(missing_ok=True)
+    (folder / "run.json").write_text(replace(run, out=str(folder)).to_json() + "\n")
+    print(f"evaluating {run.adapter or 'the base'} on {run.ranks} ranks; logs in {folder / 'logs'}", file=sys.stderr)
+    environment = {"NANO3_CPU": "1" if run.cpu else "0"}
+    code = run_ranks(["-m", "finetune.worker", str(folder / "run.json")], run.ranks, folder / "logs", environment)
+    if not (folder / RESULTS).exists():
+        return code or 1
+    print(summary(json.loads((folder / RESULTS).read_text())))
+    print(f"results: {folder / RESULTS}", file=sys.stderr)
+    return code
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The results in a line."""
+    return (
+        f"validation loss {results['validation_loss']:.4f}, token accuracy {results['validation_accuracy']:.2%} "
+        f"over {results['packs']} packs of {results['validation']} ({results['adapter'] or 'the base, no adapter'})"
+    )
+
+
+def evaluation_recipe(run: Run) -> Any:
+    """The NeMo 2 configuration of an evaluation, a `nemo_run.Partial` of `llm.validate`; training's parts."""
+    from finetune.configuration import lora_recipe  # first: it switches the CPU backend on before NeMo is imported
+
+    # isort: split
+    import nemo_run
+    from nemo.collections import llm
+
+    from nano3.checkpoints.adapter_checkpoint import SaveAdapter
+    from nano3.training.evaluation import Evaluation
+
+    training = lora_recipe(run)
+    (saver,) = [part for part in training.trainer.callbacks if part.__fn_or_cls__ is SaveAdapter]
+    training.data.train = None
+    training.trainer.callbacks = [
+        nemo_run.Config(
+            Evaluation,
+            results=str(Path(run.out) / RESULTS),
+            adapter=run.adapter,
+            base=saver.base,
+            facts=saver.facts,
+        )
+    ]
+    return nemo_run.Partial(
+        llm.validate,
+        model=training.model,
+        data=training.data,
+        trainer=training.trainer,
+        log=training.log,
+        resume=training.resume,
+        model_transform=training.peft if run.adapter else None,
+    )

@@ -1,0 +1,140 @@
+"""The packed token store as a NeMo 2 data module."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from nemo.lightning.data import WrappedDataLoader, add_megatron_sampler
+from nemo.lightning.pytorch.plugins import MegatronDataSampler
+
+from data_prep.epochs import Epochs, Once, logged_sources, validation_plan
+from data_prep.packing import PackedDataset
+from launch.plan.rules import ONE_PACK
+from nano3.cli import UserError
+
+
+def collate(items: list[dict[str, np.ndarray]], places: np.ndarray) -> dict[str, torch.Tensor]:
+    """One pack as a micro batch: (1, seq_length) tensors, `cu_seqlens` (segments + 1,), `max_seqlen` ().
+
+    `places` turns the source numbers of the store into those of the logs (`logged_sources`).
+    """
+    if len(items) != 1:
+        raise UserError(f"a micro batch of {len(items)} packs: {ONE_PACK}")
+    item = {**items[0], "source": places[items[0]["source"]]}
+    batch = {key: torch.from_numpy(value)[None] for key, value in item.items() if key != "cu_seqlens"}
+    boundaries = torch.from_numpy(item["cu_seqlens"])
+    return {**batch, "cu_seqlens": boundaries, "max_seqlen": boundaries.diff().max()}
+
+
+class PackSampler(MegatronDataSampler):
+    """NeMo's, whose validation steps have a number of micro batches of their own.
+
+    Args:
+        seq_length: length of a pack.
+        micro_batch: packs in a micro batch.
+        global_batch: packs in a training step.
+    """
+
+    def __init__(self, seq_length: int, micro_batch: int, global_batch: int) -> None:
+        super().__init__(seq_length, micro_batch, global_batch, output_log=False)
+        self.validation_micro_batches = 1
+
+    def transform_dataloader(self, dataloader: Any, consumed_samples: int = 0) -> Any:
+        """NeMo's; a validation loader counts its own steps."""
+        if dataloader.mode != "validation":
+            return super().transform_dataloader(dataloader, consumed_samples)
+        ranks = parallel_state.get_data_parallel_world_size()
+        return add_megatron_sampler(
+            dataloader,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.micro_batch_size * self.validation_micro_batches * ranks,
+            dataloader_mode=dataloader.mode,
+            rank=parallel_state.get_data_parallel_rank(),
+            world_size=ranks,
+        )
+
+    def on_megatron_step_start(self, step: Any) -> Any:
+        """NeMo's, with the micro batches of a validation step."""
+        step = super().on_megatron_step_start(step)
+        return dataclasses.replace(step, num_microbatches=self.validation_micro_batches) if step.forward_only else step
+
+
+class PackedDataModule(pl.LightningDataModule):
+    """Packs of a token store, one to a micro batch.
+
+    Args:
+        train: folder of the token store to train on; None when there is nothing but validation.
+        validation: folder of the one to validate on, or None.
+        seq_length: length of a pack.
+        pad_multiple: what each document in a pack is padded to a multiple of (context parallelism wants 2 * cp).
+        micro_batch: packs per forward pass of a rank: 1.
+        global_batch: packs per step over all ranks.
+        steps: of the whole run.
+        seed: of the order of packs.
+
+    Raises:
+        UserError: a micro batch of several packs.
+    """
+
+    def __init__(
+        self,
+        train: str | None,
+        validation: str | None,
+        seq_length: int,
+        pad_multiple: int,
+        micro_batch: int,
+        global_batch: int,
+        steps: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if micro_batch != 1:
+            raise UserError(f"train.micro_batch={micro_batch}: {ONE_PACK}")
+        self.train, self.validation, self.seq_length, self.pad_multiple = train, validation, seq_length, pad_multiple
+        self.micro_batch_size, self.global_batch_size, self.steps, self.seed = micro_batch, global_batch, steps, seed
+        self.data_sampler = PackSampler(seq_length, micro_batch, global_batch)
+        self.tokenizer = None
+        self.train_sources: list[str] = []
+        self.validation_sources: list[str] = []
+        self.validation_packs = 0
+
+    def setup(self, stage: str = "") -> None:
+        del stage
+        if self.train is not None:
+            packs = PackedDataset(self.train, self.seq_length, self.pad_multiple)
+            self.train_sources, self._train_places = logged_sources(packs)
+            self._train = Epochs(packs, self.steps * self.global_batch_size, self.seed, shuffle=True)
+        if self.validation is not None:
+            self._held = PackedDataset(self.validation, self.seq_length, self.pad_multiple)
+            self.validation_packs = len(self._held)
+            self.validation_sources, self._held_places = logged_sources(self._held)
+
+    def documents_in_step(self, step: int) -> list[int]:
+        """Tokens of each document (no padding) in the global batch of `step`, counted from 0."""
+        first, packs = step * self.global_batch_size, self._train.packs
+        lengths: list[int] = []
+        for sample in range(first, first + self.global_batch_size):
+            documents = packs.documents(self._train.pack_of(sample))
+            lengths += (packs.store.offsets[documents + 1] - packs.store.offsets[documents] - 1).tolist()
+        return lengths
+
+    def _loader(self, dataset: Any, mode: str, places: np.ndarray) -> Any:
+        return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=0, collate_fn=partial(collate, places=places))
+
+    def train_dataloader(self) -> Any:
+        return self._loader(self._train, "train", self._train_places)
+
+    def val_dataloader(self) -> Any:
+        """Every pack of the validation set once, filled up with padding to whole steps."""
+        if self.validation is None:
+            return []
+        ranks = parallel_state.get_data_parallel_world_size()
+        steps, micro_batches = validation_plan(len(self._held), ranks, self.global_batch_size // ranks)
+        self.data_sampler.validation_micro_batches = micro_batches
+        return self._loader(Once(self._held, steps * micro_batches * ranks), "validation", self._held_places)

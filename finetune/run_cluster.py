@@ -1,0 +1,198 @@
+"""A run on a Slurm cluster: looked at, written to OUT, submitted; and the job's first step.
+
+`submit` is what a recipe does with `--nodes N`. `python -m finetune.run_cluster OUT/run.json` is what the job does
+once before its ranks start: the base weights are imported unless they are there, half-written checkpoints removed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.checks import plan_of
+from finetune.run_local import KIND, check_data, import_base, last_checkpoint, refuse_finished
+from finetune.settings import Run
+from launch.plan.hardware import find_gpu
+from launch.plan.mounts import parse_mount
+from launch.plan.preflight_checks import Paths
+from launch.preflight import Request, report, report_cpu
+from launch.slurm.cluster import CPU, EXAMPLE, Cluster
+from launch.slurm.job_queue import follow, status
+from launch.slurm.job_queue import submit as hand_over
+from launch.slurm.sbatch import Job, render
+from nano3.arch import Arch
+from nano3.checkpoints.checkpoint_folder import clear_unfinished, newest
+from nano3.cli import UserError, fresh_output, owner_of, run
+
+JOB = "job"
+"""In OUT: the number of the one job that may write there, `12` or `12_SEED`; launch/slurm/survive.sh sees to that."""
+
+
+def seed_folder(run: Run, seed: int | str) -> str:
+    """Where the run of one seed of an array lies."""
+    return str(Path(run.out) / f"seed-{seed}")
+
+
+def of_seed(run: Run, seed: int) -> Run:
+    """The run of one seed of an array: in a folder of its own, with a base of its own unless that is given."""
+    out = seed_folder(run, seed)
+    own = Path(run.base) == Path(run.out) / "base"
+    settings = replace(run.settings, train=replace(run.settings.train, seed=seed))
+    return replace(run, out=out, base=str(Path(out) / "base") if own else run.base, settings=settings)
+
+
+def job_of(run: Run, after: int | None = None, seeds: tuple[int, ...] = ()) -> Job:
+    """The job of a run, or an array of one for each of the seeds: its first step and its ranks, once the job `after`
+    has succeeded."""
+    out = seed_folder(run, "{seed}") if seeds else run.out
+    written = str(Path(out) / "run.json")
+    return Job(
+        name=Path(run.out).name,
+        command=["-m", "finetune.worker", written],
+        nodes=run.nodes,
+        prepare=["-m", "finetune.run_cluster", written],
+        seeds=seeds,
+        after=after,
+        out=out,
+    )
+
+
+def preflight(run: Run, cluster: Cluster, after: int | None = None, runs: int = 1) -> tuple[int, str]:
+    """(exit code, what to print), see `launch.preflight.report`, for so many runs of an array, or one.
+
+    What the job `after` will make is not looked at.
+    """
+    base = Path(run.base)
+    own = base == Path(run.out) / "base"
+    made = [path for path in (Path(run.data), base) if after is not None and not path.exists()]
+    read = {"--model": run.model, "--base": "" if own else run.base, "lora.init_from": run.settings.lora.init_from}
+    paths = Paths(
+        model=Path(run.model) if own or base in made else base,
+        data=Path(run.data) if run.data and Path(run.data) not in made else None,
+        validation=Path(run.validation) if run.validation else None,
+        out=Path(run.out),
+        mounts=tuple(map(parse_mount, cluster.mounts)) if cluster.container is not None else None,
+        imported=not own,
+        also={what: Path(path) for what, path in read.items() if path},
+        runs=runs,
+    )
+    arch, plan = Arch.load(run.model), plan_of(run.settings)
+    if cluster.hardware == CPU:
+        return report_cpu(plan, arch, paths, run.nodes)
+    return report(Request(find_gpu(cluster.hardware), run.nodes, run.ranks_per_node, arch, plan, paths), files=True)
+
+
+def site_of(file: Path, nodes: int, per_node: int | None) -> Cluster:
+    """The site in `file`; `UserError` when it cannot be used or its nodes have not `per_node` ranks."""
+    if not file.is_file():
+        raise UserError(
+            f"--nodes {nodes} needs a cluster, which {file} would describe: copy {EXAMPLE} there and fill in "
+            "account and partition; or see what would run with --dry-run"
+        )
+    cluster = Cluster.load(file)
+    if per_node not in (None, cluster.ranks_per_node):
+        raise UserError(f"--gpus-per-node {per_node}, but {file} has gpus_per_node: {cluster.gpus_per_node}")
+    return cluster
+
+
+def check_progress(minutes: float, cluster: Cluster) -> None:
+    """Raises `UserError` unless every job is sure to write a checkpoint, one in `minutes`, before its time is over."""
+    if minutes <= 0:
+        raise UserError(
+            f"checkpoint.minutes={minutes:g}: on a cluster a job may be gone at any step; write one every 15 minutes"
+        )
+    if cluster.seconds is not None and 60 * minutes > cluster.seconds - cluster.signal_seconds:
+        most = (cluster.seconds - cluster.signal_seconds) / 60
+        raise UserError(
+            f"checkpoint.minutes={minutes:g}, but a job ends after time: {cluster.time}, less signal_seconds: "
+            f"{cluster.signal_seconds}: it might never get further. Give at most {most:g}, or a longer time"
+        )
+
+
+def refuse_second_job(out: Path) -> None:
+    """Raises `UserError` while a job that was submitted for the folder `out` is queued or runs."""
+    try:
+        number = (out / JOB).read_text().strip()
+    except OSError:
+        return
+    if re.fullmatch(r"\d+(_\d+)?", number) and (state := status(number)):
+        raise UserError(
+            f"job {number} writes to {out} or waits to: {state}. Wait for it, end it with scancel {number}, or choose "
+            "another --out"
+        )
+
+
+def make_ready(out: Path) -> None:
+    """The folder `out`, made a run's; `UserError` for a finished run, another job's, or a damaged checkpoint in it."""
+    if owner_of(out) != KIND:
+        with fresh_output(out, KIND):
+            pass
+    refuse_finished(out)
+    refuse_second_job(out)
+    newest(out)  # a damaged checkpoint is refused before the queue; one of another run before the ranks start
+
+
+def submit(
+    run: Run,
+    cluster: Cluster,
+    dry_run: bool,
+    after: int | None = None,
+    watch: bool = False,
+    seeds: tuple[int, ...] = (),
+) -> int:
+    """Prints the preflight and the script (`dry_run`), or writes OUT/run.json and submits; the exit code.
+
+    With `seeds` it is an array of runs, in OUT/seed-N.
+
+    The job waits for the job `after`, which makes the data or the base: the job's first step looks at them then.
+    `watch` shows its log until it ends, and returns 1 if it did not complete.
+
+    Raises:
+        UserError: a finished run in OUT, another job for it, too few checkpoints, or Slurm's refusal.
+    """
+    out, script = Path(run.out), render(cluster, job_of(run, after, seeds))
+    check_progress(run.settings.checkpoint.minutes, cluster)
+    code, text = preflight(run, cluster, after, len(seeds) or 1)
+    print(text, file=sys.stderr)
+    if dry_run:
+        print(script, end="")
+        return code
+    if code:
+        return code
+    tasks = [of_seed(run, seed) for seed in seeds] or [run]
+    for folder in dict.fromkeys([out, *(Path(one.out) for one in tasks)]):
+        make_ready(folder)
+    for one in tasks:
+        (Path(one.out) / "run.json").write_text(one.to_json() + "\n")
+    (out / "job.sbatch").write_text(script)
+    number = hand_over(script, Path(cluster.logs))
+    names = [f"{number}_{seed}" for seed in seeds] or [f"{number}"]
+    for one, name in zip(tasks, names, strict=True):
+        (Path(one.out) / JOB).write_text(f"{name}\n")
+    print(f"submitted job {number}; logs in {cluster.logs}", flush=True)
+    return follow(number, Path(cluster.logs)) if watch else 0
+
+
+def main() -> int:
+    """0, or 1 for what a file system refuses: 2 is a user's mistake to the job, which is not tried again."""
+    try:
+        first_step(Run.from_json(Path(sys.argv[1]).read_text()))
+    except OSError as error:  # such as a node's stale mount; another node may read it
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def first_step(run: Run) -> None:
+    """What the job does once; `UserError` for what does not fit the run."""
+    refuse_finished(Path(run.out))
+    clear_unfinished(Path(run.out))
+    check_data(run, Arch.load(run.model))  # what an earlier job of a chain has made was not there to be looked at
+    import_base(run)
+    last_checkpoint(run)  # now, on one machine, and not when every rank waits for the one that reads it
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,57 @@
+"""What makes two attempts the same run, so that the second may go on from the first's checkpoints.
+
+Every setting that has a say in the numbers, and the *contents* of base, stores and the adapter that it starts from, by
+hash. Paths are not part of it: a run may move. Neither are the groups `log` and `checkpoint`, when a run counts as
+diverged, and what is recomputed: an attempt that stopped for one of these must be able to go on. Nor are the ranks and
+their layout, on which only the order of sums depends, and random numbers: what a checkpoint says of them decides
+whether equal bits can be promised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from conversion.certificates.certificate import folder_sha256
+from data_prep.packing import PackedDataset
+from finetune.settings import Run
+from launch.overrides import flatten
+from launch.plan.layout import AXES
+from nano3.checkpoints.base_identity import recorded_sha256
+
+MAY_CHANGE = ("log.", "checkpoint.", "layout.", "train.divergence", "train.recompute")
+
+
+def run_identity(text: str) -> dict[str, Any]:
+    """The identity of the run with this JSON (`Run.to_json`), whose base and stores must exist; JSON values."""
+    run = Run.from_json(text)
+    settings = {key: value for key, value in flatten(run.settings).items() if not key.startswith(MAY_CHANGE)}
+    initial = settings.pop("lora.init_from")
+    identity = {
+        "train.pad_multiple": run.settings.document_multiple,
+        "base": recorded_sha256(Path(run.base))[:16],
+        "data": _store_sha256(run.data, run),
+        "validation": _store_sha256(run.validation, run) if run.validation else None,
+        "initial adapter": folder_sha256(Path(initial))[:16] if initial else None,
+        "bf16": run.bf16,
+        **{key: value for key, value in settings.items() if key != "train.pad_multiple"},
+    }
+    return json.loads(json.dumps(identity))
+
+
+def run_layout(run: Run) -> dict[str, int]:
+    """The number of ranks and the sizes of their groups: what may be different when a run goes on."""
+    layout = run.settings.layout
+    sizes = {name: getattr(layout, name) for name in AXES}
+    return {"ranks": run.ranks, **sizes, "sp": int(layout.sequence_parallel)}
+
+
+def _store_sha256(store: str, run: Run) -> str:
+    """The hash of a store's manifest, which has its files' hashes, and of the packs that this run uses."""
+    packs = PackedDataset(store, run.settings.train.seq_length, run.settings.document_multiple)
+    digest = hashlib.sha256((Path(store) / "manifest.json").read_bytes())
+    for file in sorted(packs.index.iterdir()):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]

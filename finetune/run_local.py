@@ -1,0 +1,150 @@
+"""Starts a run on this machine's ranks, or goes on with it: what lies in OUT, and what becomes of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from conversion.identity import holds
+from finetune.settings import Run
+from nano3.arch import Arch, is_nemo_checkpoint
+from nano3.checkpoints.checkpoint_folder import FOLDER, checkpoints, clear_unfinished, newest, refuse_other_run, step_of
+from nano3.cli import UserError, fresh_output, owner_of
+from nano3.lock import alone
+
+KIND = "lora-run"
+
+
+def train(run: Run, overwrite: bool = False) -> int:
+    """Imports the base weights where needed and runs the recipe on this machine's ranks; returns the exit code.
+
+    Goes on from the newest checkpoint in OUT when there is one and the run is the same (`finetune/run_identity.py`).
+    `overwrite` starts over: an adapter in OUT is kept as `adapter.previous`, checkpoints are removed.
+
+    Raises:
+        UserError: a finished run, or checkpoints of another one, in OUT without `overwrite`; a damaged checkpoint.
+    """
+    from launch.local import run_ranks
+
+    out = Path(run.out)
+    if owner_of(out) != KIND:
+        with fresh_output(out, KIND):
+            pass
+    with alone(out, f"another run is writing to {out}; wait for it, or choose another --out"):
+        if overwrite:
+            _put_aside(out)
+        refuse_finished(out)
+        clear_unfinished(out)
+        import_base(run)
+        _announce(run)
+        (out / "run.json").write_text(run.to_json() + "\n")
+        started = time.monotonic()
+        environment = {"NANO3_CPU": "1" if run.cpu else "0"}
+        try:
+            code = run_ranks(["-m", "finetune.worker", str(out / "run.json")], run.ranks, out / "logs", environment)
+        finally:
+            if not (out / "adapter" / "lora.json").exists():
+                print(f"{_how_to_go_on(out)}; see {out / 'logs'}", file=sys.stderr)
+    if not (out / "adapter" / "lora.json").exists():
+        return code or 1
+    print(f"adapter: {out / 'adapter'} ({time.monotonic() - started:.0f} s)")
+    return code
+
+
+def refuse_finished(out: Path) -> None:
+    """Refuses an OUT with an adapter."""
+    if (out / "adapter").exists():
+        raise UserError(f"{out} holds a finished run; choose another --out, or run again there with --overwrite")
+
+
+def _put_aside(out: Path) -> None:
+    """Makes room for a new run: the finished adapter stays as `adapter.previous`."""
+    for old in (FOLDER, "best", "evaluation", "tensorboard", "wandb"):
+        shutil.rmtree(out / old, ignore_errors=True)
+    (out / "metrics.jsonl").unlink(missing_ok=True)
+    if (out / "adapter").exists():
+        shutil.rmtree(out / "adapter.previous", ignore_errors=True)
+        os.rename(out / "adapter", out / "adapter.previous")
+        print(f"the adapter of the last run is now {out / 'adapter.previous'}", file=sys.stderr)
+
+
+def import_base(run: Run) -> None:
+    """Converts the Hugging Face folder into OUT/base, unless OUT/base was made from it and it has not changed."""
+    base, model = Path(run.base), Path(run.model)
+    if base != Path(run.out) / "base":
+        return
+    if not list(model.glob("*.safetensors")):
+        raise UserError(
+            f"{model} has no weights; give --model FOLDER, the downloaded model, or --dry-run to see the recipe"
+        )
+    if base.exists() and holds(base, model):
+        return
+    from conversion.hf_to_nemo import convert
+
+    print("importing the base weights ...", file=sys.stderr)
+    convert(model, base, context=False)
+
+
+def check_base(run: Run) -> None:
+    """Refuses a base that the run does not import itself and that is no NeMo checkpoint of its model."""
+    base = Path(run.base)
+    if base == Path(run.out) / "base":
+        return
+    if not is_nemo_checkpoint(base):
+        raise UserError(f"{base} is no NeMo checkpoint: make it with conversion/hf_to_nemo.py {run.model} {base}")
+    if Arch.load(base / "hf") != Arch.load(run.model):
+        raise UserError(f"{base} is of another architecture than {run.model}; give the model that it was made from")
+
+
+def check_data(run: Run, arch: Arch) -> None:
+    """Opens the stores: packs of this length exist and every token is in the vocabulary. A base that the run does not
+    import itself is there, and of this architecture. Raises `UserError`."""
+    from data_prep.packing import PackedDataset
+
+    check_base(run)
+    if not run.data and not run.eval_only:
+        raise UserError("no data: give --data STORE, a token store made by data_prep/prepare.py")
+    for store in filter(None, (run.data, run.validation)):
+        packs = PackedDataset(store, run.settings.train.seq_length, run.settings.document_multiple)
+        packs.store.check_tokenizer(run.model)
+        largest = packs.store.manifest["max_token_id"]
+        if largest >= arch.vocab_size:
+            raise UserError(f"{store} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}")
+
+
+def last_checkpoint(run: Run) -> Path | None:
+    """The checkpoint that the run goes on from, None at the beginning; the base must be imported.
+
+    Raises:
+        UserError: it is damaged, or belongs to another run.
+    """
+    from finetune.run_identity import run_identity
+
+    last = newest(run.out)
+    if last is not None:
+        refuse_other_run(last, run_identity(run.to_json()))
+    return last
+
+
+def _announce(run: Run) -> None:
+    """Says where the run begins; refuses checkpoints that are damaged or of another run."""
+    out, last = Path(run.out), last_checkpoint(run)
+    where = f", going on after step {step_of(last)}" if last else ""
+    for old in ("logs", "nemo"):
+        shutil.rmtree(out / old, ignore_errors=True)
+    kind = "CPU" if run.cpu else "GPU"
+    print(f"training on {run.ranks} {kind} ranks{where}; logs in {out / 'logs'}", file=sys.stderr)
+
+
+def _how_to_go_on(out: Path) -> str:
+    """What a run that ended early leaves, in words."""
+    found = checkpoints(out)
+    if not found:
+        return "the run ended early and wrote no adapter and no checkpoint: the same command starts from the beginning"
+    return (
+        f"the run ended early and wrote no adapter: the same command goes on after step {step_of(found[-1])} "
+        f"({found[-1]})"
+    )

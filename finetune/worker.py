@@ -1,0 +1,43 @@
+"""One rank of a run or evaluation, on this machine or in a Slurm job: `python -m finetune.worker RUN.json`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+from finetune.settings import Run
+from launch.local import die_with_parent
+from nano3.cli import run
+from nano3.quiet import quiet, quiet_imports
+
+
+def main() -> int:
+    """Builds the recipe from the run's JSON and runs it to the end."""
+    die_with_parent()  # torch.distributed.run gives every rank a session of its own, where nothing else would end it
+    run = Run.from_json(Path(sys.argv[1]).read_text())
+    os.environ["NANO3_CPU"] = "1" if run.cpu else "0"
+    with quiet_imports():
+        from nano3 import cpu
+
+        cpu.enable()  # before NeMo is imported
+        import fiddle
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+        from finetune.eval_only import evaluation_recipe
+
+        module, _, function = run.recipe.partition(":")
+        make = getattr(importlib.import_module(module), function)
+        recipe = evaluation_recipe(run) if run.eval_only else make(run)
+    quiet()
+    try:
+        fiddle.build(recipe)()
+    except SIGTERMException:  # a SystemExit without a code, which would pass for success
+        return 128 + signal.SIGTERM
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

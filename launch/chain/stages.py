@@ -1,0 +1,148 @@
+"""The stages from questions to a scored model and its FP8 checkpoint, each as command lines that a user would type.
+
+`launch/pipeline.py` runs them. Nothing of the other packages is imported: a stage is python's arguments.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch.overrides import apply_overrides
+from launch.plan.plan_settings import Plan
+from nano3.arch import is_nemo_checkpoint, resolve_model
+from nano3.cli import UserError
+
+NAMES = ("prepare", "import", "train", "merge", "quantize", "evaluate")
+EXTENDABLE = ("prepare", "quantize", "evaluate")
+"""Stages whose script takes more flags than paths; those of training are key=value."""
+TRAIN = "train"
+_PACKS = ("layout.", "train.seq_length=", "train.pad_multiple=")
+"""The recipe's settings on which the packs of its data depend."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the chain."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    """Python's arguments, run one after the other; the first failure ends the stage."""
+    output: Path
+    """There once the stage is finished."""
+    inputs: tuple[Path, ...] = ()
+    """The user's own files that it reads; the rest are outputs of stages before."""
+    gpu: bool = False
+    """Whether it goes to a node with GPUs."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What is to be made of what. Raises `UserError` for inputs that are not there."""
+
+    model: Path
+    """Hugging Face folder of the base."""
+    inputs: tuple[Path, ...]
+    """Chat JSONL to train on."""
+    questions: Path
+    """Chat JSONL to score."""
+    out: Path
+    settings: tuple[str, ...] = ()
+    """The recipe's key=value."""
+    resources: tuple[str, ...] = ()
+    """The recipe's flags that say where it runs, such as --local --ranks 2."""
+    extra: Mapping[str, str] = field(default_factory=dict)
+    """More flags by stage, one string each."""
+
+    def __post_init__(self) -> None:
+        for path in (*self.inputs, self.questions):
+            if not path.is_file():
+                raise UserError(f"{path} is not there; give chat JSONL, one conversation a line")
+        if is_nemo_checkpoint(self.model):
+            raise UserError(f"{self.model} is a NeMo checkpoint; the merge wants the Hugging Face folder: give that")
+        wrong = [name for name in self.extra if name not in EXTENDABLE]
+        if wrong:
+            raise UserError(f"--with {wrong[0]}=...: only {', '.join(EXTENDABLE)} take more flags")
+
+    @property
+    def plan(self) -> Plan:
+        """Layout and packs of the settings; the recipe itself checks the others."""
+        plan = Plan()
+        apply_overrides(plan, [item for item in self.settings if item.startswith(_PACKS)])
+        return plan
+
+    def recipe(self, stored: bool = True) -> tuple[str, ...]:
+        """The training's command line; without `stored` it names no store, which need not be there then."""
+        paths = ["--model", self.model, "--base", self.out / "base", "--out", self.out / "lora"]
+        paths += ["--data", self.out / "data"] if stored else []
+        return ("recipes/nemotron_lora.py", *map(str, paths), *self.resources, *self.settings)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """All of them, in order."""
+        out, model = self.out, str(self.model)
+        config = self.model / "config.json"
+        merged, scored = str(out / "merged"), out / "scores.json"
+        return (
+            Stage("prepare", self._prepare(), out / "data", (*self.inputs, self.questions)),
+            Stage(
+                "import",
+                (("conversion/hf_to_nemo.py", model, str(out / "base"), "--no-context"),),
+                out / "base",
+                (config,),
+            ),
+            Stage(TRAIN, (self.recipe(),), out / "lora" / "adapter", gpu=True),
+            Stage(
+                "merge",
+                (
+                    ("conversion/merge_lora.py", model, str(out / "lora" / "adapter"), merged),
+                    ("conversion/certify.py", "verify", merged, "--against", model),
+                ),
+                out / "merged",
+            ),
+            Stage(
+                "quantize",
+                (
+                    (
+                        "conversion/quantize_fp8.py",
+                        merged,
+                        str(out / "fp8"),
+                        "--calibration",
+                        str(out / "data"),
+                        *self._more("quantize"),
+                    ),
+                    ("conversion/lint_export.py", str(out / "fp8")),
+                ),
+                out / "fp8",
+            ),
+            Stage(
+                "evaluate",
+                (self._score(model, out / "scores-base.json"), self._score(merged, scored)),
+                scored,
+                gpu=True,
+            ),
+        )
+
+    def _prepare(self) -> tuple[tuple[str, ...], ...]:
+        """No training question is a held-out one, or near to it; then tokens and packs of the run's length."""
+        plan = self.plan
+        overlap = tuple(("data_prep/check_overlap.py", str(path), str(self.questions)) for path in self.inputs)
+        inputs = [word for path in self.inputs for word in ("--input", str(path))]
+        command = ["data_prep/prepare.py", *inputs, "--tokenizer", str(self.model), "--out", str(self.out / "data")]
+        command += ["--seq-length", str(plan.train.seq_length)]
+        multiple = plan.document_multiple
+        command += ["--pad-multiple", str(multiple)] if multiple > 1 else []
+        return (*overlap, (*command, *self._more("prepare")))
+
+    def _score(self, model: str, result: Path) -> tuple[str, ...]:
+        command = ("evaluation/evaluate.py", model, "--questions", str(self.questions), "--out", str(result))
+        return (*command, *self._more("evaluate"))
+
+    def _more(self, name: str) -> list[str]:
+        return shlex.split(self.extra.get(name, ""))
+
+
+def model_folder(name: str) -> Path:
+    """The Hugging Face folder of a preset or path, whole."""
+    return resolve_model(name).resolve()

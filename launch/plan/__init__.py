@@ -1,0 +1,1 @@
+"""Layouts, memory, throughput and preflight: what a run needs, before it starts."""

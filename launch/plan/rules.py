@@ -1,0 +1,71 @@
+"""What settings must satisfy whatever the layout, and what adapters ask of one: the recipe's rules and preflight's.
+
+`finetune/checks.py` and `launch/plan/search.py` both call these. Imports neither torch nor NeMo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from launch.plan.layout import Layout
+from launch.plan.plan_settings import LoraPlan, Plan, TrainPlan
+from nano3.arch import Arch
+from nano3.cli import UserError
+from nano3.targets import EMBEDDING, Size, is_routed
+
+ONE_PACK = (
+    "a pack is one sequence with its own document boundaries (cu_seqlens), so a forward pass takes exactly one; for "
+    "more tokens in it raise train.seq_length, for more packs per step train.global_batch"
+)
+"""Why a micro batch is one pack, and what to do instead."""
+
+
+def check_settings(plan: Plan, arch: Arch) -> None:
+    """Raises `UserError` for settings that mean nothing, or that no layout could train with."""
+    lora, train = plan.lora, plan.train
+    for name, value, holds, rule in (
+        ("train.steps", train.steps, train.steps >= 1, "at least 1"),
+        ("train.micro_batch", train.micro_batch, train.micro_batch >= 1, "at least 1"),
+        ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
+        ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "at least 0 and below 1"),
+        ("checkpoint.keep", plan.checkpoint.keep, plan.checkpoint.keep >= 1, "at least 1"),
+        ("imbalance", plan.imbalance, plan.imbalance >= 1, "at least 1: nothing is more even than an even share"),
+    ):
+        if not holds:
+            raise UserError(f"{name}={value} must be {rule}")
+    _check_recompute(train.recompute)
+    if plan.method == "lora" and train.micro_batch != 1:
+        raise UserError(f"train.micro_batch={train.micro_batch}: {ONE_PACK}")
+    plan.adapter_sizes(arch)
+
+
+def _check_recompute(chosen: Sequence[str]) -> None:
+    """Raises `UserError` where one part of `train.recompute` already holds another."""
+    for whole, parts in (("full", set(chosen) - {"full"}), ("moe", {"moe_act", "shared_experts"} & set(chosen))):
+        if whole in chosen and parts:
+            raise UserError(
+                f"train.recompute={','.join(chosen)}: {whole} already covers {', '.join(sorted(parts))}; "
+                f"leave out {whole} or the others"
+            )
+
+
+def check_packs(train: TrainPlan, layout: Layout) -> None:
+    """Raises `UserError` for a `train.pad_multiple` with which this layout cannot cut the documents of a pack."""
+    wanted, multiple = layout.document_multiple, train.pad_multiple
+    if multiple < 0 or multiple % wanted:
+        raise UserError(
+            f"train.pad_multiple={multiple} must be a multiple of {wanted}, which layout.cp={layout.cp} needs, or 0"
+        )
+    if multiple and train.seq_length % multiple:
+        raise UserError(f"train.seq_length={train.seq_length} must be a multiple of train.pad_multiple={multiple}")
+
+
+def check_adapters(chosen: Mapping[str, Size], lora: LoraPlan, layout: Layout) -> None:
+    """Raises `UserError` for adapters, `chosen` by path, that this layout cannot cut.
+
+    Those of dense layers are cut along their rank. Routed experts' and the embedding's are not.
+    """
+    for path, size in chosen.items():
+        if size.rank % layout.tp and path != EMBEDDING and not is_routed(path):
+            key = "lora.rank" if size.rank == lora.rank else "lora.rank_pattern"
+            raise UserError(f"{key}: rank {size.rank} of {path} must be a multiple of layout.tp={layout.tp}")

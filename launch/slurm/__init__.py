@@ -1,0 +1,1 @@
+"""Slurm: the site's settings, the script of a job, the queue."""

@@ -1,0 +1,1 @@
+"""How pico, the small model of this repository, came to be."""

@@ -1,0 +1,19 @@
+"""Scripts of this folder that need a process of their own: what `enable()` puts in place stays for its whole life."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def made_by(probe: str, out: Path, **environment: str) -> Path:
+    """Runs `python -m tests.PROBE OUT`, one thread, with these variables too; returns `out`, which it has written."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", f"tests.helpers.{probe}", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out

@@ -1,0 +1,32 @@
+"""One LoRA run on CPU ranks from a test: the recipe as users start it, on a tiny model."""
+
+import json
+from pathlib import Path
+
+from finetune.settings import Run, Settings
+from launch.local import run_ranks
+
+
+def write_run(folder: Path, name: str, ranks: int, settings: Settings, validate: bool = False) -> Path:
+    """Writes `folder/NAME.json`: model `hf`, base `nemo` and data `store` of the same folder, output `folder/NAME`."""
+    store = str(folder / "store")
+    validation = store if validate else None
+    hf, nemo, out = (str(folder / part) for part in ("hf", "nemo", name))
+    run = Run(hf, nemo, store, validation, out, 1, ranks, True, settings)
+    path = folder / f"{name}.json"
+    path.write_text(run.to_json())
+    return path
+
+
+def run(path: Path, module: str = "finetune.worker", *arguments: str, **environment: str) -> Path:
+    """Runs what `write_run` wrote and returns its output folder; a failure shows the end of rank 0's log."""
+    run = Run.from_json(path.read_text())
+    out = Path(run.out)
+    code = run_ranks(["-m", module, str(path), *arguments], run.ranks, out / "logs", {"NANO3_CPU": "1", **environment})
+    assert code == 0, (out / "logs" / "rank0.log").read_text()[-3000:]
+    return out
+
+
+def metrics(out: Path) -> list[dict]:
+    """Rows of metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,84 @@
+"""docs/cluster.md, command by command, on a real Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.pipeline import NAMES
+from tests.helpers.slurm_site import Slurm, require_slurm, slurm_site
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "cluster.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+COPY = "cp launch/cluster.example.yaml $WORK/cluster.yaml"
+"""After this command one edits the file."""
+
+
+def tried(variable: str) -> str:
+    """The last column of the page's table of variables."""
+    (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{variable}` |")]
+    return row.rstrip("| ").split("|")[-1].strip().strip("`")
+
+
+def site(work: Path) -> str:
+    """The site file as the page says that it was tried."""
+    content = {
+        "account": "tests", "partition": "batch", "hardware": "cpu", "gpus_per_node": 1, "time": "00:30:00",
+        "cpu_partition": "cpu", "cpu_cores": 1, "cpu_time": "00:30:00", "exclusive": False,
+        "workdir": str(ROOT), "logs": str(work / "logs"), "python": sys.executable,
+        "environment": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    }  # fmt: skip
+    return yaml.safe_dump(content)
+
+
+def run(block: str, slurm: Slurm, work: Path) -> str:
+    """What the block prints; an AssertionError with it, and with the jobs' logs, where it fails."""
+    environment = slurm.environment | {name: tried(name) for name in ("MODEL", "SETTINGS", "CALIBRATION")}
+    environment |= {"WORK": str(work), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    logs = "".join(f"{log.name}:\n{log.read_text()[-2000:]}\n" for log in (work / "logs").glob("*.log"))
+    assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}\n{logs}"
+    return done.stdout
+
+
+def test_the_page_has_its_commands():
+    assert len(BLOCKS) == 7
+    assert sum(COPY in block for block in BLOCKS) == 1
+    assert all("$" in block or "preflight" in block for block in BLOCKS)
+    assert "layout.ep=2" in tried("SETTINGS")
+
+
+@pytest.mark.full
+def test_every_command_of_the_page_works_in_its_order(tmp_path):
+    require_slurm()
+    said = []
+    with slurm_site() as slurm:
+        for block in BLOCKS:
+            said.append(run(block, slurm, tmp_path))
+            if COPY in block:
+                (tmp_path / "cluster.yaml").write_text(site(tmp_path))
+    _made, fits, _site, submitted, looked, have, again = said
+    assert "fits: layout.ep=8 on 16 h100" in fits
+    assert [re.findall(rf"^{name} +job (\d+)", submitted, re.MULTILINE) for name in NAMES] == [
+        [str(number)] for number in range(1, 7)
+    ]
+    assert re.findall(r"^(\w+) +finished", looked, re.MULTILINE)[-6:] == list(NAMES)
+    assert "nothing wrong: vLLM and TensorRT-LLM read it" in have
+    assert re.search(r"of 12 right = ", have)
+    assert "job 1: quantize" in again
+    assert '"step": 3' in (tmp_path / "out" / "lora" / "metrics.jsonl").read_text()

@@ -1,0 +1,91 @@
+"""Preflight and the recipe refuse the same settings and layouts, in the same words, and begin with the same ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune.checks import check_run
+from finetune.command import parser, resolve
+from finetune.settings import Run, Settings
+from launch import preflight
+from launch.overrides import apply_overrides
+from launch.plan.hardware import HARDWARE
+from launch.plan.layout import Layout
+from launch.plan.plan_settings import Plan, default_layout
+from launch.plan.weights import adapter_weights
+from nano3.cli import UserError
+from nano3.targets import is_routed
+from tests.launch.test_preflight import NANO, asked
+
+
+def check_recipe(arguments: list[str], nodes: int = 1, per_node: int = 8) -> None:
+    """The recipe's own checks of the same settings."""
+    settings = Settings(layout=default_layout(NANO, per_node))
+    apply_overrides(settings, arguments)
+    check_run(Run("", "", "", None, "", nodes, per_node, False, settings), NANO)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "lora.rank_pattern=in_proj:abc",
+        "lora.rank_pattern=in_proj:0",
+        "lora.targets=nothing",
+        "lora.rank=0",
+        "lora.dropout=1",
+        "train.steps=0",
+        "train.micro_batch=3",
+        "train.recompute=full,moe",
+        "train.recompute=moe,moe_act",
+        "checkpoint.keep=0",
+    ],
+)
+def test_what_the_recipe_refuses_preflight_refuses_in_the_same_words(setting):
+    with pytest.raises(UserError) as theirs:
+        check_recipe([setting])
+    with pytest.raises(UserError) as ours:
+        asked("--hardware", "h100", setting)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "right"),
+    [
+        ("layout.etp=2 layout.ep=4", True),
+        ("layout.etp=2 layout.ep=4 lora.experts=each", True),
+        ("layout.etp=2 layout.ep=4 lora.dora=true", True),
+        ("layout.etp=2 layout.ep=4 lora.dropout=0.1", True),
+        ("layout.tp=4 lora.rank=6", False),
+        ("layout.tp=4 lora.rank=6 lora.targets=word_embeddings", True),
+        ("layout.tp=4 lora.rank=6 lora.targets=output_layer", False),
+        ("layout.tp=4 lora.rank=6 lora.targets=*.mlp.experts.*", True),
+    ],
+)
+def test_layouts_of_adapters_are_right_for_both_or_for_neither(settings, right):
+    _, text = preflight.report(asked("--hardware", "h100", *settings.split()), files=False)
+    if right:
+        check_recipe(settings.split())
+        assert "CANNOT BE RIGHT" not in text
+    else:
+        with pytest.raises(UserError) as refused:
+            check_recipe(settings.split())
+        assert text.startswith(f"CANNOT BE RIGHT: {refused.value}\n")
+
+
+@pytest.mark.parametrize(("gpu", "nodes", "ep"), [("h100", 2, 8), ("gb200", 2, 4), ("b300", 1, 8)])
+def test_preflight_and_the_recipe_begin_with_the_same_layout(gpu, nodes, ep):
+    per_node = HARDWARE[gpu].gpus_per_node
+    run, _ = resolve(parser().parse_args(["--nodes", str(nodes), "--gpus-per-node", str(per_node), "--dry-run"]))
+    assert asked("--hardware", gpu, "--nodes", str(nodes)).plan.layout == run.settings.layout == Layout(ep=ep)
+
+
+def test_an_adapter_that_all_experts_share_is_planned_whole_where_experts_are_sliced():
+    """As `nano3.lora.expert_adapters.SharedExpertsAdapter` builds it: A and B have the experts' whole widths."""
+    adapters = Plan().adapters(NANO)
+    assert adapters is not None
+    held = [
+        sum(held.nbytes for held in adapter_weights(NANO, layout, 0, 2, adapters) if is_routed(held.name))
+        for layout in (Layout(ep=8), Layout(ep=4, etp=2))
+    ]
+    # fc1 2688 -> 1856 and back, rank 32, in BF16, in each of 23 MoE layers.
+    assert held == [2 * 2 * 32 * (2688 + 1856) * 23] * 2

@@ -1,0 +1,136 @@
+"""`python -m nano3.parity`: layouts that hold, faults that do not, and what it says of a layout that it cannot read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nano3.cli import UserError
+from nano3.parity.case import PACKS, Case, Sizes
+from nano3.parity.layouts import parse_layouts
+
+FAST = tuple(f"{sizes}@MEM*E" for sizes in ("tp2", "tp4", "ep2", "pp3", "cp2", "dp2", "tp2.ep2", "cp2.ep2"))
+
+
+def parity(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANO3_CPU": "1"}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_eight_layouts_give_the_answer_of_one_rank(tmp_path):
+    done = parity("nano3.parity", *FAST, "--precision", "fp64", "--out", str(tmp_path / "parity.json"))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    result = json.loads((tmp_path / "parity.json").read_text())
+    assert [row["layout"] for row in result["rows"]] == list(FAST)
+    assert result["holds"]
+    for row in result["rows"]:
+        assert max(row["loss"], row["gradient"], row["trained"]) <= 1e-9
+        assert row["norm"] <= 1e-6
+        assert row["drift"] == 0
+    assert done.stdout.splitlines()[0].split() == [
+        "layout",
+        "ranks",
+        "loss",
+        "gradient",
+        "norm",
+        "3",
+        "steps",
+        "drift",
+        "s",
+    ]
+
+
+@pytest.mark.full
+def test_all_layouts_in_both_precisions(tmp_path):
+    done = parity("nano3.parity", "--out", str(tmp_path / "parity.json"))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    rows = json.loads((tmp_path / "parity.json").read_text())["rows"]
+    assert {row["precision"] for row in rows} == {"fp64", "fp32"}
+    assert max(row["ranks"] for row in rows) == 8
+    assert max(row["gradient"] for row in rows) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out: Path = tmp_path_factory.mktemp("faults") / "rows.json"
+    done = parity("tests.helpers.parity_faults", str(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [
+        ("a_missing_reduction", "gradient"),
+        ("a_wrong_section_split", "gradient"),
+        ("a_swapped_slice", "gradient"),
+        ("a_leaked_document", "gradient"),
+        ("a_missing_exchange", "gradient"),
+        ("a_copy_counted_twice", "norm"),
+    ],
+)
+def test_a_deliberate_fault_is_beyond_the_bounds(faults, fault, where):
+    assert faults[faults[fault]["layout"]]["holds"]
+    assert not faults[fault]["holds"]
+    assert faults[fault][where] == "inf" or faults[fault][where] > 1e-3
+
+
+@pytest.mark.full
+def test_copies_of_an_experts_matrix_are_equal_whatever_the_order_of_a_sum(faults):
+    assert faults["a_last_bit_of_another_order"]["drift"] > 0
+    assert not faults["a_last_bit_of_another_order"]["holds"]
+    assert faults["mended"]["drift"] == 0
+    assert faults["mended"]["holds"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ("tp", "layout 'tp': write sizes of tp, pp"),
+        ("xp2", "layout 'xp2'"),
+        ("tp2+lora", "variants are each, dora, allgather, distributed, recompute, full, not 'lora'"),
+    ],
+)
+def test_a_layout_that_is_none_is_refused(layout, words):
+    with pytest.raises(UserError, match=words):
+        parse_layouts(["tp2", layout])
+
+
+def test_a_layout_names_sizes_pattern_and_adapters():
+    plain, whole = parse_layouts(["ep2", "tp2.ep2@M-E+each"])
+    assert (plain.sizes, plain.case) == (Sizes(ep=2), Case())
+    assert (whole.sizes, whole.case) == (Sizes(tp=2, ep=2), Case(pattern="M-E", adapters="each"))
+
+
+def test_one_rank_computes_the_plain_way():
+    """Dispatcher, distributed optimizer and recomputation are compared with a run that has none of them."""
+    for variant in parse_layouts(["ep2+allgather", "dp2+distributed", "cp2+recompute", "cp2+full"]):
+        assert variant.case != Case()
+        assert variant.case.plain == Case()
+    (each,) = parse_layouts(["ep2+each"])
+    assert each.case.plain == each.case
+
+
+def test_sizes():
+    assert Sizes.parse("tp2.pp2.cp2.ep2") == Sizes(tp=2, pp=2, cp=2, ep=2)
+    assert (Sizes.parse("tp2.pp2.cp2.ep2").ranks, Sizes.parse("tp2.pp2.cp2.ep2").copies) == (8, 1)
+    assert (Sizes.parse("ep4").ranks, Sizes.parse("ep4").copies) == (4, 4)
+    assert (Sizes.parse("tp2.ep2").ranks, Sizes.parse("tp2.ep2").copies) == (2, 1)
+    assert (Sizes.parse("tp2.dp2").ranks, Sizes.parse("one").ranks) == (4, 1)
+
+
+def test_batches_are_the_same_whoever_asks_and_hold_short_and_long_documents():
+    assert all(sum(lengths) == 64 for lengths in PACKS)
+    assert {8, 64} <= {length for lengths in PACKS for length in lengths}
+    first, again, other = Case().batch(0, 1), Case().batch(0, 1), Case().batch(1, 1)
+    assert first["tokens"].equal(again["tokens"])
+    assert not first["tokens"].equal(other["tokens"])
+    assert first["cu_seqlens"].tolist() == [0, 64]
+    whole = Case().whole("output_layer.weight", (128, 32))
+    assert whole[:120].equal(Case().whole("output_layer.weight", (256, 32))[:120])  # padding does not move the rest
+    assert not whole[120:].any()
