@@ -22,6 +22,7 @@ MAY_IMPORT = {
 LIGHT = (
     "nano3.arch",
     "nano3.cli",
+    "nano3.documents",
     "nano3.targets",
     "launch.plan.layout",
     "launch.overrides",
