@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 
 from data_prep.overlap import overlap_of_files
-from data_prep.sources import check_file
 from nano3.cli import run
 
 SHOWN = 10
@@ -21,7 +20,7 @@ def main() -> int:
     parser.add_argument("training", help="chat JSONL that the model is trained on")
     parser.add_argument("held_out", help="chat JSONL that the model is scored on")
     args = parser.parse_args()
-    overlap = overlap_of_files(check_file(args.training), check_file(args.held_out))
+    overlap = overlap_of_files(args.training, args.held_out)
     print(overlap)
     pairs = [("exact", *pair) for pair in overlap.exact] + [("near", *pair) for pair in overlap.near]
     for kind, training, held_out in pairs[:SHOWN]:

@@ -17,8 +17,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_prep.conversations import Conversations, write_rows
 from data_prep.overlap import HeldOut, distinct_new
-from data_prep.sources import check_file, read_chat, reasoning_gym_rows, write_rows
+from data_prep.sources.reasoning_gym import reasoning_gym_rows
 from nano3.cli import UserError, run
 
 TRIES = 20
@@ -77,10 +78,10 @@ def main() -> int:
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a folder; give a file name ending in .jsonl")
     params = parse_params(args.params)
-    files = [check_file(path) for path in args.exclude]
-    if any(args.out.resolve() == path.resolve() for path in files):
+    if any(args.out.resolve() == Path(source).resolve() for source in args.exclude):
         raise UserError(f"--out {args.out} is also in --exclude; write to another file")
-    held_out = HeldOut(row for path in files for row in read_chat(path)) if files else None
+    excluded = [Conversations(source) for source in args.exclude]
+    held_out = HeldOut(row for rows in excluded for row in rows) if excluded else None
     rows = fresh_rows(args.task, args.size, args.seed, held_out, **params)
     count = write_rows(args.out, tqdm(rows, total=args.size, unit="row", disable=None))
     clear = f", none of them near the {len(held_out)} questions of {', '.join(args.exclude)}" if held_out else ""

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import Conversation, read_chat
+from data_prep.conversations import Conversation, Conversations
 
 NEAR_JACCARD = 0.7
 """Jaccard index from which two questions are near duplicates; the usual threshold of MinHash deduplication."""
@@ -130,7 +130,7 @@ def find_overlap(training: Iterable[Conversation], held_out: Iterable[Conversati
 
 def overlap_of_files(training: Path | str, held_out: Path | str) -> Overlap:
     """`find_overlap` of two chat JSONL files."""
-    return find_overlap(read_chat(training), read_chat(held_out))
+    return find_overlap(Conversations(training), Conversations(held_out))
 
 
 def _words(text: str) -> list[str]:

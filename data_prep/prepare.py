@@ -19,12 +19,13 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.chat import Segment, render, without_reasoning
+from data_prep.conversations import Conversation, Conversations
 from data_prep.packing import build_packs, check_settings
-from data_prep.sources import Conversation, check_file, read_chat
 from data_prep.store import StoreWriter
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError, check_output, fresh_output, run
-from nano3.token_store import KIND, TokenStore, file_sha256, tokenizer_file
+from nano3.rows import open_rows
+from nano3.token_store import KIND, TokenStore, tokenizer_file
 
 BATCH = 1024
 """Conversations encoded together: enough for the tokenizer's threads, a few megabytes of memory."""
@@ -50,26 +51,27 @@ class Turns:
 
 
 def prepare(
-    inputs: Sequence[Path], tokenizer: Path, out: Path, seq_length: int, thinking: bool = True, **packing: Any
+    inputs: Sequence[Path | str], tokenizer: Path, out: Path, seq_length: int, thinking: bool = True, **packing: Any
 ) -> tuple[TokenStore, dict[str, Any]]:
     """Writes the token store `out` with its pack index and returns it with the index's facts (`packs.json`).
 
     `thinking=False` trains answers only: every `reasoning_content` is left out. `packing` are further arguments of
     `data_prep.packing.build_packs`. Raises `UserError`, and leaves `out` as it was, for input that cannot be used.
     """
+    opened = [Conversations(source) for source in inputs]
     encoder = ChatTokenizer(tokenizer)
     turns = Turns()
     with fresh_output(out, KIND) as temporary:
         writer = StoreWriter(temporary)
         try:
-            for path in inputs:
-                with tqdm(read_chat(path), desc=path.name, unit="doc", disable=None) as rows:
+            for conversations in opened:
+                with tqdm(conversations, desc=conversations.name, unit="doc", disable=None) as rows:
                     _add(iter(rows), encoder, writer, turns, thinking)
             writer.finish(
                 encoder,
                 thinking=thinking,
                 turns=vars(turns),
-                inputs=[{"name": path.name, "sha256": file_sha256(path)} for path in inputs],
+                inputs=[fact for conversations in opened for fact in conversations.facts],
             )
         finally:
             writer.close()
@@ -150,7 +152,12 @@ def main() -> int:
         description="Turn chat JSONL into a token store with a pack index.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--input", required=True, action="append", help="chat JSONL ('messages'); repeatable")
+    parser.add_argument(
+        "--input",
+        required=True,
+        action="append",
+        help="JSONL, JSON, CSV or parquet (gzip, zstd), a folder of them, - or hub:NAME@REVISION; repeatable",
+    )
     parser.add_argument(
         "--tokenizer", required=True, type=Path, help="pico, or the folder of the model or of its tokenizer"
     )
@@ -164,10 +171,11 @@ def main() -> int:
     add_packing_options(parser)
     args = parser.parse_args()
     packing = packing_arguments(args)
-    inputs = [check_file(path) for path in args.input]
+    for source in args.input:
+        open_rows(source)  # refuses an input that cannot be read before anything is loaded
     tokenizer_file(args.tokenizer)
     check_output(args.out, KIND)
-    store, facts = prepare(inputs, args.tokenizer, args.out, thinking=args.thinking, **packing)
+    store, facts = prepare(args.input, args.tokenizer, args.out, thinking=args.thinking, **packing)
     print_summary(store, facts)
     return 0
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_prep.conversations import Conversation
 from data_prep.overlap import HeldOut, distinct_new
-from data_prep.sources import Conversation, reasoning_gym_rows
+from data_prep.sources.reasoning_gym import reasoning_gym_rows
 from nano3.cli import UserError
 
 Shorten = Callable[[str, str], "tuple[str, str] | None"]

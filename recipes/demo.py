@@ -67,9 +67,9 @@ class Stages:
 
 def prepare_data(out: Path, held_out: int, training: int, old_training: int) -> dict[str, int]:
     """Writes held-out and training questions and their packed stores; returns the overlap counts, which are 0."""
+    from data_prep.conversations import write_rows
     from data_prep.overlap import HeldOut, overlap_of_files
     from data_prep.prepare import prepare
-    from data_prep.sources import write_rows
     from pico.tasks import conversations, rows
 
     pico = resolve_model("pico")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.conversations import Conversation, Conversations, write_rows
 from data_prep.generate import fresh_rows, parse_params
 from data_prep.overlap import HeldOut, Overlap, find_overlap, overlap_of_files
 from data_prep.packing import PackedDataset
 from data_prep.prepare import prepare
-from data_prep.sources import Conversation, read_chat, reasoning_gym_rows, write_rows
+from data_prep.sources.reasoning_gym import reasoning_gym_rows
 from nano3.cli import UserError
 from nano3.token_store import TokenStore
 from tests.helpers.data_fixtures import row, write_jsonl, write_tokenizer
@@ -104,7 +105,7 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path, tokenizer: Path) -> Non
     ("lines", "reason"),
     [
         (['{"messages": ['], r"bad\.jsonl:2: not valid JSON"),
-        (["[1]"], r"bad\.jsonl:2: a row must be a JSON object with 'messages'"),
+        (["[1]"], r"bad\.jsonl:2: a row must be an object with named fields"),
         ([{"text": "x"}], r"bad\.jsonl:2: a row must be"),
         ([{"messages": [{"role": "bot", "content": "x"}]}], r"bad\.jsonl:2: messages\[0\]: role 'bot'"),
         ([row("a", "b") | {"tools": [{}]}], r"bad\.jsonl:2: tool definitions"),
@@ -130,7 +131,7 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, tokenizer: Path, li
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"messages": "\xff"}\n')
     with pytest.raises(UserError, match=r"x\.jsonl:1: not UTF-8"):
-        list(read_chat(tmp_path / "x.jsonl"))
+        list(Conversations(tmp_path / "x.jsonl"))
 
 
 def test_script_refuses_bad_arguments_before_it_works(tmp_path: Path, tokenizer: Path) -> None:

@@ -194,13 +194,13 @@ def test_the_prompt_opens_or_closes_the_reasoning():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "holds no questions"),
+        ([], "is empty; give a file"),
         ([rows(1)[0], "{oops"], r"q.jsonl:2: not valid JSON"),
         ([{"id": 1, "source": "s"}], r"q.jsonl:1: a row must be a JSON object with 'messages'"),
         ([{"id": 1, "source": "s", "messages": "x"}], r":1: messages must be a list"),
         ([{"id": 1, "source": "s", "messages": [{"role": "user", "content": "x"}]}], r":1: the last message must"),
         ([rows(1)[0], "", rows(1)[0]], r":3: id q0 comes twice"),
-        (["[1]"], r":1: a row must be a JSON object"),
+        (["[1]"], r":1: a row must be an object"),
     ],
 )  # fmt: skip
 def test_bad_questions_name_file_and_line(tmp_path, content, message):
@@ -218,7 +218,7 @@ def test_rows_may_leave_out_id_and_source_and_hold_any_text(tmp_path):
 
 
 def test_missing_questions_and_limits(tmp_path):
-    with pytest.raises(UserError, match="no questions at"):
+    with pytest.raises(UserError, match="no such file"):
         load_questions(tmp_path / "none.jsonl")
     path = write_rows(tmp_path / "q.jsonl", rows(5))
     assert [question.id for question in load_questions(path, limit=2)] == ["q0", "q1"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.sources import write_rows
+from data_prep.conversations import write_rows
 from launch import pipeline
 from launch.chain.records import Records
 from launch.chain.stages import NAMES, Chain, Stage
