@@ -58,7 +58,7 @@ def write_checkpoint(work: Work, model: ModelFolder, plan: Plan, context: bool) 
     (work.folder / LAYOUT).write_text(model.layout.to_json())
     if context:
         with quiet_imports():
-            from conversion.nemo_io import write_context
+            from nano3.checkpoints.nemo_context import write_context
 
         shutil.rmtree(work.folder / CONTEXT, ignore_errors=True)
         write_context(work.folder / CONTEXT, work.folder / SIDE)

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from finetune.settings import LoraSettings, Run, Settings, TrainSettings
-from launch.plan.layout import validate
+from launch.plan.layout_rules import validate
 from launch.plan.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
 from launch.plan.rules import check_adapters, check_packs, check_settings
 from nano3.arch import Arch

@@ -15,13 +15,13 @@ from finetune.eval_only import evaluate, evaluation_run
 from finetune.initial import adopt
 from finetune.run_local import KIND, refuse_finished
 from finetune.settings import Run, Settings
-from launch.overrides import apply_overrides, flatten
 from launch.plan.layout import Layout
 from launch.plan.plan_settings import default_layout
 from launch.slurm.cluster import CPU, Cluster
 from launch.slurm.sbatch import read_seeds
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError, check_output
+from nano3.overrides import apply_overrides, flatten
 from nano3.targets import select, sizes
 
 GPUS_PER_NODE = 8

@@ -7,9 +7,9 @@ from pathlib import Path
 import nemo_run
 
 from finetune.settings import Run
-from launch.overrides import flatten
 from nano3.arch import Arch
 from nano3.flops import StepFlops
+from nano3.overrides import flatten
 from nano3.targets import select, sizes
 from nano3.training.memory_advice import MemoryAdvice
 from nano3.training.progress import Progress

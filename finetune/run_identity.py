@@ -17,9 +17,9 @@ from typing import Any
 from conversion.certificates.certificate import folder_sha256
 from data_prep.packing import PackedDataset
 from finetune.settings import Run
-from launch.overrides import flatten
 from launch.plan.layout import AXES
 from nano3.checkpoints.base_identity import recorded_sha256
+from nano3.overrides import flatten
 
 MAY_CHANGE = ("log.", "checkpoint.", "layout.", "train.divergence", "train.recompute")
 

@@ -16,9 +16,9 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.overrides import apply_overrides
 from launch.plan.hardware import Gpu, find_gpu
-from launch.plan.layout import Layout, nearest
+from launch.plan.layout import Layout
+from launch.plan.layout_rules import nearest
 from launch.plan.memory import MemoryPlan, plan_memory
 from launch.plan.mounts import parse_mount
 from launch.plan.plan_export import table as export_table
@@ -38,6 +38,7 @@ from launch.plan.search import Candidate, fitting, refuse_layout
 from launch.plan.throughput import Estimate, errors, estimate
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError, run
+from nano3.overrides import apply_overrides
 
 SHOWN = 12
 """Layouts that --search prints."""

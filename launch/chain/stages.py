@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.overrides import apply_overrides
 from launch.plan.plan_settings import Plan
 from nano3.arch import is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError
+from nano3.overrides import apply_overrides
 
 NAMES = ("prepare", "import", "train", "merge", "quantize", "evaluate")
 EXTENDABLE = ("prepare", "quantize", "evaluate")

@@ -1,20 +1,15 @@
-"""Parallel layouts: how a model and its data are cut over ranks, checked before anything heavy is imported.
+"""Parallel layouts: how a model and its data are cut over ranks. Imports neither torch nor NeMo.
 
-Imports neither torch nor NeMo, and answers at once, so that a login node can say what a cluster would refuse (or worse:
-what it would accept and compute wrongly). The rules are in `launch/plan/layout_rules.py`; here is what a layout is, and
-which ones come nearest to one that is refused.
+What makes a layout a right one, and which ones come nearest to one that is refused: `launch/plan/layout_rules.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from itertools import accumulate, pairwise, product
-from math import lcm, log2
+from dataclasses import dataclass, fields
+from itertools import accumulate, pairwise
+from math import lcm
 
-from launch.plan.layout_rules import check, divisors
 from nano3.arch import Arch
-from nano3.cli import UserError
 from nano3.pipeline_parallel import stage_sizes
 
 
@@ -112,70 +107,4 @@ def stages(arch: Arch, pp: int) -> list[str]:
 
 
 AXES = ("tp", "pp", "cp", "ep", "etp")
-
-
-def validate(
-    arch: Arch,
-    layout: Layout,
-    world_size: int,
-    seq_length: int | None = None,
-    global_batch: int | None = None,
-    ranks_per_node: int | None = None,
-) -> None:
-    """Raises `UserError` with the rule, its numbers and the nearest valid layouts if training could not go right.
-
-    `world_size` is the number of ranks; `seq_length` the tokens of a pack and `global_batch` the packs of a step (micro
-    batches hold one pack); `ranks_per_node` the ranks of a machine. The last three are checked where given.
-    """
-    rest = (world_size, seq_length, global_batch, ranks_per_node)
-    try:
-        check(arch, layout, *rest)
-    except UserError as refused:
-        near = [candidate.settings(layout) for candidate in nearest(arch, layout, *rest)]
-        if not near:
-            raise
-        ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-        raise UserError(f"{refused}; nearest valid on {ranks}: {' | '.join(near)}") from None
-
-
-def nearest(
-    arch: Arch,
-    layout: Layout,
-    world_size: int,
-    seq_length: int | None = None,
-    global_batch: int | None = None,
-    ranks_per_node: int | None = None,
-    number: int = 3,
-) -> list[Layout]:
-    """The valid layouts on these ranks that differ least: in the fewest sizes, then by the fewest doublings."""
-
-    def distance(other: Layout) -> tuple[int, float, tuple[int, ...]]:
-        pairs = [(max(1, getattr(layout, axis)), getattr(other, axis)) for axis in AXES]
-        moved = [abs(log2(ours / theirs)) for ours, theirs in pairs if ours != theirs]
-        return len(moved), sum(moved), tuple(theirs for _, theirs in pairs)
-
-    found: list[Layout] = []
-    for candidate in sorted(_candidates(arch, layout, world_size), key=distance):
-        try:
-            check(arch, candidate, world_size, seq_length, global_batch, ranks_per_node)
-        except UserError:
-            continue
-        found.append(candidate)
-        if len(found) == number:
-            break
-    return found
-
-
-def _candidates(arch: Arch, layout: Layout, world_size: int) -> Iterator[Layout]:
-    """Layouts that fill the ranks, before any other rule; expert tensor parallel ones only for who asked for it."""
-    if world_size < 1:
-        return
-    fitting = divisors(world_size)
-    experts = [size for size in fitting if arch.moe_layers and arch.n_routed_experts % size == 0] or [1]
-    slices = [size for size in fitting if size == 1 or (layout.etp > 1 and arch.moe_intermediate_size % size == 0)]
-    for tp, pp, cp in product([size for size in fitting if arch.n_groups % size == 0], fitting, fitting):
-        if world_size % (tp * pp * cp) == 0 and pp <= len(arch.pattern):
-            for ep, etp in product(experts, slices):
-                if world_size % (ep * etp * pp) == 0:
-                    sp = None if tp == 1 or layout.sp is False else layout.sp
-                    yield replace(layout, tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, sp=sp, vp=1)
+"""Sizes of a layout, the axes along which another one is near."""

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from launch.plan.hardware import GIB, Gpu
-from launch.plan.layout import Layout, nearest
-from launch.plan.layout_rules import check
+from launch.plan.layout import Layout
+from launch.plan.layout_rules import check, nearest
 from launch.plan.memory import MemoryPlan, plan_memory
 from launch.plan.plan_settings import Plan, Recompute
 from launch.plan.rules import check_adapters, check_packs

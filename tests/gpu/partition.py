@@ -13,7 +13,7 @@ cpu.enable()
 
 import torch  # noqa: E402
 
-from nano3.context_parallel import partitioned_indices  # noqa: E402
+from nano3.cpu.te.partition import partitioned_indices  # noqa: E402
 
 CASES = (
     (2, (0, 4, 12)),

@@ -24,7 +24,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
-from nano3.context_parallel import cut_batch, partitioned_indices
+from nano3.context_parallel import cut_batch
+from nano3.cpu.te.partition import partitioned_indices
 from nano3.parity.case import PACK, Case, Sizes
 from nano3.parity.shards import assemble
 

@@ -11,10 +11,11 @@ from typing import Literal
 
 import pytest
 
-from launch.overrides import apply_overrides, flatten
-from launch.plan.layout import Layout, nearest, stages, validate
+from launch.plan.layout import Layout, stages
+from launch.plan.layout_rules import nearest, validate
 from nano3.arch import PRESETS, Arch
 from nano3.cli import UserError
+from nano3.overrides import apply_overrides, flatten
 from nano3.pipeline_parallel import layer_costs, output_cost, pipeline_kwargs, stage_sizes
 
 NANO = Arch.load(PRESETS["nano"])
@@ -30,7 +31,7 @@ SMALL = Arch(
 
 def test_answers_without_torch_or_nemo_in_a_second():
     code = (
-        "import sys, launch.plan.layout, launch.overrides; "
+        "import sys, launch.plan.layout, nano3.overrides; "
         "assert not {'torch', 'nemo', 'megatron', 'numpy', 'transformers'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=5)

@@ -8,12 +8,12 @@ from finetune.checks import check_run
 from finetune.command import parser, resolve
 from finetune.settings import Run, Settings
 from launch import preflight
-from launch.overrides import apply_overrides
 from launch.plan.hardware import HARDWARE
 from launch.plan.layout import Layout
 from launch.plan.plan_settings import Plan, default_layout
 from launch.plan.weights import adapter_weights
 from nano3.cli import UserError
+from nano3.overrides import apply_overrides
 from nano3.targets import is_routed
 from tests.launch.test_preflight import NANO, asked
 

@@ -11,8 +11,9 @@ from conversion.hf_to_nemo import convert
 from data_prep.packing import build_packs
 from finetune.settings import LoraSettings, Settings, TrainSettings
 from launch.plan.layout import Layout
-from nano3.context_parallel import cut_batch, partitioned_indices
+from nano3.context_parallel import cut_batch
 from nano3.cpu.te.context import Share
+from nano3.cpu.te.partition import partitioned_indices
 from nano3.token_store import TokenStore
 from tests.helpers.probes import made_by
 from tests.helpers.tiny import tiny_hf_folder

@@ -23,9 +23,9 @@ from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
 from data_prep.packing import build_packs
 from finetune.settings import CheckpointSettings, LogSettings, LoraSettings, Settings, TrainSettings
-from launch.overrides import flatten
 from launch.plan.layout import Layout
 from nano3.checkpoints.checkpoint_folder import checkpoints, step_of
+from nano3.overrides import flatten
 from nano3.token_store import TokenStore, tokenizer_sha256
 from tests.helpers.rank_server import RankServer
 from tests.helpers.tiny import tiny_hf_folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.settings import Settings
-from launch.overrides import flatten
+from nano3.overrides import flatten
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nano3.context_parallel import partitioned_indices
+from nano3.cpu.te.partition import partitioned_indices
 
 
 class _Gather(torch.autograd.Function):

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from nano3.context_parallel import partitioned_indices
 from nano3.cpu.standin import put_module
 from nano3.cpu.te import VERSION
 from nano3.cpu.te.attention import DotProductAttention
 from nano3.cpu.te.base import TransformerEngineBaseModule
 from nano3.cpu.te.linear import GroupedLinear, LayerNormLinear, Linear
 from nano3.cpu.te.norm import RMSNorm
+from nano3.cpu.te.partition import partitioned_indices
 
 
 @contextlib.contextmanager
