@@ -23,6 +23,7 @@ from conversion.checkpoint.safetensors_layout import INDEX, FileLayout
 from conversion.checkpoint.torch_dist import TorchDistReader
 from nano3.arch import PRESETS, Arch
 from nano3.cli import MARKER, UserError
+from tests.helpers.rank_server import done_by, server
 from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
 
 ROOT = Path(__file__).parents[2]
@@ -167,7 +168,7 @@ def test_the_plan_is_what_the_stock_model_asks_for(tmp_path: Path):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "config.json").write_text(json.dumps(TINY_CONFIG | overrides))
         configs.append(tmp_path / str(number))
-    wanted = json.loads(python(["-m", "tests.helpers.megatron_probe", "plan", *map(str, configs)]))
+    wanted = json.loads(done_by("tests.helpers.megatron_probe", "plan", *configs).splitlines()[-1])
     for config, model in zip(configs, wanted, strict=True):
         arch = Arch.load(config)
         plan = make_plan(arch, {name: spec.dtype for name, spec in arch.tensors().items()})
@@ -182,15 +183,8 @@ def test_megatron_loads_it_on_two_ranks(tmp_path: Path):
     """
     source = tiny_hf_folder(tmp_path / "source", vocab_size=100, hybrid_override_pattern="ME*-")
     to_nemo(source, tmp_path / "nemo")
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "tests.helpers.megatron_probe",
-    ]
-    python([*launcher, "load", str(tmp_path / "nemo"), "2", "2"])
+    arguments = ["load", str(tmp_path / "nemo"), "2", "2"]
+    assert server().ranks("tests.helpers.megatron_probe", arguments, 2, tmp_path / "logs") == [0, 0]
     hf = load_file(source / "model.safetensors")
     ranks = [torch.load(tmp_path / "nemo" / f"rank{rank}.pt") for rank in range(2)]
 

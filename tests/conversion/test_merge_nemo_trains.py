@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +17,9 @@ from launch.plan.layout import Layout
 from nano3.token_store import TokenStore, tokenizer_sha256
 from tests.conversion.test_merge import write_adapter
 from tests.conversion.test_merge_nemo import randomize
-from tests.helpers.rank_server import RankServer
+from tests.helpers.rank_server import done_by
 from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
-from tests.helpers.tiny_run import metrics, write_run
+from tests.helpers.tiny_run import metrics, run, write_run
 from tests.helpers.tiny_store import tiny_store
 
 pytestmark = pytest.mark.full
@@ -32,11 +29,7 @@ def test_training_starts_from_a_merged_nemo_checkpoint_on_any_layout(tmp_path: P
     """Two ranks with EP=2 and with TP=2: loss and gradient norm of every step are those from the imported folder."""
     base = tiny_hf_folder(tmp_path / "base", dtypes={"": "F32"})
     write_adapter(tmp_path / "adapter", randomize, config=TINY_CONFIG)
-    arguments = [str(base), str(tmp_path / "adapter"), str(tmp_path / "merged")]
-    environment = {**os.environ, "NANO3_CPU": "1"}
-    command = [sys.executable, "conversion/merge_lora.py", *arguments, "--nemo"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    done_by("conversion.merge_lora", base, tmp_path / "adapter", tmp_path / "merged", "--nemo")
     assert verify(tmp_path / "merged", base) == []
     assert "Nano3Model" in (tmp_path / "merged/context/model.yaml").read_text()
     assert (tmp_path / "merged/context/io.json").is_file()
@@ -51,16 +44,13 @@ def test_training_starts_from_a_merged_nemo_checkpoint_on_any_layout(tmp_path: P
         log=LogSettings(tensorboard=False, wandb="off"),
     )
     found = {}
-    with RankServer(2) as ranks:
-        for layout in (Layout(ep=2), Layout(tp=2)):
-            for source in ("imported", "merged"):
-                (tmp_path / "nemo").unlink(missing_ok=True)
-                (tmp_path / "nemo").symlink_to(tmp_path / source)
-                out = tmp_path / f"{source}-{layout.tp}"
-                path = write_run(tmp_path, out.name, 2, replace(settings, layout=layout))
-                assert ranks.run(path) == [0, 0], (out / "logs/rank0.log").read_text()[-3000:]
-                found[source] = [(row["loss"], row["grad_norm"]) for row in metrics(out)]
-                recorded = json.loads((out / "adapter/lora.json").read_text())["base_sha256"]
-                assert recorded == json.loads((tmp_path / "merged/base.json").read_text())["sha256"]
-            assert len(found["merged"]) == 2
-            assert found["merged"] == found["imported"]
+    for layout in (Layout(ep=2), Layout(tp=2)):
+        for source in ("imported", "merged"):
+            (tmp_path / "nemo").unlink(missing_ok=True)
+            (tmp_path / "nemo").symlink_to(tmp_path / source)
+            out = run(write_run(tmp_path, f"{source}-{layout.tp}", 2, replace(settings, layout=layout)))
+            found[source] = [(row["loss"], row["grad_norm"]) for row in metrics(out)]
+            recorded = json.loads((out / "adapter/lora.json").read_text())["base_sha256"]
+            assert recorded == json.loads((tmp_path / "merged/base.json").read_text())["sha256"]
+        assert len(found["merged"]) == 2
+        assert found["merged"] == found["imported"]

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,12 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_store(folder / "store", documents=60, longest=30, vocab_size=128, tokenizer=tokenizer_sha256(source))
     build_packs(TokenStore(folder / "store"), 64)
     return folder
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankServer]:
-    with RankServer(2) as server:
-        yield server
 
 
 def settings(layout: Layout, precision: str, steps: int, every: int) -> Settings:

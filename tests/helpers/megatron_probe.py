@@ -1,13 +1,12 @@
 """Run by tests/conversion/test_conversion.py: what megatron-core's own model wants from a checkpoint, and loads of it.
 
 python -m tests.helpers.megatron_probe plan CONFIG...        keys, shapes and objects of the model on the meta device
-torchrun ... -m tests.helpers.megatron_probe load NEMO_FOLDER TP EP   loads it and saves this rank's parameters
+RANK=... python -m tests.helpers.megatron_probe load NEMO_FOLDER TP EP   loads it and saves this rank's parameters
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -64,7 +63,6 @@ def load(folder: str, tp: int, ep: int) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if sys.argv[1] == "plan":
         plan(sys.argv[2:])
     else:

@@ -1,10 +1,10 @@
-"""One LoRA run on CPU ranks from a test: the recipe as users start it, on a tiny model."""
+"""One LoRA run on CPU ranks from a test: what a rank of the recipe runs, on a tiny model."""
 
 import json
 from pathlib import Path
 
 from finetune.settings import Run, Settings
-from launch.local import run_ranks
+from tests.helpers.rank_server import server
 
 
 def write_run(folder: Path, name: str, ranks: int, settings: Settings, validate: bool = False) -> Path:
@@ -19,11 +19,11 @@ def write_run(folder: Path, name: str, ranks: int, settings: Settings, validate:
 
 
 def run(path: Path, module: str = "finetune.worker", *arguments: str, **environment: str) -> Path:
-    """Runs what `write_run` wrote and returns its output folder; a failure shows the end of rank 0's log."""
+    """Runs what `write_run` wrote and returns its output folder; a failure shows the ends of the ranks' logs."""
     run = Run.from_json(path.read_text())
     out = Path(run.out)
-    code = run_ranks(["-m", module, str(path), *arguments], run.ranks, out / "logs", {"NANO3_CPU": "1", **environment})
-    assert code == 0, (out / "logs" / "rank0.log").read_text()[-3000:]
+    codes = server().run(path, module, *arguments, **environment)
+    assert codes == [0] * run.ranks, "\n".join(log.read_text()[-3000:] for log in sorted((out / "logs").iterdir()))
     return out
 
 

@@ -19,7 +19,7 @@ from nano3.cli import UserError
 from nano3.parity.case import ARCH, PACK
 from nano3.targets import PRESETS, VOCABULARY, select, sizes
 from tests.helpers.memory_cases import LAYOUTS, RUNS, VARIANT_LAYOUTS, VARIANTS
-from tests.helpers.probes import made_by
+from tests.helpers.probes import made_afresh_by
 
 NANO = Arch.load(resolve_model("nano"))
 
@@ -48,7 +48,7 @@ def adapters_of(arch: Arch, settings: dict[str, Any], rank: int = 32) -> Adapter
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("memory") / "found.json"
-    return json.loads(made_by("memory_probe", out).read_text())
+    return json.loads(made_afresh_by("memory_probe", out).read_text())
 
 
 @pytest.mark.full

@@ -15,7 +15,7 @@ from launch.plan.hardware import GIB
 from launch.plan.plan_export import calibration_bytes, fp8_bytes, model_bytes
 from nano3.arch import Arch, resolve_model
 from tests.helpers.calibration_cases import CASES
-from tests.helpers.probes import made_by
+from tests.helpers.probes import made_afresh_by
 from tests.helpers.tiny import TINY_CONFIG
 
 FIXED = 5_000_000
@@ -65,7 +65,7 @@ def test_calibration_takes_no_more_than_planned_and_not_much_less(tmp_path):
     out = tmp_path / "found.json"
     # Freed memory goes back at once, as that of a real model's tensors does, which are larger than 32 MiB.
     heap = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1"}
-    found = json.loads(made_by("calibration_probe", out, **heap).read_text())
+    found = json.loads(made_afresh_by("calibration_probe", out, **heap).read_text())
     assert found.pop("imported") < plan_export.PROCESS
     for name, (pattern, tokens, sizes) in CASES.items():
         arch = Arch.from_config(TINY_CONFIG | {"hybrid_override_pattern": pattern} | sizes)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.full
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("dropout") / "out.json"
-    return json.loads(made_by("dropout_probe", out, NANO3_CPU="1").read_text())
+    return json.loads(made_by("dropout_probe", out).read_text())
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp2.ep2"])

@@ -25,7 +25,7 @@ from data_prep.packing import build_packs
 from finetune.settings import LogSettings, LoraSettings, Settings, TrainSettings
 from nano3.arch import Arch
 from nano3.token_store import TokenStore
-from tests.conversion.test_conversion import python
+from tests.helpers.rank_server import done_by
 from tests.helpers.te_wheel import Wheel
 from tests.helpers.tiny import tiny_hf_folder
 from tests.helpers.tiny_run import metrics, run, write_run
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("extra")
     source = tiny_hf_folder(place / "hf", dtypes={"": "F32"}, hybrid_override_pattern=PATTERN)
     convert(source, place / "nemo", context=False)
-    python(["-m", "tests.helpers.extra_state_probe", str(place)])
+    done_by("tests.helpers.extra_state_probe", place)
     return place
 
 

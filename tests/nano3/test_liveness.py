@@ -1,12 +1,10 @@
 """Adapters that learn nothing stop a run by name; experts that had nothing to learn from do not."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from tests.helpers.probes import made_by
 from tests.helpers.tiny import TINY_CONFIG
 
 pytestmark = pytest.mark.full
@@ -17,9 +15,7 @@ FC1 = "layers.1.mlp.experts.linear_fc1.adapter"
 def found(tmp_path_factory):
     """What tests/helpers/liveness_probe.py found out."""
     out = tmp_path_factory.mktemp("liveness") / "out.json"
-    environment = {**os.environ, "NANO3_CPU": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "tests.helpers.liveness_probe", str(out)], check=True, env=environment)
-    return json.loads(out.read_text())
+    return json.loads(made_by("liveness_probe", out).read_text())
 
 
 @pytest.mark.parametrize("case", ["healthy", "shared", "resumed after 2", "resumed after 3"])

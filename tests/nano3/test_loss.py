@@ -29,17 +29,14 @@ SPREADS = {
 
 
 @pytest.mark.full
-def test_the_same_documents_have_the_same_loss(tmp_path):
+def test_the_same_documents_have_the_same_loss(tmp_path, ranks):
     """Weights of 0.3 to 2, two sources, and documents with 1 to 13 supervised tokens each."""
     convert(tiny_hf_folder(tmp_path / "hf", dtypes={"": "F32"}), tmp_path / "nemo", context=False)
     documents, rows = weighted_store(tmp_path / "store", DOCUMENTS, LENGTH, LENGTH), {}
-    for ranks in (1, 2, 4):
-        with RankServer(ranks) as server:
-            for spread, (seq_length, spread_ranks) in SPREADS.items():
-                if spread_ranks == ranks:
-                    packs = build_packs(documents, seq_length)["packs"]
-                    assert packs == DOCUMENTS * LENGTH // seq_length  # every packing is full
-                    rows[spread] = first_step(tmp_path, spread.replace(" ", "-"), ranks, packs, seq_length, server)
+    for spread, (seq_length, world) in SPREADS.items():
+        packs = build_packs(documents, seq_length)["packs"]
+        assert packs == DOCUMENTS * LENGTH // seq_length  # every packing is full
+        rows[spread] = first_step(tmp_path, spread.replace(" ", "-"), world, packs, seq_length, ranks)
     assert rows.keys() == SPREADS.keys()
     for name in ("loss", *(f"loss/{source}" for source in SOURCES)):
         losses = [row[name] for row in rows.values()]
@@ -49,13 +46,13 @@ def test_the_same_documents_have_the_same_loss(tmp_path):
     assert {row["tokens"] for row in rows.values()} == {DOCUMENTS * LENGTH}
 
 
-def first_step(folder: Path, name: str, ranks: int, packs: int, seq_length: int, server: RankServer) -> dict:
+def first_step(folder: Path, name: str, world: int, packs: int, seq_length: int, ranks: RankServer) -> dict:
     """The metrics of the one step that such a run takes."""
     settings = Settings(
-        layout=Layout(ep=2 if ranks > 1 else 1),
+        layout=Layout(ep=2 if world > 1 else 1),
         lora=LoraSettings(rank=4),
         train=TrainSettings(steps=1, warmup=0, global_batch=packs, seq_length=seq_length),
         log=LogSettings(tensorboard=False, wandb="off"),
     )
-    assert server.run(write_run(folder, name, ranks, settings)) == [0] * ranks, name
+    assert ranks.run(write_run(folder, name, world, settings)) == [0] * world, name
     return metrics(folder / name)[0]

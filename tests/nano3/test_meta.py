@@ -1,14 +1,13 @@
 """The real 30B model, every rank of a layout, on the meta device: nothing is missing and nothing is there twice."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from finetune.command import trainable_parameters
 from finetune.settings import LoraSettings, Run, Settings
 from nano3.arch import Arch, resolve_model
+from tests.helpers.rank_server import done_by
 
 PARAMETERS = 31_577_937_344
 ROUTER_BIASES = 2_944
@@ -17,10 +16,7 @@ LAYOUTS = ["1", "8,ep=8", "4,tp=2,ep=2,pp=2", "3,pp=3", "5,pp=5", "4,tp=4,ep=4"]
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, dict[str, list[int]]]:
-    command = [sys.executable, "-m", "tests.helpers.meta_probe", "nano", *LAYOUTS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done_by("tests.helpers.meta_probe", "nano", *LAYOUTS).splitlines()[-1])
 
 
 def test_one_rank_holds_the_published_number_of_parameters(counts):
@@ -44,10 +40,7 @@ CASES = ["1:1:shared:plain", "1:1:each:plain", "8:8:each:plain", "1:1:none:plain
 
 @pytest.fixture(scope="module")
 def adapters() -> dict[str, int]:
-    command = [sys.executable, "-m", "tests.helpers.meta_adapters_probe", "nano", *CASES]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done_by("tests.helpers.meta_adapters_probe", "nano", *CASES).splitlines()[-1])
 
 
 def counted(experts: str, dora: bool, targets: list[str] | None = None) -> int:

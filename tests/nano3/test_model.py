@@ -1,7 +1,5 @@
 """The model in Megatron-Core against plain Hugging Face, document by document."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from safetensors.torch import load_file
 from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
 from evaluation.hf_model import load_reference
+from tests.helpers.rank_server import done_by
 from tests.helpers.tiny import tiny_hf_folder
 
 LENGTHS = (7, 1, 12, 20)
@@ -28,16 +27,7 @@ def probe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     source = tiny_hf_folder(folder / "hf", dtypes=EVERYTHING_FP32, **request.param)
     convert(source, folder / "nemo", context=False)
     out = folder / "out.safetensors"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.helpers.model_probe",
-        str(folder / "nemo"),
-        str(folder / "adapter"),
-        str(out),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done_by("tests.helpers.model_probe", folder / "nemo", folder / "adapter", out)
     return load_file(out), source, folder / "adapter"
 
 

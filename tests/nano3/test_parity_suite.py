@@ -4,25 +4,23 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from nano3.cli import UserError
 from nano3.parity.case import PACKS, Case, Sizes
 from nano3.parity.layouts import parse_layouts
+from tests.helpers.probes import made_by
+from tests.helpers.rank_server import done_by
 
 FAST = tuple(f"{sizes}@MEM*E" for sizes in ("tp2", "tp4", "ep2", "pp3", "cp2", "dp2", "tp2.ep2", "cp2.ep2"))
 
 
-def parity(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANO3_CPU": "1"}
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
 def test_eight_layouts_give_the_answer_of_one_rank(tmp_path):
-    done = parity("nano3.parity", *FAST, "--precision", "fp64", "--out", str(tmp_path / "parity.json"))
+    command = [sys.executable, "-m", "nano3.parity", *FAST, "--precision", "fp64"]
+    command += ["--out", str(tmp_path / "parity.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANO3_CPU": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     result = json.loads((tmp_path / "parity.json").read_text())
     assert [row["layout"] for row in result["rows"]] == list(FAST)
@@ -46,8 +44,7 @@ def test_eight_layouts_give_the_answer_of_one_rank(tmp_path):
 
 @pytest.mark.full
 def test_all_layouts_in_both_precisions(tmp_path):
-    done = parity("nano3.parity", "--out", str(tmp_path / "parity.json"))
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    done_by("nano3.parity", "--out", tmp_path / "parity.json")
     rows = json.loads((tmp_path / "parity.json").read_text())["rows"]
     assert {row["precision"] for row in rows} == {"fp64", "fp32"}
     assert max(row["ranks"] for row in rows) == 8
@@ -56,10 +53,7 @@ def test_all_layouts_in_both_precisions(tmp_path):
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    out: Path = tmp_path_factory.mktemp("faults") / "rows.json"
-    done = parity("tests.helpers.parity_faults", str(out))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return json.loads(made_by("parity_faults", tmp_path_factory.mktemp("faults") / "rows.json").read_text())
 
 
 @pytest.mark.full

@@ -1,9 +1,6 @@
 """Recomputation acts: saved bytes fall by what one can work out by hand, and nothing else changes."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -11,6 +8,7 @@ from finetune.checks import check_run
 from finetune.settings import Run, Settings, TrainSettings
 from nano3.arch import PRESETS, Arch
 from nano3.cli import UserError
+from tests.helpers.probes import made_by
 from tests.helpers.tiny import TINY_CONFIG
 
 TOKENS, RANK, FP32 = 64, 4, 4
@@ -26,9 +24,7 @@ SHARED = TOKENS * TINY_CONFIG["moe_shared_expert_intermediate_size"] * FP32
 def found(tmp_path_factory):
     """Bytes, loss and gradients of every case of tests/helpers/recompute_probe.py."""
     out = tmp_path_factory.mktemp("recompute") / "out.json"
-    environment = {**os.environ, "NANO3_CPU": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "tests.helpers.recompute_probe", str(out)], check=True, env=environment)
-    return json.loads(out.read_text())
+    return json.loads(made_by("recompute_probe", out).read_text())
 
 
 def fall(found, case):

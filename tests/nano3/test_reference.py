@@ -91,7 +91,7 @@ def changed(model: torch.nn.Module, deltas: dict[str, Tensor]) -> dict[str, Tens
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     out = tmp_path_factory.mktemp("reference") / "out.safetensors"
-    return load_file(made_by("reference_probe", out, NANO3_CPU="1"))
+    return load_file(made_by("reference_probe", out))
 
 
 def test_loss_and_adapter_gradients_are_those_of_plain_transformers(megatron, tmp_path):

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,12 +67,6 @@ def settings(kind: str, layout: Layout) -> Settings:
         checkpoint=CheckpointSettings(every=SAVED, minutes=0),
         log=LogSettings(every=1, tensorboard=False, wandb="off"),
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankServer]:
-    with RankServer(4) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

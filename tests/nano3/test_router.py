@@ -1,7 +1,6 @@
 """The router: a frozen one that moves is named at the next save, a balanced one moves by the rule and is merged."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +23,6 @@ from tests.helpers.token_reference import expert_load, weighted_store
 SEQ_LENGTH, BATCH = 64, 4
 MOE_LAYERS = (1, 4)
 RATE = np.float32(1e-3)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankServer]:
-    with RankServer(2) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nano3.cpu.te import VERSION
-from tests.helpers.probes import made_by
+from tests.helpers.probes import made_afresh_by
 from tests.helpers.te_wheel import Found, Parameter, Wheel, as_signature
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def wheel() -> Wheel:
 @pytest.fixture(scope="module")
 def standin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("te") / "calls.json"
-    return json.loads(made_by("te_calls", out, NANO3_CPU="1").read_text())
+    return json.loads(made_afresh_by("te_calls", out, NANO3_CPU="1").read_text())
 
 
 def offered(standin: dict[str, Any]) -> list[tuple[str, str, str, list[Parameter]]]:

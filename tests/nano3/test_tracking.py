@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,6 @@ from nano3.targets import select
 from nano3.token_store import TokenStore
 from nano3.training.journal import cut, read_rows
 from nano3.training.trackers import WeightsAndBiases
-from tests.helpers.rank_server import RankServer
 from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
 from tests.helpers.tiny_run import write_run
 from tests.helpers.tiny_store import tiny_store
@@ -177,13 +175,6 @@ def settings(layout: Layout, views: bool = False, **train: Any) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[dict[int, RankServer]]:
-    """Ranks by their number."""
-    with RankServer(1) as one, RankServer(2) as two:
-        yield {1: one, 2: two}
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Base model and store."""
     folder = tmp_path_factory.mktemp("layouts")
@@ -195,15 +186,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def layouts(servers, folder) -> Path:
+def layouts(ranks, folder) -> Path:
     """Four steps of an adapter for each expert on every layout of `RUNS`; the last is killed in step 4 and resumed."""
-    for name, (ranks, layout, recompute) in RUNS.items():
+    for name, (world, layout, recompute) in RUNS.items():
         killed = name == "ep2"
         run = settings(layout, views=killed, recompute=recompute)
-        path, log = write_run(folder, name, ranks, run, validate=True), folder / name / "logs" / "rank0.log"
+        path, log = write_run(folder, name, world, run, validate=True), folder / name / "logs" / "rank0.log"
         if killed:
-            assert -signal.SIGKILL in servers[ranks].run(path, FAULT="kill:4"), log.read_text()[-3000:]
-        assert servers[ranks].run(path) == [0] * ranks, log.read_text()[-3000:]
+            assert -signal.SIGKILL in ranks.run(path, FAULT="kill:4"), log.read_text()[-3000:]
+        assert ranks.run(path) == [0] * world, log.read_text()[-3000:]
     return folder
 
 
@@ -251,10 +242,10 @@ def test_every_metric_is_documented(layouts):
 
 
 @pytest.mark.full
-def test_a_run_in_bf16_keeps_adam_in_fp32_and_follows_its_schedule(folder, servers):
+def test_a_run_in_bf16_keeps_adam_in_fp32_and_follows_its_schedule(folder, ranks):
     schedule = {"schedule": "wsd", "warmup": 1, "decay": 2, "min_lr": 1e-4}
     path = write_run(folder, "bf16", 2, settings(Layout(ep=2), precision="bf16", **schedule))
-    assert servers[2].run(path) == [0, 0], (folder / "bf16" / "logs" / "rank0.log").read_text()[-3000:]
+    assert ranks.run(path) == [0, 0], (folder / "bf16" / "logs" / "rank0.log").read_text()[-3000:]
     # Warm-up 1/2, then the peak; p = 0 and 1/2 of the decay from it to a tenth.
     rates = [row["lr"] for row in read_rows(folder / "bf16" / "metrics.jsonl")]
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3 * (0.1 + 0.9 * (1 - 0.5**0.5))])
@@ -275,10 +266,10 @@ def test_a_run_in_bf16_keeps_adam_in_fp32_and_follows_its_schedule(folder, serve
         ),
     ],
 )
-def test_a_run_that_cannot_go_on_says_what_to_change(folder, servers, fault, message):
+def test_a_run_that_cannot_go_on_says_what_to_change(folder, ranks, fault, message):
     name = fault.partition(":")[0]
     path = write_run(folder, name, 2, settings(Layout(ep=2)))
-    assert 0 not in servers[2].run(path, FAULT=fault)
+    assert 0 not in ranks.run(path, FAULT=fault)
     log = (folder / name / "logs" / "rank0.log").read_text()
     assert re.search(message, log), log[-3000:]
     assert not (folder / name / "adapter").exists()

@@ -18,7 +18,6 @@ from finetune.settings import LogSettings, LoraSettings, Run, Settings, TrainSet
 from launch.plan.layout import Layout
 from nano3.cli import UserError
 from nano3.token_store import TokenStore
-from tests.helpers.rank_server import RankServer
 from tests.helpers.tiny import tiny_hf_folder
 from tests.helpers.tiny_run import metrics, run, write_run
 from tests.helpers.token_reference import figures, weighted_store
@@ -81,19 +80,18 @@ def test_validation_is_what_transformers_says_of_the_documents(folder, tmp_path)
 
 
 @pytest.mark.full
-def test_an_evaluation_gives_the_same_figures_on_every_layout(folder):
+def test_an_evaluation_gives_the_same_figures_on_every_layout(folder, ranks):
     run = Run.from_json((folder / "run.json").read_text())
     expected = {name: value for name, value in validations(folder)[-1].items() if name.startswith("validation_")}
-    with RankServer(2) as ranks:
-        for name, layout in LAYOUTS.items():
-            settings = replace(run.settings, layout=layout)
-            there = replace(run, out=str(folder / name), ranks_per_node=2, settings=settings)
-            path = folder / f"{name}.json"
-            path.write_text(evaluation_run(there, str(folder / "run" / "adapter")).to_json())
-            assert ranks.run(path) == [0, 0], name
-            results = json.loads((folder / name / "results.json").read_text())
-            same(results, expected)
-            assert (results["packs"], results["adapter"]) == (11, str((folder / "run" / "adapter").resolve()))
+    for name, layout in LAYOUTS.items():
+        settings = replace(run.settings, layout=layout)
+        there = replace(run, out=str(folder / name), ranks_per_node=2, settings=settings)
+        path = folder / f"{name}.json"
+        path.write_text(evaluation_run(there, str(folder / "run" / "adapter")).to_json())
+        assert ranks.run(path) == [0, 0], name
+        results = json.loads((folder / name / "results.json").read_text())
+        same(results, expected)
+        assert (results["packs"], results["adapter"]) == (11, str((folder / "run" / "adapter").resolve()))
 
 
 @pytest.mark.full

@@ -15,7 +15,7 @@ from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
 from evaluation.hf_model import load_reference
-from launch.local import run_ranks
+from tests.helpers.rank_server import server
 from tests.helpers.tiny import tiny_hf_folder
 from tests.helpers.variants import EVERYTHING, FAULTS, LAYOUTS, ONE_BY_ONE, VARIANTS
 
@@ -29,9 +29,8 @@ def run(folder: Path, names: dict[str, Any]) -> Path:
     """Runs the worker on two ranks for these variants."""
     source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"}, hybrid_override_pattern="MEM*E-", vocab_size=VOCABULARY)
     convert(source, folder / "nemo", context=False)
-    arguments = ["-m", "tests.helpers.variants_worker", str(folder), ",".join(names)]
-    code = run_ranks(arguments, 2, folder / "logs", {"NANO3_CPU": "1"})
-    assert code == 0, (folder / "logs" / "rank0.log").read_text()[-3000:]
+    codes = server().ranks("tests.helpers.variants_worker", [str(folder), ",".join(names)], 2, folder / "logs")
+    assert codes == [0, 0], (folder / "logs" / "rank0.log").read_text()[-3000:]
     return folder
 
 
