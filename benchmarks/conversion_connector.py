@@ -14,9 +14,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from conversion.checkpoint.model_folder import torch_dtype
+from conversion.checkpoint.hf_folder import HFFolder, torch_dtype
 from conversion.checkpoint.plan import make_plan
-from conversion.checkpoint.safetensors_io import HFFolder
 
 
 def main(source: Path, out: Path) -> None:

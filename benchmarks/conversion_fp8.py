@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from conversion.checkpoint.folders import HF_KIND
-from conversion.checkpoint.output_work import work_folder
-from conversion.checkpoint.safetensors_io import HFFolder
-from conversion.checkpoint.scan import scan
+from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.output_folder import HF_KIND, work_folder
+from conversion.checkpoint.tensor_digests import scan
 from conversion.fp8.calibrate import Activations
 from conversion.fp8.selection import Selection
 from conversion.quantize_fp8 import weight_scales, write

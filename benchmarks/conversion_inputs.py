@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.folders import HF_KIND
 from conversion.checkpoint.names import adaptable, adapter_shapes
-from conversion.checkpoint.output_work import work_folder
-from conversion.checkpoint.parallel import in_parallel
+from conversion.checkpoint.output_folder import HF_KIND, work_folder
+from conversion.checkpoint.pieces import PIECE, in_parallel
 from conversion.checkpoint.plan import PREFIX
 from conversion.checkpoint.safetensors_layout import FileLayout
-from conversion.checkpoint.safetensors_writer import PIECE, SafetensorsWriter
+from conversion.checkpoint.safetensors_writer import SafetensorsWriter
 from nano3.arch import Arch
 from nano3.targets import PRESETS, select
 

@@ -21,14 +21,19 @@ from conversion.adapters.lora_json import read_lora_json
 from conversion.adapters.peft_names import CONFIG, CONSUMERS, FACTS, check_consumer
 from conversion.adapters.peft_names import WEIGHTS as PEFT_WEIGHTS
 from conversion.certificates.certificate import folder_sha256
-from conversion.checkpoint.folders import WEIGHTS, progress, refuse_overlap, require_adapter, require_space
-from conversion.checkpoint.output_work import work_folder
-from conversion.checkpoint.parallel import in_parallel
-from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.output_folder import (
+    WEIGHTS,
+    progress,
+    refuse_overlap,
+    require_adapter,
+    require_space,
+    work_folder,
+)
+from conversion.checkpoint.pieces import in_parallel
 from conversion.checkpoint.safetensors_layout import FileLayout, TensorTable, make_header
 from conversion.checkpoint.safetensors_writer import SafetensorsWriter
-from conversion.checkpoint.scan import facts_of
-from conversion.checkpoint.tensor_digests import content_hash
+from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.identity import refuse_other_base
 from nano3.arch import Arch, resolve_model
 from nano3.checkpoints.checkpoint_folder import record_files
@@ -76,8 +81,7 @@ def export(folder: Path, out: Path, consumer: str) -> int:
 
 def import_peft(folder: Path, base: Path, out: Path) -> Adapter:
     """Writes the PEFT adapter `folder` of the model `base` as one of ours. `UserError` before anything is written."""
-    from conversion.adapters.adapter_folder import Adapter
-    from conversion.adapters.peft_file import is_peft
+    from conversion.adapters.adapter_folder import Adapter, is_peft
 
     refuse_overlap(out, folder, base)
     check_output(out, KIND)

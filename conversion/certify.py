@@ -23,11 +23,10 @@ from conversion.certificates.certificate_json import chain, read_certificate, sa
 from conversion.certificates.consistency import contradictions
 from conversion.certificates.model_card import model_card, read_readme
 from conversion.certificates.recompute import wrong_numbers, wrong_scales
-from conversion.checkpoint.folders import side_folder
+from conversion.checkpoint.hf_folder import FOREIGN_WEIGHTS
 from conversion.checkpoint.nemo_folder import NemoFolder, named_model, open_model
-from conversion.checkpoint.safetensors_io import FOREIGN_WEIGHTS
-from conversion.checkpoint.scan import facts_of
-from conversion.checkpoint.tensor_digests import Facts
+from conversion.checkpoint.output_folder import side_folder
+from conversion.checkpoint.tensor_digests import Facts, facts_of
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.cli import UserError, run
 

@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.checkpoint.folders import HF_KIND, copy_files, refuse_overlap
-from conversion.checkpoint.output_work import work_folder
-from conversion.checkpoint.plan import row_steps
-from conversion.checkpoint.rewrite import STEP_BYTES, Passage, rewrite
-from conversion.checkpoint.safetensors_io import HFFolder, side_files
+from conversion.checkpoint.hf_folder import HFFolder, side_files
+from conversion.checkpoint.output_folder import HF_KIND, copy_files, refuse_overlap, work_folder
+from conversion.checkpoint.pieces import STEP_BYTES, row_steps
 from conversion.checkpoint.safetensors_layout import FP8, FileLayout
+from conversion.checkpoint.safetensors_writer import Passage, rewrite
 from conversion.fp8.selection import scale_problem
 from conversion.identity import source_files
 from nano3.cli import UserError, check_output, run

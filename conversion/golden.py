@@ -25,11 +25,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conversion.certificates.certificate_json import read_certificate
-from conversion.checkpoint.folders import CERTIFICATE
-from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.output_folder import CERTIFICATE
 from conversion.checkpoint.safetensors_layout import FP8
-from conversion.checkpoint.scan import facts_of
-from conversion.checkpoint.tensor_digests import content_hash
+from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.fp8.golden_file import Golden, Tolerance
 from nano3.arch import resolve_model
 from nano3.cli import UserError, hidden_prefix, run, tidy
@@ -155,7 +154,7 @@ def _of_prompt(hf: HFFolder, hidden: torch.Tensor, ids: np.ndarray) -> np.ndarra
     """The last norm and lm_head, a few rows of the vocabulary at a time."""
     import torch
 
-    from conversion.checkpoint.plan import row_steps
+    from conversion.checkpoint.pieces import row_steps
 
     arch, state = hf.arch, hidden[:-1].float()
     norm = hf.rows("backbone.norm_f.weight", 0, arch.hidden_size).to(hidden.dtype).float()

@@ -17,11 +17,21 @@ from pathlib import Path
 
 from conversion.certificates.certificate import Claim, write_certificate
 from conversion.certificates.revision import base_revision
-from conversion.checkpoint.folders import CONTEXT, LAYOUT, NEMO_KIND, SIDE, copy_files, progress, rate, refuse_overlap
-from conversion.checkpoint.model_folder import ModelFolder
-from conversion.checkpoint.output_work import Work, work_folder
-from conversion.checkpoint.plan import CHUNK_BYTES, Plan, make_plan
-from conversion.checkpoint.safetensors_io import HFFolder, side_files
+from conversion.checkpoint.hf_folder import HFFolder, ModelFolder, side_files
+from conversion.checkpoint.output_folder import (
+    CONTEXT,
+    LAYOUT,
+    NEMO_KIND,
+    SIDE,
+    Work,
+    copy_files,
+    progress,
+    rate,
+    refuse_overlap,
+    work_folder,
+)
+from conversion.checkpoint.pieces import CHUNK_BYTES
+from conversion.checkpoint.plan import Plan, make_plan
 from conversion.checkpoint.tensor_digests import Fact, content_hash
 from conversion.identity import record, source_files
 from nano3.arch import resolve_model

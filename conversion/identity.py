@@ -14,10 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from conversion.checkpoint.hf_folder import HFFolder
 from conversion.checkpoint.nemo_folder import named_model, open_model
-from conversion.checkpoint.safetensors_io import HFFolder
-from conversion.checkpoint.scan import facts_of
-from conversion.checkpoint.tensor_digests import Facts, content_hash
+from conversion.checkpoint.tensor_digests import Facts, content_hash, facts_of
 from nano3.checkpoints.base_identity import FILE
 from nano3.cli import UserError, run
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.plan import row_steps
-from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.pieces import row_steps
 from conversion.checkpoint.safetensors_layout import FP8
 from conversion.fp8.readers import READERS, loaded_modules, vllm_cache_scale
 from conversion.fp8.selection import KV_SCALES, SCALES, matrices, scale_problem

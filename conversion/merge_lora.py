@@ -22,14 +22,22 @@ from conversion.adapters.merged import Merged
 from conversion.adapters.peft_names import CONFIG as PEFT_CONFIG
 from conversion.adapters.training_run import training_facts
 from conversion.certificates.certificate import Claim, folder_sha256, previous_certificate, write_certificate
-from conversion.checkpoint.folders import HF_KIND, NEMO_KIND, copy_files, refuse_overlap, require_adapter
+from conversion.checkpoint.hf_folder import side_files
 from conversion.checkpoint.nemo_folder import named_model, open_model
-from conversion.checkpoint.output_work import Work, check_room, work_folder
-from conversion.checkpoint.plan import CHUNK_BYTES, make_plan
-from conversion.checkpoint.rewrite import Passage, rewrite
-from conversion.checkpoint.safetensors_io import side_files
-from conversion.checkpoint.scan import scan
-from conversion.checkpoint.tensor_digests import Fact
+from conversion.checkpoint.output_folder import (
+    HF_KIND,
+    NEMO_KIND,
+    Work,
+    check_room,
+    copy_files,
+    refuse_overlap,
+    require_adapter,
+    work_folder,
+)
+from conversion.checkpoint.pieces import CHUNK_BYTES
+from conversion.checkpoint.plan import make_plan
+from conversion.checkpoint.safetensors_writer import Passage, rewrite
+from conversion.checkpoint.tensor_digests import Fact, scan
 from conversion.hf_to_nemo import write_checkpoint
 from conversion.identity import record, refuse_other_base
 from conversion.push import add_push, asked_hub, push

@@ -20,7 +20,7 @@ from nano3.checkpoints.nemo_context import describe  # first: it switches the CP
 from nemo.lightning import io
 
 from conversion import hf_to_nemo, nemo_to_hf
-from conversion.checkpoint.folders import SIDE
+from conversion.checkpoint.output_folder import SIDE
 from nano3.model import Nano3Model
 
 

@@ -15,14 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.certificates.certificate import Claim, write_certificate
-from conversion.checkpoint.folders import HF_KIND, copy_files, progress, rate, refuse_overlap
-from conversion.checkpoint.magnitude import largest_magnitude, refuse_not_finite
+from conversion.checkpoint.hf_folder import side_files
 from conversion.checkpoint.nemo_folder import NemoFolder
-from conversion.checkpoint.output_work import check_room, work_folder
-from conversion.checkpoint.parallel import in_parallel, scratch
+from conversion.checkpoint.output_folder import (
+    HF_KIND,
+    check_room,
+    copy_files,
+    progress,
+    rate,
+    refuse_overlap,
+    work_folder,
+)
+from conversion.checkpoint.pieces import PIECE, in_parallel, scratch
 from conversion.checkpoint.plan import Planned
-from conversion.checkpoint.safetensors_io import side_files
-from conversion.checkpoint.safetensors_writer import PIECE, SafetensorsWriter
+from conversion.checkpoint.safetensors_writer import SafetensorsWriter
+from conversion.checkpoint.tensor_digests import largest_magnitude, refuse_not_finite
 from conversion.checkpoint.tensor_groups import Unit, names, units
 from conversion.push import add_push, asked_hub, push
 from nano3.arch import resolve_model

@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.certificates.certificate import Claim, norm_ratio, previous_certificate, write_certificate
-from conversion.checkpoint.folders import HF_KIND, copy_files, refuse_overlap
-from conversion.checkpoint.output_work import Work, check_room, work_folder
-from conversion.checkpoint.plan import row_steps
-from conversion.checkpoint.rewrite import STEP_BYTES, Change, Passage, rewrite
-from conversion.checkpoint.safetensors_io import HFFolder, side_files
+from conversion.checkpoint.hf_folder import HFFolder, side_files
+from conversion.checkpoint.output_folder import HF_KIND, Work, check_room, copy_files, refuse_overlap, work_folder
+from conversion.checkpoint.pieces import STEP_BYTES, row_steps
 from conversion.checkpoint.safetensors_layout import FileLayout
-from conversion.checkpoint.scan import scan
-from conversion.checkpoint.tensor_digests import Fact
+from conversion.checkpoint.safetensors_writer import Change, Passage, rewrite
+from conversion.checkpoint.tensor_digests import Fact, scan
 from conversion.fp8.selection import E4M3_MAX, KV_SCALES, Selection
 from conversion.push import add_push, asked_hub, push
 from nano3.arch import Arch, resolve_model

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from conversion.checkpoint.folders import refuse_overlap
 from conversion.checkpoint.names import adaptable, adapter_shapes
+from conversion.checkpoint.output_folder import refuse_overlap
 from finetune import run_cluster, run_local
 from finetune.checks import check_run
 from finetune.eval_only import evaluate, evaluation_run

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from conversion.adapters.lora_json import read_lora_json
-from conversion.adapters.peft_file import is_peft
 from conversion.adapters.peft_folder import PeftFolder
-from conversion.checkpoint.folders import WEIGHTS
+from conversion.adapters.peft_names import CONFIG as PEFT_CONFIG
 from conversion.checkpoint.names import VOCABULARY_KEYS, adaptable, adapter_key, adapter_shapes
+from conversion.checkpoint.output_folder import WEIGHTS
 from conversion.checkpoint.safetensors_layout import check_tensors
 from conversion.checkpoint.torch_dist import RowReader, TorchDistReader
 from nano3.arch import Arch
@@ -43,6 +43,11 @@ class Contribution:
     count: int
     first: int
     expert: int = 0
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether the folder is an adapter as Hugging Face PEFT writes them."""
+    return (folder / PEFT_CONFIG).is_file()
 
 
 class Adapter:

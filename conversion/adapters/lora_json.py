@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.folders import require_adapter
+from conversion.checkpoint.output_folder import require_adapter
 from nano3.arch import Arch
 from nano3.checkpoints.checkpoint_folder import check_files
 from nano3.cli import UserError

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from conversion.certificates.certificate import norm_ratio
 from conversion.certificates.certificate_json import BALANCE
-from conversion.checkpoint.model_folder import ModelFolder, RowFolder, torch_dtype
-from conversion.checkpoint.plan import row_steps
-from conversion.checkpoint.rewrite import STEP_BYTES
+from conversion.checkpoint.hf_folder import ModelFolder, RowFolder, torch_dtype
+from conversion.checkpoint.pieces import STEP_BYTES, row_steps
 
 if TYPE_CHECKING:
     import torch

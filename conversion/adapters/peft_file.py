@@ -41,11 +41,6 @@ _TRANSPOSED = {A: "lora_embedding_B", B: "lora_embedding_A"}
 """An embedding's matrices: those of a linear layer with its weight transposed."""
 
 
-def is_peft(folder: Path) -> bool:
-    """Whether the folder is an adapter as Hugging Face PEFT writes them."""
-    return (folder / CONFIG).is_file()
-
-
 @dataclass(frozen=True)
 class Module:
     """One adapted module of the file: the keys of its tensors by kind, its rank, alpha and scale.

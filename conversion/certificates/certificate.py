@@ -4,14 +4,14 @@
 NeMo's; tensors have Hugging Face's names in both. A tensor is `identical` (the same bytes), `changed` (by an adapter,
 with the relative size of the change), `cast`, `quantized` (with its scale and relative error), `added` (a scale) or
 `dropped`; there is no other way, and a difference that nobody declared is not certified. Input, base and adapter are
-named by content hash (checkpoint/facts.py), the certificate of the input travels inside (`previous`), so whoever
+named by content hash, the certificate of the input travels inside (`previous`), so whoever
 receives the model can recompute it back to the published base (conversion/certify.py).
 
 A tool that writes a folder calls, inside `fresh_output` and last of all:
 
     write_certificate(folder, source, before, after, Claim("import"))
 
-`before` and `after` are the facts of all tensors of input and output (checkpoint/facts.py). Who streams has them from
+`before` and `after` are the facts of all tensors of input and output. Who streams has them from
 the same pass: `scan` of the input, `facts` of the writer. What is copied from one buffer needs one digest: the same
 facts twice.
 `previous_certificate(source, before)` says early whether the input still is what its own certificate says.
@@ -30,9 +30,8 @@ from typing import Any
 from conversion.certificates.certificate_json import FORMAT, MAY, SIDES, count_lines, happened, read_certificate
 from conversion.certificates.model_card import model_card, read_readme
 from conversion.certificates.revision import base_revision
-from conversion.checkpoint.folders import CARD, CERTIFICATE, side_folder
-from conversion.checkpoint.output_work import PART
-from conversion.checkpoint.safetensors_io import side_files
+from conversion.checkpoint.hf_folder import side_files
+from conversion.checkpoint.output_folder import CARD, CERTIFICATE, PART, side_folder
 from conversion.checkpoint.tensor_digests import Facts, content_hash
 from nano3.cli import UserError
 from nano3.token_store import file_sha256

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.folders import CERTIFICATE
+from conversion.checkpoint.output_folder import CERTIFICATE
 from conversion.checkpoint.safetensors_layout import FP8
 from conversion.checkpoint.tensor_digests import Fact, Facts
 from nano3.cli import UserError

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 from conversion.certificates.certificate import norm_ratio
-from conversion.checkpoint.folders import progress
-from conversion.checkpoint.model_folder import ModelFolder
-from conversion.checkpoint.plan import row_steps
+from conversion.checkpoint.hf_folder import ModelFolder
+from conversion.checkpoint.output_folder import progress
+from conversion.checkpoint.pieces import row_steps
 
 TOLERANCE = 1e-3
 """Relative: sums of squares in FP32, piece by piece, depend a little on how the pieces are cut."""

@@ -1,7 +1,7 @@
 """Which published revision a model folder is of, as far as it can be read from the folder. Torch-free.
 
 Nothing in the weights says it; whoever downloaded them left it in one of four places, or nowhere. The answer names
-where it was found, and is "unknown" rather than a guess: the content hash (checkpoint/facts.py) is what counts.
+where it was found, and is "unknown" rather than a guess: the content hash is what counts.
 """
 
 from __future__ import annotations

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conversion.checkpoint.folders import LAYOUT, SIDE, WEIGHTS
-from conversion.checkpoint.model_folder import ModelFolder, RowFolder
+from conversion.checkpoint.hf_folder import HFFolder, ModelFolder, RowFolder
 from conversion.checkpoint.names import VOCABULARY_KEYS, MegatronTensor, RowBlock, megatron_tensors
+from conversion.checkpoint.output_folder import LAYOUT, SIDE, WEIGHTS
 from conversion.checkpoint.plan import PREFIX
-from conversion.checkpoint.safetensors_io import HFFolder
 from conversion.checkpoint.safetensors_layout import FileLayout, TensorTable, check_tensors, some
 from nano3.arch import Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError

@@ -11,22 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from conversion.checkpoint.names import OUTPUT, VOCABULARY_KEYS, MegatronTensor, extra_state_keys, megatron_tensors
+from conversion.checkpoint.pieces import row_steps
 from conversion.checkpoint.safetensors_layout import ITEM_BYTES
 from nano3.arch import Arch, padded_vocab_size
 from nano3.cli import UserError
 
 PREFIX = "module."
 """What NeMo and Megatron put before the keys of the model itself."""
-
-CHUNK_BYTES = 64 << 20
-"""Upper bound of a chunk, in bytes: what a thread holds in memory, and the least that other readers load."""
-
-
-def row_steps(rows: int, row_bytes: int, limit: int | None = None) -> Iterator[tuple[int, int]]:
-    """(first row, number of rows) of pieces of at most `limit` bytes (default `CHUNK_BYTES`), or of one larger row."""
-    step = max(1, (limit or CHUNK_BYTES) // row_bytes)
-    for start in range(0, rows, step):
-        yield start, min(step, rows - start)
 
 
 @dataclass(frozen=True)

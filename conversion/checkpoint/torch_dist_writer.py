@@ -30,16 +30,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from conversion.checkpoint.folders import WEIGHTS
-from conversion.checkpoint.magnitude import largest_magnitude, refuse_not_finite
-from conversion.checkpoint.model_folder import ModelFolder, torch_dtype
-from conversion.checkpoint.output_work import Work
-from conversion.checkpoint.parallel import in_parallel, scratch
+from conversion.checkpoint.hf_folder import ModelFolder, read_exactly, torch_dtype
+from conversion.checkpoint.output_folder import WEIGHTS, Work
+from conversion.checkpoint.pieces import PIECE, in_parallel, scratch
 from conversion.checkpoint.plan import Plan, is_native
-from conversion.checkpoint.safetensors_io import read_exactly
 from conversion.checkpoint.safetensors_layout import Entry
-from conversion.checkpoint.safetensors_writer import PIECE, write_all
-from conversion.checkpoint.tensor_digests import Fact
+from conversion.checkpoint.safetensors_writer import write_all
+from conversion.checkpoint.tensor_digests import Fact, largest_magnitude, refuse_not_finite
 from conversion.checkpoint.tensor_groups import Box, Unit, files, units
 from conversion.checkpoint.torch_dist import data_begin
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from conversion.checkpoint.output_work import Work
-from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.output_folder import Work
 from conversion.fp8.layerwise import Hidden, build_layer, count_tokens, hidden_bytes
 from conversion.fp8.selection import Selection, matrices
 from nano3.cli import UserError

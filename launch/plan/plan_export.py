@@ -16,7 +16,7 @@ PROCESS = GIB
 """Margin: Python with torch, transformers and ModelOpt (0.72 GiB when measured)."""
 THREADS, CHUNK, STEP = 8, 64 * MIB, 16 * MIB
 """Of the streaming scripts: threads at most, bytes of a thread's buffer, bytes of a piece of arithmetic
-(conversion/checkpoint/parallel.py, plan.py, rewrite.py; tests/launch/test_plan_export.py holds them equal)."""
+(conversion/checkpoint/pieces.py; tests/launch/test_plan_export.py holds them equal)."""
 BLOCK_TOKENS = 16384
 """Of a block of hidden states (conversion/fp8/layerwise.py; held equal likewise)."""
 PIECES = 6

@@ -17,9 +17,8 @@ from conversion.certificates.certificate import Claim, write_certificate
 from conversion.certificates.certificate_json import count_lines, read_certificate
 from conversion.certificates.certificate_json import said as lines_of
 from conversion.certify import verify
-from conversion.checkpoint.safetensors_io import HFFolder
-from conversion.checkpoint.scan import facts_of
-from conversion.checkpoint.tensor_digests import content_hash
+from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.fp8.selection import Selection
 from conversion.merge_lora import merge
 from conversion.quantize_fp8 import quantize

@@ -11,11 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from conversion.certificates.certificate import Claim, write_certificate
 from conversion.certify import verify
+from conversion.checkpoint.hf_folder import HFFolder
 from conversion.checkpoint.names import VOCABULARY_KEYS
 from conversion.checkpoint.nemo_folder import NemoFolder
-from conversion.checkpoint.safetensors_io import HFFolder
-from conversion.checkpoint.scan import facts_of
-from conversion.checkpoint.tensor_digests import content_hash
+from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.hf_to_nemo import convert
 from tests.conversion.test_certificate import BIAS, ROUTER, Tensors, nudge, swap
 from tests.helpers.tiny import tiny_hf_folder

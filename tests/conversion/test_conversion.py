@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion import hf_to_nemo, nemo_to_hf
-from conversion.checkpoint import plan as planning
-from conversion.checkpoint.folders import CARD, CERTIFICATE
+from conversion.checkpoint import pieces
 from conversion.checkpoint.names import RowBlock, linears, megatron_tensors
+from conversion.checkpoint.output_folder import CARD, CERTIFICATE
 from conversion.checkpoint.plan import make_plan
 from conversion.checkpoint.safetensors_layout import INDEX, FileLayout
 from conversion.checkpoint.torch_dist import TorchDistReader
@@ -54,12 +54,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("chunk_bytes", [planning.CHUNK_BYTES, 2000])
+@pytest.mark.parametrize("chunk_bytes", [pieces.CHUNK_BYTES, 2000])
 def test_round_trip_gives_every_file_back(
     variant: str, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Names, shapes, dtypes and values, config.json and tokenizer: all files equal, with chunks of 2,000 bytes too."""
-    monkeypatch.setattr(planning, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(pieces, "CHUNK_BYTES", chunk_bytes)
     source = tiny_hf_folder(tmp_path / "source", **VARIANTS[variant])
     (source / "extra").mkdir()
     (source / "extra" / "notes.txt").write_text("kept")
@@ -135,7 +135,7 @@ def test_chunks_stay_small_and_cover_the_30b_model():
     for tensor in plan.tensors:
         row = tensor.total_bytes // (tensor.shape[0] * (tensor.shape[1] if tensor.tensor.experts else 1))
         counts = [count for _, count in tensor.chunks()]
-        assert max(counts) * row <= planning.CHUNK_BYTES
+        assert max(counts) * row <= pieces.CHUNK_BYTES
         assert sum(counts) * row == tensor.total_bytes
     assert plan.total_bytes == 63_155_892_352
 

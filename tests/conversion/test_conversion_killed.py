@@ -18,11 +18,10 @@ import pytest
 from conversion import hf_to_nemo, nemo_to_hf
 from conversion.certify import verify
 from conversion.checkpoint import safetensors_writer, torch_dist_writer
-from conversion.checkpoint.folders import CERTIFICATE, HF_KIND, WEIGHTS
-from conversion.checkpoint.output_work import work_folder
-from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.output_folder import CERTIFICATE, HF_KIND, WEIGHTS, work_folder
 from conversion.checkpoint.safetensors_layout import FileLayout
-from conversion.checkpoint.scan import scan
+from conversion.checkpoint.tensor_digests import scan
 from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.fp8.calibrate import Activations
 from conversion.fp8.selection import Selection

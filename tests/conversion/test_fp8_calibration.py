@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from conversion import quantize_fp8
-from conversion.checkpoint.output_work import Work
-from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.output_folder import Work
 from conversion.fp8 import layerwise
 from conversion.fp8.calibrate import Activations, calibrate
 from conversion.fp8.layerwise import hidden_bytes

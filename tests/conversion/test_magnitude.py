@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion.checkpoint import magnitude
-from conversion.checkpoint.magnitude import largest_magnitude, refuse_not_finite
-from conversion.checkpoint.tensor_digests import raw_bytes
+from conversion.checkpoint import tensor_digests
+from conversion.checkpoint.tensor_digests import largest_magnitude, raw_bytes, refuse_not_finite
 from nano3.cli import UserError
 
 WORDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -29,7 +28,7 @@ def test_by_hand(word: str, values: list[float], expected: float | None):
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [0, 17, 99])
 def test_one_value_that_is_not_finite_is_found(word: str, bad: float, place: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(magnitude, "_SLICE", 16)  # bytes: several slices
+    monkeypatch.setattr(tensor_digests, "_SLICE", 16)  # bytes: several slices
     tensor = torch.randn(100, generator=torch.Generator().manual_seed(0)).to(WORDS[word])
     assert largest_magnitude(raw_bytes(tensor), word) == float(tensor.abs().amax())
     tensor[place] = bad

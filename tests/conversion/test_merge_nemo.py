@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import conversion.checkpoint.plan as planning
 from conversion import hf_to_nemo, merge_lora, nemo_to_hf
 from conversion.certificates.certificate_json import read_certificate
 from conversion.certify import verify
-from conversion.checkpoint import torch_dist_writer
+from conversion.checkpoint import pieces, torch_dist_writer
 from conversion.checkpoint.nemo_folder import NemoFolder
 from conversion.merge_lora import merge
 from nano3.checkpoints.base_identity import recorded_sha256
@@ -42,9 +41,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("chunk_bytes", [planning.CHUNK_BYTES, 2000])
+@pytest.mark.parametrize("chunk_bytes", [pieces.CHUNK_BYTES, 2000])
 def test_a_merged_nemo_checkpoint_exports_to_the_merged_folder(folders, tmp_path, monkeypatch, chunk_bytes):
-    for module in (planning, hf_to_nemo, merge_lora):
+    for module in (pieces, hf_to_nemo, merge_lora):
         monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
     merge(folders / "base", folders / "adapter", tmp_path / "nemo", nemo=True, context=False)
     assert verify(tmp_path / "nemo", folders / "base") == []  # the sizes of the changes too

@@ -11,9 +11,8 @@ import yaml
 from conversion.certificates.certificate import Claim, write_certificate
 from conversion.certificates.certificate_json import read_certificate
 from conversion.certificates.model_card import model_card
-from conversion.checkpoint.safetensors_io import HFFolder
-from conversion.checkpoint.scan import facts_of
-from conversion.checkpoint.tensor_digests import Fact
+from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.tensor_digests import Fact, facts_of
 from conversion.merge_lora import merge
 from finetune.settings import LoraSettings, Run, Settings
 from tests.conversion.test_merge import write_adapter

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion.checkpoint.output_work import Work
-from conversion.checkpoint.safetensors_io import HFFolder
+from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.output_folder import Work
 from conversion.fp8.calibrate import calibrate
 from conversion.fp8.selection import Selection
 from tests.helpers.calibration_cases import CASES

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from conversion.checkpoint import parallel, plan, rewrite
+from conversion.checkpoint import pieces
 from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.fp8 import layerwise
 from conversion.fp8.selection import Selection
@@ -54,7 +54,7 @@ def test_the_real_model_in_numbers():
 
 
 def test_the_streaming_scripts_have_the_buffers_that_are_planned():
-    assert (parallel.MOST, plan.CHUNK_BYTES, rewrite.STEP_BYTES) == (
+    assert (pieces.MOST, pieces.CHUNK_BYTES, pieces.STEP_BYTES) == (
         plan_export.THREADS, plan_export.CHUNK, plan_export.STEP,
     )  # fmt: skip
     assert layerwise.BLOCK_TOKENS == plan_export.BLOCK_TOKENS

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conversion.checkpoint.safetensors_io import HFFolder
-from conversion.checkpoint.scan import facts_of
-from conversion.checkpoint.tensor_digests import content_hash
+from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.hf_to_nemo import convert
 from conversion.identity import holds
 from data_prep.packing import build_packs

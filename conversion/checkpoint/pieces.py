@@ -1,10 +1,13 @@
-"""Threads for work on tensors: reading, hashing, arithmetic and writing all release the interpreter's lock."""
+"""How work on tensors is cut into pieces and spread over cores. Torch-free until threads start.
+
+Reading, hashing, arithmetic and writing all release the interpreter's lock, so threads serve.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
 
@@ -12,6 +15,16 @@ T = TypeVar("T")
 
 MOST = 8
 """Threads at most: each holds buffers of up to a chunk, and memory must not grow with the machine."""
+
+CHUNK_BYTES = 64 << 20
+"""Upper bound of a chunk, in bytes: what a thread holds in memory, and the least that other readers load."""
+
+PIECE = 1 << 20
+"""Bytes that are read, hashed and written in one go: small enough to stay in a core's cache meanwhile (with 16 MiB the
+kernel takes 1.6 times as long to copy them, measured)."""
+
+STEP_BYTES = 16 << 20
+"""Bytes of a tensor, in the wider of its two dtypes, that arithmetic takes in one go."""
 
 _own = threading.local()
 
@@ -43,3 +56,10 @@ def scratch(size: int) -> memoryview:
     if len(getattr(_own, "buffer", b"")) < size:
         _own.buffer = bytearray(size)
     return memoryview(_own.buffer)[:size]
+
+
+def row_steps(rows: int, row_bytes: int, limit: int | None = None) -> Iterator[tuple[int, int]]:
+    """(first row, number of rows) of pieces of at most `limit` bytes (default `CHUNK_BYTES`), or of one larger row."""
+    step = max(1, (limit or CHUNK_BYTES) // row_bytes)
+    for start in range(0, rows, step):
+        yield start, min(step, rows - start)
