@@ -171,6 +171,8 @@ def serve(answers: Any) -> None:
         print(json.dumps({"pids": pids}), file=answers, flush=True)
         for _ in pids:
             pid, status = os.wait()
+            with suppress(ProcessLookupError):  # what it started: Megatron-Core's saving keeps a process of its own
+                os.killpg(pid, signal.SIGKILL)
             print(json.dumps({"pid": pid, "code": os.waitstatus_to_exitcode(status)}), file=answers, flush=True)
 
 
