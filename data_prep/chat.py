@@ -2,8 +2,8 @@
 
 `render` gives what the published chat template gives (`chat_template.jinja` here is our own writing of it, compared
 with `render` in tests/data_prep/test_chat.py), cut into segments that carry the loss mask. The usual "assistant only"
-mask of tokenizer libraries needs `{% generation %}` marks, which the published template lacks. It silently
-becomes all ones.
+mask of tokenizer libraries needs `{% generation %}` marks, which the published template lacks, and silently becomes
+all ones.
 
 What is supervised: exactly what the model writes at inference. A prompt ends in `<|im_start|>assistant\n<think>\n`
 (thinking) or `<|im_start|>assistant\n<think></think>` (not), so these characters are prompt; the model writes the
@@ -14,23 +14,13 @@ later user message follows reads as the model never wrote it, so it is context o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nano3.cli import UserError
-
-SPECIAL_IDS = {
-    "<s>": 1,
-    "</s>": 2,
-    "<|im_start|>": 10,
-    "<|im_end|>": 11,
-    "<think>": 12,
-    "</think>": 13,
-    "<tool_call>": 14,
-    "</tool_call>": 15,
-}
-"""Ids of the tokens that the format is made of, in Nemotron-3-Nano's tokenizer and in pico's."""
+from nano3.conversations import CONTROL_TOKENS, Message
 
 TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
 """The same format as a Jinja template for `tokenizer_config.json`."""
@@ -39,26 +29,56 @@ PROMPT_THINKING = "<|im_start|>assistant\n<think>\n"
 PROMPT_ANSWERING = "<|im_start|>assistant\n<think></think>"
 TURN_END = "<|im_end|>"
 
-LARGEST_WEIGHT = 1e6
-"""Of the loss; larger ones are mistakes, and squared they would leave FP32."""
+PARTS = ("thinking", "tools")
+"""Parts of an assistant turn that the loss can leave out: the reasoning, and the tool calls."""
 
-Message = Mapping[str, Any]
+_TOOLS_BEFORE = "# Tools\n\nYou have access to the following functions:\n\n<tools>"
+_TOOLS_AFTER = """
+</tools>
 
-_TURN_MARKS = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")
-_MESSAGE_KEYS = {
-    "system": {"content"},
-    "user": {"content"},
-    "assistant": {"content", "reasoning_content", "tool_calls", "weight"},
-    "tool": {"content", "name", "tool_call_id"},
-}
+If you choose to call a function ONLY reply in the following format with NO suffix:
+
+<tool_call>
+<function=example_function_name>
+<parameter=example_parameter_1>
+value_1
+</parameter>
+<parameter=example_parameter_2>
+This is the value for the second parameter
+that can span
+multiple lines
+</parameter>
+</function>
+</tool_call>
+
+<IMPORTANT>
+Reminder:
+- Function calls MUST follow the specified format: an inner <function=...></function> block must be nested within \
+<tool_call></tool_call> XML tags
+- Required parameters MUST be specified
+- You may provide optional reasoning for your function call in natural language BEFORE the function call, but NOT after
+- If there is no function call available, answer the question like normal with your current knowledge and do not tell \
+the user about function calls
+</IMPORTANT>"""
+"""What the published template says round the tool definitions, to the letter: the model was trained on these words."""
+
+
+class Span(NamedTuple):
+    """Characters `start` to `end` of a segment: `weight` multiplies its weight, `stage` (0 is none) marks them."""
+
+    start: int
+    end: int
+    weight: float
+    stage: int
 
 
 class Segment(NamedTuple):
     """A run of text; `weight` is what the loss multiplies its tokens by: 0 for what the model did not write, else 1 or
-    the `weight` of the assistant message."""
+    the `weight` of the assistant message. `spans` change that for some of its characters."""
 
     text: str
     weight: float
+    spans: tuple[Span, ...] = ()
 
     @property
     def supervised(self) -> bool:
@@ -66,17 +86,32 @@ class Segment(NamedTuple):
         return self.weight > 0
 
 
-def render(messages: Sequence[Message], thinking: bool, add_generation_prompt: bool = False) -> list[Segment]:
+def render(
+    messages: Sequence[Message],
+    thinking: bool,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+    no_loss: Collection[str] = (),
+    trained_from: int = 0,
+) -> list[Segment]:
     """The conversation in the model's format, neighbouring segments differing in `weight`.
 
-    `thinking` chooses between the two generation prompts and, as in the published template, changes nothing else:
-    whether a turn shows its reasoning depends on the turn (use `without_reasoning` to train answers only).
-    Joined, the segments are the whole text; there is no BOS token. Raises `UserError` for a malformed conversation.
+    Joined, the segments are the whole text; there is no BOS token.
+
+    Args:
+        messages: as `nano3.conversations.checked_messages` returns them.
+        thinking: chooses between the two generation prompts and, as in the published template, changes nothing else:
+            whether a turn shows its reasoning depends on the turn (use `without_reasoning` to train answers only).
+        add_generation_prompt: whether the text ends where the model's turn begins.
+        tools: their definitions, as `nano3.conversations.checked_tools` returns them.
+        no_loss: `PARTS` of the turns that are context only.
+        trained_from: messages before this number are context only.
+
+    Raises:
+        UserError: a span that is not in what the model writes, or a tool definition that makes a control token.
     """
-    check_messages(messages)
-    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    pieces = [Segment(f"<|im_start|>system\n{system}<|im_end|>\n", 0)]
-    pieces += _render_turns(messages)
+    pieces = [Segment(_system_block(messages, tools), 0)]
+    pieces += _render_turns(messages, no_loss, trained_from)
     if add_generation_prompt:
         pieces.append(Segment(PROMPT_THINKING if thinking else PROMPT_ANSWERING, 0))
     return _merged(pieces)
@@ -92,79 +127,83 @@ def without_reasoning(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [{key: value for key, value in message.items() if key != "reasoning_content"} for message in messages]
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raises `UserError`, naming the message by number from 0, where the conversation cannot be rendered faithfully."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError("'messages' must be a list of at least one message")
-    previous = None
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise UserError(f"messages[{number}] must be an object with 'role' and 'content'")
-        role = message.get("role")
-        if role not in _MESSAGE_KEYS:
-            raise UserError(f"messages[{number}]: role {role!r} is not one of {', '.join(_MESSAGE_KEYS)}")
-        unknown = sorted(key for key in message if key not in _MESSAGE_KEYS[role] | {"role"} and message[key])
-        if unknown:
-            raise UserError(
-                f"messages[{number}]: a {role} message cannot have {', '.join(map(repr, unknown))}; "
-                "remove it or put its text into 'content'"
-            )
-        if role == "system" and number:
-            raise UserError(f"messages[{number}]: a system message can only be the first; merge it into that one")
-        if role == "tool" and previous not in ("assistant", "tool"):
-            raise UserError(f"messages[{number}]: a tool message must follow an assistant message that calls it")
-        _check_texts(number, message)
-        if "weight" in message:
-            check_weight(f"messages[{number}]", message["weight"])
-        previous = role
-    if all(message["role"] != "user" for message in messages):
-        raise UserError("'messages' has no user message; a conversation needs one")
+def split_turns(messages: Sequence[Message]) -> list[tuple[list[Message], int]]:
+    """One document for each user message where an earlier turn has reasoning, as (its messages, `trained_from`).
+
+    In each, the turns since that user message are as the model wrote them, and the loss counts these alone, so that
+    every turn is trained once. A conversation whose earlier turns have no reasoning stays one document.
+    """
+    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    if not any(message.get("reasoning_content") for message in messages[: users[-1]]):
+        return [(list(messages), 0)]
+    ends = [*users[1:], len(messages)]
+    answered = [(start, end) for start, end in zip(users, ends, strict=True) if end > start + 1]
+    return [(list(messages[:end]), start if start > users[0] else 0) for start, end in answered]
 
 
-def check_weight(where: str, weight: object) -> None:
-    """Refuses a weight of the loss that is not a number from 0 to `LARGEST_WEIGHT`."""
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= LARGEST_WEIGHT:
-        raise UserError(
-            f"{where}: 'weight' is {weight!r}; give a number from 0 to {LARGEST_WEIGHT:g} (without one it is 1)"
-        )
+def is_empty(message: Message) -> bool:
+    """Whether an assistant message says nothing: neither an answer nor a tool call, whatever it thought."""
+    return not message["content"].strip() and not message.get("tool_calls")
 
 
-def _check_texts(number: int, message: Message) -> None:
-    """Refuses texts that are not strings or that would be read as turn marks by the tokenizer."""
-    content = message.get("content")
-    if content is None and message["role"] == "assistant" and message.get("tool_calls"):
-        content = ""
-    reasoning = message.get("reasoning_content") or ""
-    for key, text in (("content", content), ("reasoning_content", reasoning)):
-        if not isinstance(text, str):
-            raise UserError(f"messages[{number}]: {key!r} must be a string, not {type(text).__name__}")
-        for mark in _TURN_MARKS:
-            if mark in text:
-                raise UserError(
-                    f"messages[{number}]: {key!r} contains {mark}, which the tokenizer reads as a control token; "
-                    "remove it or write it differently"
-                )
-        if message["role"] == "assistant" and ("<think>" in text or "</think>" in text):
-            raise UserError(
-                f"messages[{number}]: {key!r} contains a think mark; "
-                "give the reasoning as 'reasoning_content' and the answer alone as 'content'"
-            )
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise UserError(f"messages[{number}]: every tool call needs a function name")
-        if not isinstance(function.get("arguments", {}), Mapping):
-            raise UserError(
-                f"messages[{number}]: arguments of {function['name']!r} must be an object; decode the JSON string"
-            )
+def own_texts(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Every text of a conversation that is not the format's own, as it is rendered."""
+    yield from map(_tool_definition, tools)
+    for message in messages:
+        yield message["content"]
+        yield message.get("reasoning_content", "")
+        for call in message.get("tool_calls", ()):
+            yield from (call["name"], *call["arguments"], *map(_parameter, call["arguments"].values()))
 
 
-def _render_turns(messages: Sequence[Message]) -> list[Segment]:
+def _system_block(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    if tools:
+        gap = "\n\n" if system else ""
+        system += gap + _TOOLS_BEFORE + "".join(map(_tool_definition, tools)) + _TOOLS_AFTER
+    return f"<|im_start|>system\n{system}<|im_end|>\n"
+
+
+def _tool_definition(tool: Mapping[str, Any]) -> str:
+    """One function as the published template describes it: known keys in a fixed order, all others after them."""
+    parameters = tool.get("parameters", {})
+    lines = ["", "<function>", f"<name>{tool['name']}</name>"]
+    if "description" in tool:
+        lines.append(f"<description>{str(tool['description']).strip()}</description>")
+    lines.append("<parameters>")
+    for name, schema in parameters.get("properties", {}).items():
+        lines += ["<parameter>", f"<name>{name}</name>"]
+        if "type" in schema:
+            lines.append(f"<type>{schema['type']}</type>")
+        if "description" in schema:
+            lines.append(f"<description>{str(schema['description']).strip()}</description>")
+        if "enum" in schema:
+            lines.append(f"<enum>{json.dumps(schema['enum'], ensure_ascii=False)}</enum>")
+        lines += _other_keys(schema, ("name", "type", "description", "enum"))
+        lines.append("</parameter>")
+    lines += _other_keys(parameters, ("type", "properties", "required"))
+    if "required" in parameters:
+        lines.append(f"<required>{json.dumps(parameters['required'], ensure_ascii=False)}</required>")
+    lines.append("</parameters>")
+    lines += [*_other_keys(tool, ("type", "name", "description", "parameters")), "</function>"]
+    text = "\n".join(lines)
+    made = next((mark for mark in CONTROL_TOKENS if mark in text), None)
+    if made:  # a key of the schema becomes a tag of its name
+        raise UserError(f"the definition of the tool {tool['name']!r} reads {made} when rendered; rename that key")
+    return text
+
+
+def _other_keys(values: Mapping[str, Any], known: Sequence[str]) -> list[str]:
+    return [f"<{key}>{_parameter(value)}</{key}>" for key, value in values.items() if key not in known]
+
+
+def _render_turns(messages: Sequence[Message], no_loss: Collection[str], trained_from: int) -> list[Segment]:
     """All turns after the system block.
 
     An assistant turn before the last user message loses its reasoning. It is supervised only if nothing since the
     user message before it lost any: otherwise its text, or the context of its text, is not what the model saw and
-    wrote. To train on such turns too, give one conversation per user message.
+    wrote. To train on such turns too, `split_turns` gives one document per user message. Nor is an empty turn
+    supervised: it would teach to say nothing.
     """
     last_user = max(number for number, message in enumerate(messages) if message["role"] == "user")
     pieces: list[Segment] = []
@@ -186,46 +225,86 @@ def _render_turns(messages: Sequence[Message]) -> list[Segment]:
                 shown = _assistant(message, past=True)
                 as_written = as_written and shown == (prompt, written)
                 prompt, written = shown
-            weight = float(message.get("weight", 1)) if as_written else 0.0
-            pieces += [Segment(prompt, 0), Segment(written, weight), Segment("\n", 0)]
+            trained = as_written and number >= trained_from and not is_empty(message)
+            spans = _spans(number, message, prompt, written, no_loss) if trained else ()
+            weight = float(message.get("weight", 1)) if trained else 0.0
+            pieces += [Segment(prompt, 0), Segment(written, weight, spans), Segment("\n", 0)]
     return pieces
 
 
 def _assistant(message: Message, past: bool) -> tuple[str, str]:
     """An assistant turn as (prompt, what the model wrote); `past` drops its reasoning as the template does."""
-    answer = message.get("content") or ""
-    calls = message.get("tool_calls") or ()
-    reasoning = message.get("reasoning_content") or ""
-    if reasoning.strip() and not past:
+    answer = message["content"]
+    calls = message.get("tool_calls", ())
+    reasoning = message.get("reasoning_content")
+    if reasoning and not past:
         prompt, written = PROMPT_THINKING, f"{reasoning}\n</think>\n{answer}"
     else:
         # The newline that stood between </think> and the answer survives the cut, except before tool calls.
-        prompt, written = PROMPT_ANSWERING, "\n" + answer if reasoning.strip() else answer
+        prompt, written = PROMPT_ANSWERING, "\n" + answer if reasoning else answer
     written = written.strip() if past and calls else written.rstrip()
     if calls:
-        written += "\n" + "".join(_tool_call(call.get("function", call)) for call in calls)
+        written += "\n" + "".join(map(_tool_call, calls))
     return prompt, written + TURN_END
+
+
+def _spans(number: int, message: Message, prompt: str, written: str, no_loss: Collection[str]) -> tuple[Span, ...]:
+    """The spans of a turn in what the model wrote: the message's own, in order, then the parts without loss."""
+    given = enumerate(message.get("spans", ()))
+    spans = sorted(_located(f"messages[{number}].spans[{place}]", span, written) for place, span in given)
+    for left, right in pairwise(spans):
+        if right.start < left.end:
+            overlap = written[right.start : left.end]
+            raise UserError(f"messages[{number}]: two spans overlap at {overlap[:40]!r}; cut one of them")
+    if "thinking" in no_loss and prompt == PROMPT_THINKING:
+        spans.append(Span(0, written.index("</think>") + len("</think>"), 0, 0))
+    if "tools" in no_loss and message.get("tool_calls"):
+        start = written.index("<tool_call>")
+        # The newline before the first call may share a token with an answer, and stands alone where there is none.
+        spans.append(Span(start if message["content"].strip() else start - 1, len(written), 0, 0))
+    return tuple(spans)
+
+
+def _located(where: str, span: Mapping[str, Any], written: str) -> Span:
+    """A span of a message as characters of `written`, which ends in `TURN_END`."""
+    own = written.removesuffix(TURN_END)
+    if "text" in span:
+        start, times = own.find(span["text"]), own.count(span["text"])
+        if times != 1:
+            raise UserError(
+                f"{where}: {span['text'][:60]!r} stands {times} times in what the model writes; give 'start' and 'end'"
+                if times
+                else f"{where}: {span['text'][:60]!r} is not in what the model writes ({own[:60]!r}...)"
+            )
+        end = start + len(span["text"])
+    else:
+        start, end = span["start"], span["end"]
+        if not start < end <= len(own):
+            raise UserError(
+                f"{where}: characters {start} to {end} of the {len(own)} that the model writes; "
+                "they count from 0, and 'end' is the first that is not in it"
+            )
+    return Span(start, end, float(span.get("weight", 1)), span.get("stage", 0))
 
 
 def _tool_call(function: Message) -> str:
     parameters = "".join(
-        f"<parameter={name}>\n{_parameter(value)}\n</parameter>\n"
-        for name, value in function.get("arguments", {}).items()
+        f"<parameter={name}>\n{_parameter(value)}\n</parameter>\n" for name, value in function["arguments"].items()
     )
     return f"<tool_call>\n<function={function['name']}>\n{parameters}</function>\n</tool_call>\n"
 
 
 def _parameter(value: Any) -> str:
     """Lists and objects as JSON, everything else as Python prints it (`True`, `None`): the template's own rule."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, tuple, Mapping)) else str(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple | Mapping) else str(value)
 
 
 def _merged(pieces: Sequence[Segment]) -> list[Segment]:
     """Joins neighbours of equal kind, so that a tokenizer meets as few boundaries as possible."""
     merged: list[Segment] = []
-    for text, weight in pieces:
-        if merged and merged[-1].weight == weight:
-            merged[-1] = Segment(merged[-1].text + text, weight)
-        elif text:
-            merged.append(Segment(text, weight))
+    for piece in pieces:
+        if merged and merged[-1].weight == piece.weight and not merged[-1].spans and not piece.spans:
+            merged[-1] = Segment(merged[-1].text + piece.text, piece.weight)
+        elif piece.text:
+            merged.append(piece)
     return merged

@@ -17,10 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.conversations import Conversations, write_rows
 from data_prep.overlap import HeldOut, distinct_new
 from data_prep.sources.reasoning_gym import reasoning_gym_rows
 from nano3.cli import UserError, run
+from nano3.conversations import Conversations
+from nano3.rows import write_rows
 
 TRIES = 20
 """Questions drawn for each one wanted before the task counts as exhausted."""

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.conversations import Conversation, Conversations
+from nano3.conversations import Conversation, Conversations
 
 NEAR_JACCARD = 0.7
 """Jaccard index from which two questions are near duplicates; the usual threshold of MinHash deduplication."""

@@ -23,16 +23,20 @@ from typing import Any
 import numpy as np
 
 from nano3.cli import UserError, fresh_output
-from nano3.pack_index import DOCUMENTS, FACTS, KIND, OFFSETS, VERSION, index_name, read_index
+from nano3.pack_index import DOCUMENTS, FACTS, KIND, OFFSETS, VERSION, Curriculum, index_name, read_index
 from nano3.token_store import MANIFEST, TokenStore, file_sha256, mapped
 
 PADDING = -1
 """The source of a position that holds no token of a document."""
+SHOWN = 3
+"""Documents that an error names."""
 _BITS = 512
 """Width of one word in the table of free room: Python integers of this size cost about 50 ns an operation."""
 
 
-def best_fit(lengths: np.ndarray, capacity: int, max_documents: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def best_fit(
+    lengths: np.ndarray, capacity: int, max_documents: int, seed: int | tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Packs items of `lengths` (n,), each from 1 to `capacity`, at most `max_documents` into a pack.
 
     Returns the item numbers pack after pack, (n,) int64, and the packs' offsets into them, (packs + 1,) int64. The
@@ -96,24 +100,27 @@ def build_packs(
     max_documents: int = 64,
     seed: int = 1234,
     drop_long: bool = False,
+    curriculum: Curriculum | None = None,
 ) -> dict[str, Any]:
     """Writes the pack index for these settings into the store, replacing an older one, and returns its `packs.json`.
+
+    With a `curriculum` the packs of its first block come first, and no pack holds documents of two blocks.
 
     Raises `UserError` when a document is longer than `seq_length` (unless `drop_long`, which leaves such documents
     out and counts them), or when nothing is left to train on. Nothing else in the store changes.
     """
-    check_settings(seq_length, pad_multiple, max_documents)
+    check_settings(seq_length, pad_multiple, max_documents, seed)
     lengths = -(-(store.lengths() - 1) // pad_multiple) * pad_multiple
     fits, too_long = np.flatnonzero(lengths <= seq_length), np.flatnonzero(lengths > seq_length)
     if len(too_long) and not drop_long:
+        named = ", ".join(map(store.origin, too_long[:SHOWN].tolist())) + (", ..." if len(too_long) > SHOWN else "")
         raise UserError(
-            f"{len(too_long)} of {len(lengths)} documents are longer than --seq-length {seq_length}: the longest takes "
-            f"{lengths.max()} positions; raise --seq-length, or leave them out with --drop-long"
+            f"{len(too_long)} of {len(lengths)} documents are longer than --seq-length {seq_length} ({named}): "
+            f"the longest takes {lengths.max()} positions; raise --seq-length, or leave them out with --drop-long"
         )
     if not len(fits):
         raise UserError(f"no document fits --seq-length {seq_length} (the shortest takes {lengths.min()}); raise it")
-    items, offsets = best_fit(lengths[fits], seq_length, max_documents, seed)
-    documents = fits[items]
+    documents, offsets, blocks = _packed(store, lengths, fits, seq_length, max_documents, seed, curriculum)
     packs, positions = len(offsets) - 1, int((store.lengths() - 1)[fits].sum())
     lost = sum(int(np.count_nonzero(store.document(number)[1])) for number in too_long.tolist())
     if lost == store.manifest["supervised_tokens"]:
@@ -127,6 +134,7 @@ def build_packs(
         "max_documents": max_documents,
         "seed": seed,
         "packs": packs,
+        "blocks": blocks,
         "documents": len(documents),
         "dropped_documents": len(too_long),
         "positions": positions,
@@ -134,18 +142,46 @@ def build_packs(
         "most_documents_in_a_pack": int(np.diff(offsets).max()),
         "efficiency": round(positions / (packs * seq_length), 6),
     }
-    with fresh_output(store.folder / index_name(seq_length, pad_multiple), KIND) as out:
+    with fresh_output(store.folder / index_name(seq_length, pad_multiple, curriculum), KIND) as out:
         documents.astype("<i8").tofile(out / DOCUMENTS)
         offsets.astype("<i8").tofile(out / OFFSETS)
         (out / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     return facts
 
 
-def check_settings(seq_length: int, pad_multiple: int, max_documents: int) -> None:
+def _packed(
+    store: TokenStore,
+    lengths: np.ndarray,
+    fits: np.ndarray,
+    seq_length: int,
+    max_documents: int,
+    seed: int,
+    curriculum: Curriculum | None,
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """The documents `fits` pack after pack, the packs' offsets into them, and how many packs each block has."""
+    if curriculum is None:
+        items, offsets = best_fit(lengths[fits], seq_length, max_documents, seed)
+        return fits[items], offsets, [len(offsets) - 1]
+    if curriculum.blocks > len(fits):
+        raise UserError(f"--blocks {curriculum.blocks} is more than the {len(fits)} documents; give fewer")
+    ranked = fits[np.argsort(store.order(curriculum.order)[fits], kind="stable")]
+    documents, sizes, blocks = [], [], []
+    for number, block in enumerate(np.array_split(ranked, curriculum.blocks)):
+        block.sort()
+        items, offsets = best_fit(lengths[block], seq_length, max_documents, (seed, number))
+        documents.append(block[items])
+        sizes.append(np.diff(offsets))
+        blocks.append(len(offsets) - 1)
+    return np.concatenate(documents), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]), blocks
+
+
+def check_settings(seq_length: int, pad_multiple: int, max_documents: int, seed: int) -> None:
     """Refuses settings under which nothing can be packed, naming the command-line option."""
     for name, value in (("--seq-length", seq_length), ("--pad-multiple", pad_multiple)):
         if value < 1:
             raise UserError(f"{name} {value} must be at least 1")
+    if seed < 0:
+        raise UserError(f"--seed {seed} must be at least 0")
     if max_documents < 1:
         raise UserError(f"--max-docs-per-pack {max_documents} must be at least 1")
     if seq_length % pad_multiple:
@@ -158,17 +194,24 @@ def check_settings(seq_length: int, pad_multiple: int, max_documents: int) -> No
 class PackedDataset:
     """Training sequences of a token store, by number; opens in a millisecond and holds no data in memory.
 
-    `folder` is the token store; `seq_length` and `pad_multiple` choose its pack index, which `prepare.py` or
-    `repack.py` has made. Raises `UserError` when it is missing, truncated or made for another store.
+    `folder` is the token store; `seq_length`, `pad_multiple` and `curriculum` choose its pack index, which `prepare.py`
+    or `repack.py` has made. Raises `UserError` when it is missing, truncated or made for another store.
     """
 
-    def __init__(self, folder: Path | str, seq_length: int, pad_multiple: int = 1) -> None:
+    def __init__(
+        self, folder: Path | str, seq_length: int, pad_multiple: int = 1, curriculum: Curriculum | None = None
+    ) -> None:
         self.store = TokenStore(folder)
-        self.index, self.facts = read_index(self.store, seq_length, pad_multiple)
+        self.index, self.facts = read_index(self.store, seq_length, pad_multiple, curriculum)
 
     def __len__(self) -> int:
         """Number of packs."""
         return self.facts["packs"]
+
+    @property
+    def blocks(self) -> list[int]:
+        """Packs in each block of the curriculum, in its order; all in one without a curriculum."""
+        return self.facts.get("blocks", [len(self)])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"store": self.store, "index": self.index, "facts": self.facts}

@@ -1,4 +1,4 @@
-"""Chat JSONL -> token store with a pack index.
+"""Conversations -> token store with a pack index.
 
     python data_prep/prepare.py --input train.jsonl --tokenizer MODEL --out runs/data/train --seq-length 4096
 
@@ -9,6 +9,7 @@ data_prep/repack.py, which leaves the tokens as they are; for validation data ru
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,12 +19,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.chat import Segment, render, without_reasoning
-from data_prep.conversations import Conversation, Conversations
+from data_prep.chat import PARTS, Segment, is_empty, own_texts, render, split_turns, without_reasoning
+from data_prep.own_template import TemplateCheck
 from data_prep.packing import build_packs, check_settings
 from data_prep.store import StoreWriter
+from data_prep.summary import Finds, Turns, print_summary
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError, check_output, fresh_output, run
+from nano3.conversations import Conversation, Conversations
+from nano3.pack_index import Curriculum
 from nano3.rows import open_rows
 from nano3.token_store import KIND, TokenStore, tokenizer_file
 
@@ -31,96 +35,167 @@ BATCH = 1024
 """Conversations encoded together: enough for the tokenizer's threads, a few megabytes of memory."""
 
 
-@dataclass
-class Turns:
-    """Assistant turns by what the loss makes of them."""
+@dataclass(frozen=True)
+class Options:
+    """How rows become documents.
 
-    answered: int = 0
-    thought: int = 0
-    context_only: int = 0
+    Args:
+        thinking: False leaves every `reasoning_content` out.
+        split: one document per user message where earlier turns have reasoning; else these turns are context only.
+        no_loss: `data_prep.chat.PARTS` of the turns that are context only.
+        drop_null_arguments: whether an argument that is null is left out of its call; else the call says `None`.
+        order: a row key whose number each document keeps, for packs in that order; `length` needs no keeping.
+    """
 
-    def count(self, conversation: Conversation, segments: Sequence[Segment]) -> None:
-        """Adds the turns of a rendered conversation."""
-        before = ["", *(segment.text for segment in segments)]
-        supervised = [prompt for prompt, segment in zip(before, segments, strict=False) if segment.supervised]
-        thought = sum(prompt.endswith("<think>\n") for prompt in supervised)
-        self.thought += thought
-        self.answered += len(supervised) - thought
-        turns = sum(message["role"] == "assistant" for message in conversation.messages)
-        self.context_only += turns - len(supervised)
+    thinking: bool = True
+    split: bool = True
+    no_loss: tuple[str, ...] = ()
+    drop_null_arguments: bool = False
+    order: str | None = None
+
+    @property
+    def kept(self) -> str | None:
+        """The row key that the store keeps."""
+        return None if self.order == "length" else self.order
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of the store before it is encoded; `turns` are the assistant's in it."""
+
+    row: Conversation
+    segments: list[Segment]
+    turns: int
 
 
 def prepare(
-    inputs: Sequence[Path | str], tokenizer: Path, out: Path, seq_length: int, thinking: bool = True, **packing: Any
+    inputs: Sequence[Path | str],
+    tokenizer: Path,
+    out: Path,
+    seq_length: int,
+    options: Options = Options(),
+    **packing: Any,
 ) -> tuple[TokenStore, dict[str, Any]]:
     """Writes the token store `out` with its pack index and returns it with the index's facts (`packs.json`).
 
-    `thinking=False` trains answers only: every `reasoning_content` is left out. `packing` are further arguments of
-    `data_prep.packing.build_packs`. Raises `UserError`, and leaves `out` as it was, for input that cannot be used.
+    `packing` are further arguments of `data_prep.packing.build_packs`. Raises `UserError`, and leaves `out` as it was,
+    for input that cannot be used; where only the packs cannot be made, the store stays without them.
     """
     opened = [Conversations(source) for source in inputs]
-    encoder = ChatTokenizer(tokenizer)
-    turns = Turns()
+    encoder, template = ChatTokenizer(tokenizer), TemplateCheck(tokenizer)
+    turns, finds = Turns(), Finds()
     with fresh_output(out, KIND) as temporary:
-        writer = StoreWriter(temporary)
+        writer = StoreWriter(temporary, options.kept)
         try:
             for conversations in opened:
-                with tqdm(conversations, desc=conversations.name, unit="doc", disable=None) as rows:
-                    _add(iter(rows), encoder, writer, turns, thinking)
+                with tqdm(conversations, desc=conversations.name, unit="row", disable=None) as rows:
+                    _add(iter(rows), encoder, template, writer, turns, finds, options)
+            if not writer.documents:
+                raise UserError(f"nothing is left to train on: all {finds.empty_rows} rows have empty answers only")
             writer.finish(
                 encoder,
-                thinking=thinking,
+                template=template.facts(),
+                thinking=options.thinking,
+                no_loss=list(options.no_loss),
                 turns=vars(turns),
+                finds=finds.facts(),
                 inputs=[fact for conversations in opened for fact in conversations.facts],
             )
         finally:
             writer.close()
-        facts = build_packs(TokenStore(temporary), seq_length, **packing)
+    try:
+        facts = build_packs(TokenStore(out), seq_length, **packing)
+    except UserError as error:
+        raise UserError(f"{error}; the tokens stay in {out}: pack them with data_prep/repack.py") from error
     return TokenStore(out), facts
 
 
 def _add(
-    rows: Iterator[Conversation], encoder: ChatTokenizer, writer: StoreWriter, turns: Turns, thinking: bool
+    rows: Iterator[Conversation],
+    encoder: ChatTokenizer,
+    template: TemplateCheck,
+    writer: StoreWriter,
+    turns: Turns,
+    finds: Finds,
+    options: Options,
 ) -> None:
     while batch := list(islice(rows, BATCH)):
-        documents = [render(row.messages if thinking else without_reasoning(row.messages), thinking) for row in batch]
-        for row, segments, (tokens, mask) in zip(batch, documents, encoder.encode(documents), strict=True):
+        documents = [document for row in batch for document in _documents(row, encoder, template, finds, options)]
+        encoded = encoder.encode(
+            [document.segments for document in documents], [document.row.where for document in documents]
+        )
+        for document, (tokens, mask, stages) in zip(documents, encoded, strict=True):
+            row = document.row
             if not mask.any():
-                raise UserError(
-                    f"{row.where}: no supervised token, since no assistant message with a weight above 0 follows the "
-                    "last user message; add the answer or remove the row"
-                )
-            if not row.weight:
-                raise UserError(f"{row.where}: 'weight' is 0, so there is nothing to learn from it; remove the row")
-            turns.count(row, segments)
+                raise UserError(f"{row.where}: every supervised token has weight 0 by its spans; remove the row")
+            turns.count(document.turns, document.segments)
+            file, _, number = row.where.rpartition(":")
             try:
-                writer.add(tokens, mask * np.float32(row.weight), row.source)
+                writer.add(
+                    tokens,
+                    mask * np.float32(row.weight),
+                    row.source,
+                    stages,
+                    (Path(file).name, int(number)),
+                    _order(row, options.kept) if options.kept else 0,
+                )
             except UserError as error:
                 raise UserError(f"{row.where}: {error}") from error
 
 
-def print_summary(store: TokenStore, facts: dict[str, Any]) -> None:
-    """Prints what is in the store and how full the packs are."""
-    manifest = store.manifest
-    total, supervised = manifest["tokens"], manifest["supervised_tokens"]
-    print(f"{store.folder}: {len(store):,} documents, {total:,} tokens, {supervised:,} supervised", end=" ")
-    print(f"({supervised / total:.1%}), longest document {manifest['longest_document']:,} tokens")
-    if store.weighted:
-        print(f"  loss weights: {', '.join(format(weight, 'g') for weight in sorted(manifest['weights']))}")
-    for name, counts in manifest["sources"].items():
-        print(f"  {name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens", end=", ")
-        print(f"{counts['supervised_tokens']:,} supervised")
-    turns = manifest["turns"]
-    print(f"  assistant turns: {turns['answered']:,} direct, {turns['thought']:,} with reasoning", end=", ")
-    print(f"{turns['context_only']:,} without loss (a later user message removed their reasoning)")
-    print_packs(facts)
+def _documents(
+    row: Conversation, encoder: ChatTokenizer, template: TemplateCheck, finds: Finds, options: Options
+) -> list[Document]:
+    """The documents of one row: one, several where turns are split, none where nothing in it is to be learned."""
+    finds.read(row)
+    if not row.weight:
+        raise UserError(f"{row.where}: 'weight' is 0, so there is nothing to learn from it; remove the row")
+    messages = row.messages if options.thinking else without_reasoning(row.messages)
+    if options.drop_null_arguments:
+        messages = [_without_null_arguments(message) for message in messages]
+    parts = split_turns(messages) if options.split else [(messages, 0)]
+    try:
+        encoder.check_texts(own_texts(messages, row.tools))
+        template.check(messages, row.tools)
+        rendered = [
+            (render(part, options.thinking, tools=row.tools, no_loss=options.no_loss, trained_from=start), part)
+            for part, start in parts
+        ]
+    except UserError as error:
+        raise UserError(f"{row.where}: {error}") from error
+    documents = [
+        Document(row, segments, sum(message["role"] == "assistant" for message in part))
+        for segments, part in rendered
+        if any(segment.supervised for segment in segments)
+    ]
+    if len(parts) > 1:
+        finds.split_rows += 1
+        finds.split_documents += len(documents)
+    if not documents and any(message["role"] == "assistant" and is_empty(message) for message in messages):
+        finds.drop_empty(row)
+    elif not documents:
+        raise UserError(
+            f"{row.where}: no supervised token, since no assistant message with a weight above 0 follows the "
+            "last user message; add the answer or remove the row"
+        )
+    return documents
 
 
-def print_packs(facts: dict[str, Any]) -> None:
-    """Prints one line on a pack index."""
-    print(f"  packs of {facts['seq_length']:,}: {facts['packs']:,}, {facts['efficiency']:.2%} full", end=", ")
-    print(f"at most {facts['most_documents_in_a_pack']} documents in one", end=", ")
-    print(f"{facts['dropped_documents']:,} documents left out as too long")
+def _without_null_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        call | {"arguments": {name: value for name, value in call["arguments"].items() if value is not None}}
+        for call in message["tool_calls"]
+    ]
+    return message | {"tool_calls": calls}
+
+
+def _order(row: Conversation, column: str) -> float:
+    value = row.fields.get(column)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -1e300 < value < 1e300:
+        raise UserError(f"{row.where}: {column!r} is {str(value)[:40]!r}; --order-by needs a number in every row")
+    return float(value)
 
 
 def add_packing_options(parser: argparse.ArgumentParser) -> None:
@@ -132,24 +207,33 @@ def add_packing_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-docs-per-pack", default=64, type=int, help="most documents in one pack")
     parser.add_argument("--drop-long", action="store_true", help="leave out documents that do not fit a pack")
+    parser.add_argument(
+        "--order-by", metavar="KEY", help="for a curriculum: order documents by this number of their rows, or by length"
+    )
+    parser.add_argument("--blocks", default=4, type=int, help="with --order-by: blocks that are packed by themselves")
 
 
 def packing_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The parsed options as arguments of `build_packs`; raises `UserError` for settings that cannot be."""
-    check_settings(args.seq_length, args.pad_multiple, args.max_docs_per_pack)
+    check_settings(args.seq_length, args.pad_multiple, args.max_docs_per_pack, args.seed)
+    if args.order_by is not None and not re.fullmatch(r"\w{1,40}", args.order_by):
+        raise UserError(f"--order-by {args.order_by!r} must be letters, digits and underscores: it names a folder")
+    if args.order_by and args.blocks < 2:
+        raise UserError(f"--blocks {args.blocks} must be at least 2")
     return {
         "seq_length": args.seq_length,
         "pad_multiple": args.pad_multiple,
         "max_documents": args.max_docs_per_pack,
         "seed": args.seed,
         "drop_long": args.drop_long,
+        "curriculum": Curriculum(args.order_by, args.blocks) if args.order_by else None,
     }
 
 
 def main() -> int:
     """Checks the arguments, writes the store and prints the summary."""
     parser = argparse.ArgumentParser(
-        description="Turn chat JSONL into a token store with a pack index.",
+        description="Turn conversations into a token store with a pack index.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
@@ -168,6 +252,18 @@ def main() -> int:
         action=argparse.BooleanOptionalAction,
         help="train on reasoning_content where there is some; --no-thinking leaves it out everywhere",
     )
+    parser.add_argument(
+        "--split-turns",
+        default="auto",
+        choices=("auto", "off"),
+        help="auto: one document per user message where earlier turns have reasoning; off: these turns have no loss",
+    )
+    for part, what in zip(PARTS, ("the reasoning", "tool calls"), strict=True):
+        name = part.removesuffix("s")
+        parser.add_argument(
+            f"--no-{name}-loss", action="store_true", help=f"{what} are context only: shown, not trained"
+        )
+    parser.add_argument("--drop-null-arguments", action="store_true", help="leave null arguments out of tool calls")
     add_packing_options(parser)
     args = parser.parse_args()
     packing = packing_arguments(args)
@@ -175,7 +271,9 @@ def main() -> int:
         open_rows(source)  # refuses an input that cannot be read before anything is loaded
     tokenizer_file(args.tokenizer)
     check_output(args.out, KIND)
-    store, facts = prepare(args.input, args.tokenizer, args.out, thinking=args.thinking, **packing)
+    no_loss = tuple(part for part, off in zip(PARTS, (args.no_thinking_loss, args.no_tool_loss), strict=True) if off)
+    options = Options(args.thinking, args.split_turns == "auto", no_loss, args.drop_null_arguments, args.order_by)
+    store, facts = prepare(args.input, args.tokenizer, args.out, options=options, **packing)
     print_summary(store, facts)
     return 0
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 
 from data_prep.packing import build_packs
-from data_prep.prepare import add_packing_options, packing_arguments, print_packs
+from data_prep.prepare import add_packing_options, packing_arguments
+from data_prep.summary import print_packs
 from nano3.cli import run
 from nano3.token_store import TokenStore
 

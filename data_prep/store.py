@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError
-from nano3.token_store import FILES, KIND, MANIFEST, VERSION
+from nano3.token_store import DTYPES, FILES, KIND, MANIFEST, ORDER, VERSION
 
 MAX_WEIGHTS = 255
 """Different loss weights that one store can hold: their numbers are bytes."""
@@ -38,31 +38,51 @@ class _HashedFile:
 class StoreWriter:
     """Writes a token store into an existing empty folder, one document at a time and in constant memory.
 
-    Use it inside `nano3.cli.fresh_output(out, KIND)`, so that the store appears whole or not at all.
+    Use it inside `nano3.cli.fresh_output(out, KIND)`, so that the store appears whole or not at all. `order` names the
+    row key whose value every document brings along, for packs in that order.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, order: str | None = None) -> None:
+        self.folder, self.order = folder, order
         self.documents = self.tokens = self.supervised_tokens = self.longest = 0
         self.sources: dict[str, dict[str, int]] = {}
         self._source_numbers: dict[str, int] = {}
+        self._origins: dict[str, int] = {}
         self._max_token = 0
         self._weights: dict[float, int] = {}
-        self._files = {name: _HashedFile(folder / name) for name in FILES}
+        self._files = {name: _HashedFile(folder / name) for name in [*FILES, *([ORDER] if order else [])]}
         self._files["documents.idx"].write(np.int64(0).astype("<i8").tobytes())
 
-    def add(self, tokens: np.ndarray, mask: np.ndarray, source: str) -> None:
-        """Appends a document: `tokens` and `mask` of shape (n,), n >= 2. The first token is never predicted.
+    def add(
+        self,
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        source: str,
+        stages: np.ndarray | None = None,
+        origin: tuple[str, int] = ("", 0),
+        order: float = 0.0,
+    ) -> None:
+        """Appends a document.
 
-        `mask` is what the loss multiplies each token by: 0 or 1, or any weights of at least 0. Raises `UserError` for
-        more than `MAX_WEIGHTS` different ones in the store.
+        Args:
+            tokens: (n,), n >= 2. The first is never predicted.
+            mask: (n,), what the loss multiplies each token by: 0 or 1, or any weights of at least 0.
+            source: whose losses its tokens count among.
+            stages: (n,), 0 to 255; without it all 0.
+            origin: file and row that it was made of.
+            order: its value of the row key that the store keeps.
+
+        Raises:
+            UserError: more than `MAX_WEIGHTS` different weights in the store.
         """
         assert tokens.shape == mask.shape == (len(tokens),), "tokens and mask belong together"
         assert len(tokens) >= 2, "nothing to predict"
         assert mask[0] == 0, "nothing predicts the first token"
+        assert stages is None or stages.shape == tokens.shape, "tokens and stages belong together"
         codes = self._codes(mask)
         self._files["tokens.bin"].write(tokens.astype("<i4").tobytes())
         self._files["loss_mask.bin"].write(codes.tobytes())
+        self._files["stages.bin"].write(bytes(len(tokens)) if stages is None else stages.astype("u1").tobytes())
         supervised = int(np.count_nonzero(codes))
         self.documents += 1
         self.tokens += len(tokens)
@@ -73,6 +93,10 @@ class StoreWriter:
         counts = self.sources.setdefault(source, {"documents": 0, "tokens": 0, "supervised_tokens": 0})
         number = self._source_numbers.setdefault(source, len(self._source_numbers))
         self._files["sources.bin"].write(np.int32(number).astype("<i4").tobytes())
+        file = self._origins.setdefault(origin[0], len(self._origins))
+        self._files["origins.bin"].write(np.array([file, origin[1]], "<i4").tobytes())
+        if self.order:
+            self._files[ORDER].write(np.float64(order).astype("<f8").tobytes())
         for key, value in (("documents", 1), ("tokens", len(tokens)), ("supervised_tokens", supervised)):
             counts[key] += value
 
@@ -100,8 +124,10 @@ class StoreWriter:
             "max_token_id": self._max_token,
             "sources": self.sources,
             "weights": list(self._weights) or [1.0],
+            "origins": list(self._origins),
+            "order": self.order,
             "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
-            "files": {name: {"dtype": FILES[name], **file.close()} for name, file in self._files.items()},
+            "files": {name: {"dtype": DTYPES[name], **file.close()} for name, file in self._files.items()},
             **facts,
         }
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -1,23 +1,26 @@
-"""From rendered conversations to token ids and loss mask, by a `tokenizer.json` and nothing else.
+"""From rendered conversations to token ids, loss mask and stages, by a `tokenizer.json` and nothing else.
 
 Text is rendered first and encoded in batches, about twice as fast as applying a chat template row by row. Segments are
 encoded one by one, because at inference too the prompt is encoded alone and the model's words follow it. That this
 equals encoding the whole text is checked, not assumed: `ChatTokenizer` probes the tokenizer when it loads one, and
-every document whose boundary has no control token beside it when it encodes.
+every document whose boundary has no control token beside it when it encodes. The spans of a segment do not cut it:
+they fall on tokens of the whole segment, or are refused.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from data_prep.chat import SPECIAL_IDS, Segment, render, text_of
+from data_prep.chat import Segment, Span, render, text_of
 from nano3.cli import UserError
+from nano3.conversations import CONTROL_TOKENS
 from nano3.token_store import tokenizer_file, tokenizer_sha256
 
 _HEAD = 32
@@ -25,13 +28,15 @@ _HEAD = 32
 
 
 class Encoded(NamedTuple):
-    """One document: `tokens` (n,) int32 and `mask` (n,) float32, each token's weight in the loss.
+    """One document: `tokens` (n,) int32, `mask` (n,) float32, each token's weight in the loss, and `stages` (n,) uint8.
 
-    A weight is 0 where the model did not write the token, and 1 where it did unless the message has another `weight`.
+    A weight is 0 where the model did not write the token, and 1 where it did unless the message or a span of it has
+    another `weight`. A stage is 0 outside the spans that have one.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
+    stages: np.ndarray
 
 
 class ChatTokenizer:
@@ -52,6 +57,9 @@ class ChatTokenizer:
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.post_processor = None  # it may shorten the places of tokens by the blanks in them
+        added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        self._reserved = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
         self._check_control_tokens()
         self._check_boundaries()
 
@@ -60,23 +68,49 @@ class ChatTokenizer:
         """One more than the largest id that the tokenizer can give."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, documents: Sequence[Sequence[Segment]]) -> list[Encoded]:
-        """Token ids and mask of each document, in order; one batch call for all segments of all documents.
+    def check_texts(self, texts: Iterable[str]) -> None:
+        """Refuses a text of a conversation's own in which this tokenizer reads a token of its added ones."""
+        for text in texts:
+            found = self._reserved.search(text)
+            if found:
+                raise UserError(
+                    f"{text[max(0, found.start() - 20) : found.end() + 20]!r} contains {found.group()}, "
+                    "which this tokenizer reads as a token of its own kind; remove it or write it differently"
+                )
 
-        Raises `UserError` where encoding by segments differs from encoding the whole text.
+    def encode(self, documents: Sequence[Sequence[Segment]], places: Sequence[str] | None = None) -> list[Encoded]:
+        """Token ids, mask and stages of each document, in order; one batch call for all segments of all documents.
+
+        `places` says where each document comes from, for errors. Raises `UserError` where encoding by segments differs
+        from encoding the whole text, and for a span that begins or ends inside a token.
         """
-        for segments in documents:
-            self._check_open_boundaries(segments)
         ids = iter(self._ids(segment.text for segments in documents for segment in segments))
         encoded = []
-        for segments in documents:
-            parts = [(next(ids), segment.weight) for segment in segments]
-            tokens = np.array([token for part, _ in parts for token in part], dtype=np.int32)
-            mask = np.repeat(
-                np.array([weight for _, weight in parts], dtype=np.float32), [len(part) for part, _ in parts]
-            )
-            encoded.append(Encoded(tokens, mask))
+        for number, segments in enumerate(documents):
+            try:
+                self._check_open_boundaries(segments)
+                parts = [(next(ids), segment) for segment in segments]
+                encoded.append(self._document(parts))
+            except UserError as error:
+                raise UserError(f"{places[number]}: {error}" if places else str(error)) from error
         return encoded
+
+    def _document(self, parts: Sequence[tuple[list[int], Segment]]) -> Encoded:
+        lengths = [len(part) for part, _ in parts]
+        tokens = np.array([token for part, _ in parts for token in part], dtype=np.int32)
+        mask = np.repeat(np.array([segment.weight for _, segment in parts], dtype=np.float32), lengths)
+        stages = np.zeros(len(tokens), dtype=np.uint8)
+        start = 0
+        for length, (_, segment) in zip(lengths, parts, strict=True):
+            if segment.spans:
+                encoding = self._tokenizer.encode(segment.text, add_special_tokens=False)
+                for span in segment.spans:
+                    first, last = (start + place for place in _tokens_of(span, segment.text, encoding))
+                    mask[first:last] *= np.float32(span.weight)
+                    if span.stage:
+                        stages[first:last] = span.stage
+            start += length
+        return Encoded(tokens, mask, stages)
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -84,7 +118,7 @@ class ChatTokenizer:
     def _check_control_tokens(self) -> None:
         wrong = [
             f"{mark} is {self._tokenizer.token_to_id(mark)}, not {number}"
-            for mark, number in SPECIAL_IDS.items()
+            for mark, number in CONTROL_TOKENS.items()
             if self._tokenizer.token_to_id(mark) != number or self._ids([f"x{mark}x"])[0].count(number) != 1
         ]
         if wrong:
@@ -123,3 +157,20 @@ class ChatTokenizer:
                         f"{self.path} joins the newline after <think> with the start of a reasoning ({head!r}), "
                         "so the loss mask would be wrong; strip white space from 'reasoning_content'"
                     )
+
+
+def _tokens_of(span: Span, text: str, encoding: Encoding) -> tuple[int, int]:
+    """First token of a span and the first behind it. Raises `UserError` when one of its ends is inside a token."""
+    places = []
+    for name, place in (("begins", span.start), ("ends", span.end)):
+        cut = next(((start, end) for start, end in encoding.offsets if start < place < end), None)
+        if cut:
+            start, end = cut
+            raise UserError(
+                f"the span {text[span.start : span.end][:60]!r} {name} inside the token {text[start:end]!r} of this "
+                f"tokenizer; let it {name.removesuffix('s')} before or behind that"
+            )
+        places.append(
+            next((number for number, (start, _) in enumerate(encoding.offsets) if start >= place), len(encoding))
+        )
+    return places[0], places[1]

@@ -56,7 +56,8 @@ def evaluate_model(
     start = time.monotonic()
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     tokenizer = load_tokenizer(str(folder))
-    prompts = encode_prompts(tokenizer, [question.messages for question in questions], thinking)
+    asked, tools = [question.messages for question in questions], [question.tools for question in questions]
+    prompts = encode_prompts(tokenizer, asked, thinking, tools)
     model = load_reference(folder, dtype).to(device)
     if prepare is not None:
         prepare(model)

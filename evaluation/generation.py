@@ -41,11 +41,27 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def encode_prompts(
-    tokenizer: Any, conversations: Sequence[Sequence[dict[str, Any]]], thinking: bool = False
+    tokenizer: Any,
+    conversations: Sequence[Sequence[dict[str, Any]]],
+    thinking: bool = False,
+    tools: Sequence[Sequence[dict[str, Any]]] | None = None,
 ) -> list[list[int]]:
-    """Token ids of each conversation up to where the model's turn begins, by the tokenizer's own chat template."""
+    """Token ids of each conversation up to where the model's turn begins, by the tokenizer's own chat template.
+
+    `tools` are the definitions that each conversation has. Raises `UserError` where the template refuses one.
+    """
+    from jinja2 import TemplateError
+
     settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
-    texts = [tokenizer.apply_chat_template(list(messages), **settings) for messages in conversations]
+    texts = []
+    for number, messages in enumerate(conversations):
+        defined = list(tools[number]) if tools else []
+        try:
+            texts.append(tokenizer.apply_chat_template(list(messages), tools=defined or None, **settings))
+        except (TemplateError, TypeError) as error:
+            raise UserError(
+                f"the model's chat template refuses question {number + 1} ({error}); remove it, or change the template"
+            ) from error
     # The template has written every special token that belongs there.
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nano3.cli import UserError
-from nano3.rows import open_rows
+from nano3.conversations import Conversation, Conversations
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Question:
     source: str
     messages: tuple[dict[str, Any], ...]
     answer: str
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def text(self) -> str:
@@ -37,31 +38,19 @@ def load_questions(path: Path | str, limit: int | None = None) -> list[Question]
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit is {limit}; it must be at least 1")
-    rows = open_rows(path)
     questions: dict[str, Question] = {}
-    for fields, where in rows:
-        question = _question(fields, where, rows.name)
+    for row in Conversations(path):
+        question = _question(row)
         if question.id in questions:
-            raise UserError(f"{where}: id {question.id} comes twice; ids pair the answers of two models")
+            raise UserError(f"{row.where}: id {question.id} comes twice; ids pair the answers of two models")
         questions[question.id] = question
         if len(questions) == limit:
             break
     return list(questions.values())
 
 
-def _question(row: dict[str, Any], where: str, source: str) -> Question:
-    """One row; `where` (file:number) and `source` stand in for what it does not say."""
-    if "messages" not in row:
-        raise UserError(f"{where}: a row must be a JSON object with 'messages'")
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise UserError(f"{where}: messages must be a list of objects with role and content")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[-2]["role"] == "assistant":
-        raise UserError(f"{where}: the last message must be the assistant's answer to the one before it")
-    return Question(
-        str(row.get("id", where)), str(row.get("source", source)), tuple(messages[:-1]), messages[-1]["content"]
-    )
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+def _question(row: Conversation) -> Question:
+    *asked, answer = row.messages
+    if not asked or answer["role"] != "assistant" or asked[-1]["role"] == "assistant":
+        raise UserError(f"{row.where}: the last message must be the assistant's answer to the one before it")
+    return Question(row.id, row.source, tuple(asked), answer["content"], tuple(row.tools))

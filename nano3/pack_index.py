@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nano3.cli import UserError
 from nano3.token_store import MANIFEST, TokenStore, file_sha256
@@ -14,20 +14,31 @@ VERSION = 1
 DOCUMENTS, OFFSETS, FACTS = "documents.bin", "packs.idx", "packs.json"
 
 
-def index_name(seq_length: int, pad_multiple: int) -> str:
+class Curriculum(NamedTuple):
+    """Documents in ascending order of a row key (or of `length`), cut into so many blocks, each packed by itself."""
+
+    order: str
+    blocks: int
+
+
+def index_name(seq_length: int, pad_multiple: int, curriculum: Curriculum | None = None) -> str:
     """Name of the pack index's folder in its store."""
-    return f"packs-{seq_length}" if pad_multiple == 1 else f"packs-{seq_length}-pad{pad_multiple}"
+    padding = "" if pad_multiple == 1 else f"-pad{pad_multiple}"
+    return f"packs-{seq_length}{padding}" + (f"-by-{curriculum.order}-{curriculum.blocks}" if curriculum else "")
 
 
-def read_index(store: TokenStore, seq_length: int, pad_multiple: int = 1) -> tuple[Path, dict[str, Any]]:
+def read_index(
+    store: TokenStore, seq_length: int, pad_multiple: int = 1, curriculum: Curriculum | None = None
+) -> tuple[Path, dict[str, Any]]:
     """The index's folder and the facts in its packs.json; reads the manifest and no pack.
 
     Raises:
         UserError: it is missing, truncated, made by other code or for another store; with the command that makes it.
     """
-    index = store.folder / index_name(seq_length, pad_multiple)
+    index = store.folder / index_name(seq_length, pad_multiple, curriculum)
     padding = "" if pad_multiple == 1 else f" --pad-multiple {pad_multiple}"
-    remedy = f"run: python data_prep/repack.py {store.folder} --seq-length {seq_length}{padding}"
+    ordered = f" --order-by {curriculum.order} --blocks {curriculum.blocks}" if curriculum else ""
+    remedy = f"run: python data_prep/repack.py {store.folder} --seq-length {seq_length}{padding}{ordered}"
     path = index / FACTS
     if not path.is_file():
         others = ", ".join(sorted(folder.name for folder in store.folder.glob("packs-*"))) or "none"

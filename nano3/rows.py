@@ -13,14 +13,15 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
+import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from nano3.cli import UserError
+from nano3.cli import UserError, fresh_file
 from nano3.row_formats import Numbered, csv_rows, json_array, json_lines, parquet_rows, unpacked
 
 ENDINGS = {
@@ -105,6 +106,16 @@ def open_rows(source: Path | str) -> Rows:
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; give a file with one conversation or question in a row")
     return _FileRows(path, [path])
+
+
+def write_rows(path: Path | str, rows: Iterable[dict[str, Any]]) -> int:
+    """Writes rows as JSONL, whole or not at all, and returns how many. An existing file is replaced."""
+    count = 0
+    with fresh_file(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
 
 
 def files_of(folder: Path) -> list[Path]:

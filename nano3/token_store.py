@@ -2,14 +2,17 @@
 
     tokens.bin      int32, little-endian, all documents one after the other
     loss_mask.bin   uint8, 0 where the loss does not count the token, else the number of its weight, from 1
-    documents.idx   int64, documents + 1 offsets into the two
+    stages.bin      uint8, the stage of each token, 0 where it has none
+    documents.idx   int64, documents + 1 offsets into the three
     sources.bin     int32, the number of each document's source in the manifest's `sources`
-    manifest.json   format version, tokenizer, counts, sources, weights, and size and SHA-256 of the files above
+    origins.bin     int32, two for each document: the number of its file in the manifest's `origins`, and its row there
+    order.bin       float64, each document's value of the row key that the manifest's `order` names, where it names one
+    manifest.json   format version, tokenizer, template, counts, sources, weights, size and SHA-256 of the files above
     packs-*/        pack indexes (data_prep/packing.py), rebuilt without touching any of these
 
 Nothing in it is a pickle, nothing is executed on load, and reading takes no memory but the pages that are touched.
 int32, because a vocabulary of 131,072 does not fit 16 bits. `weights` of the manifest is `[1.0]` unless the data has
-weights: a store without them has masks of 0 and 1. Version 1 is the same without sources.bin and `weights`.
+weights: a store without them has masks of 0 and 1. Version 2, which is read too, lacks stages, origins and order.
 """
 
 from __future__ import annotations
@@ -26,14 +29,22 @@ from nano3.arch import PRESETS
 from nano3.cli import UserError
 
 KIND = "token-store"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
-FILES = {"tokens.bin": "<i4", "loss_mask.bin": "u1", "documents.idx": "<i8", "sources.bin": "<i4"}
-"""File -> NumPy dtype."""
-_FILES_OF = {1: set(FILES) - {"sources.bin"}, 2: set(FILES)}
+FILES = {
+    "tokens.bin": "<i4",
+    "loss_mask.bin": "u1",
+    "stages.bin": "u1",
+    "documents.idx": "<i8",
+    "sources.bin": "<i4",
+    "origins.bin": "<i4",
+}
+"""File of every store -> NumPy dtype."""
+ORDER = "order.bin"
+"""The one file that not every store has, float64."""
+DTYPES = {**FILES, ORDER: "<f8"}
+_FILES_OF = {2: set(FILES) - {"stages.bin", "origins.bin"}, 3: set(FILES)}
 """Version -> its files; these versions are read."""
-UNKNOWN_SOURCE = "unknown"
-"""The one source of a version 1 store that was made of several: it does not say which document came from which."""
 
 _REBUILD = "prepare the data again with data_prep/prepare.py"
 
@@ -70,8 +81,9 @@ class TokenStore:
         if version not in _FILES_OF:
             readable = " and ".join(map(str, _FILES_OF))
             raise UserError(f"{path} has version {version}, this code reads {readable}; {_REBUILD}")
-        if set(manifest.get("files", ())) != _FILES_OF[version]:
-            raise UserError(f"{path} does not list the files {', '.join(sorted(_FILES_OF[version]))}; {_REBUILD}")
+        expected = _FILES_OF[version] | ({ORDER} if manifest.get("order") else set())
+        if set(manifest.get("files", ())) != expected:
+            raise UserError(f"{path} does not list the files {', '.join(sorted(expected))}; {_REBUILD}")
         return manifest
 
     def __len__(self) -> int:
@@ -104,8 +116,7 @@ class TokenStore:
     @property
     def source_names(self) -> list[str]:
         """The sources by number."""
-        names = list(self.manifest["sources"])
-        return names if "sources.bin" in self.manifest["files"] or len(names) == 1 else [UNKNOWN_SOURCE]
+        return list(self.manifest["sources"])
 
     @cached_property
     def _sources(self) -> np.ndarray:
@@ -113,7 +124,33 @@ class TokenStore:
 
     def source(self, number: int) -> int:
         """The number of a document's source."""
-        return int(self._sources[number]) if "sources.bin" in self.manifest["files"] else 0
+        return int(self._sources[number])
+
+    @cached_property
+    def _origins(self) -> np.ndarray:
+        return self._map("origins.bin").reshape(-1, 2)
+
+    def origin(self, number: int) -> str:
+        """The row that a document was made of, `file:row`; `document N` in a store of version 2, which does not say."""
+        if "origins.bin" not in self.manifest["files"]:
+            return f"document {number}"
+        file, row = self._origins[number].tolist()
+        return f"{self.manifest['origins'][file]}:{row}"
+
+    def order(self, column: str) -> np.ndarray:
+        """Every document's value of a row key, (documents,) float64, mapped; `length` is there in every store.
+
+        Raises:
+            UserError: the store was prepared without it.
+        """
+        if column == "length":
+            return self.lengths().astype(np.float64)
+        if self.manifest.get("order") != column:
+            raise UserError(
+                f"the token store {self.folder} does not keep {column!r} of its rows (it has "
+                f"{self.manifest.get('order') or 'none'}, and length); prepare it again with --order-by {column}"
+            )
+        return self._map(ORDER)
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -129,9 +166,24 @@ class TokenStore:
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
         return self.tokens[start:end], self.weights[self.loss_mask[start:end]]
 
+    def stages(self, number: int) -> np.ndarray:
+        """The stage of each token of a document, (n,) uint8; all 0 in a store of version 2."""
+        start, end = int(self.offsets[number]), int(self.offsets[number + 1])
+        return self._stages[start:end] if "stages.bin" in self.manifest["files"] else np.zeros(end - start, np.uint8)
+
+    @cached_property
+    def _stages(self) -> np.ndarray:
+        return self._map("stages.bin")
+
     def check_tokenizer(self, folder: Path | str) -> None:
-        """Refuses a tokenizer (of the model that is to be trained, say) other than the one that made the store."""
-        if tokenizer_sha256(folder) != self.manifest["tokenizer"]["sha256"]:
+        """Refuses a tokenizer (of the model that is to be trained, say) other than the one that made the store.
+
+        A tokenizer.json that another program wrote again is the same one as long as it means the same.
+        """
+        made_with = self.manifest["tokenizer"]["sha256"]
+        # A store of version 2 says the hash of the file's bytes.
+        found = file_sha256(tokenizer_file(folder)) if self.manifest["version"] == 2 else tokenizer_sha256(folder)
+        if found != made_with:
             raise UserError(
                 f"the token store {self.folder} was made with another tokenizer than the one in {folder}; "
                 f"run data_prep/prepare.py with --tokenizer {folder}"
@@ -144,7 +196,7 @@ class TokenStore:
                 raise UserError(f"{self.folder / name} is damaged: its SHA-256 is not the manifest's; {_REBUILD}")
 
     def _map(self, name: str) -> np.ndarray:
-        return mapped(self.folder / name, FILES[name])
+        return mapped(self.folder / name, DTYPES[name])
 
 
 def mapped(path: Path, dtype: str) -> np.ndarray:
@@ -170,5 +222,23 @@ def tokenizer_file(folder: Path | str) -> Path:
 
 
 def tokenizer_sha256(folder: Path | str) -> str:
-    """Identity of a tokenizer: the hash of the bytes of its `tokenizer.json`."""
-    return hashlib.sha256(tokenizer_file(folder).read_bytes()).hexdigest()
+    """Identity of a tokenizer: the hash of what its `tokenizer.json` says about text becoming tokens.
+
+    The library that reads the file writes it in one form, whoever wrote it before: order of keys, merges as pairs or
+    with a blank, defaults spelled out or not. Padding, truncation, the way back to text and the tokens that it adds
+    round a text have no part in a store.
+
+    Raises:
+        UserError: no such file, or one that is no tokenizer.
+    """
+    from tokenizers import Tokenizer  # here: most of what imports this module reads no tokenizer
+
+    path = tokenizer_file(folder)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path} is not a readable tokenizer ({error}); download or export it again") from error
+    meaning = json.loads(tokenizer.to_str())
+    for key in ("version", "truncation", "padding", "post_processor", "decoder"):
+        meaning.pop(key, None)
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()

@@ -52,10 +52,10 @@ def encode(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> Example:
     """A conversation as input tokens and next-token labels; the last token has no successor and is dropped."""
     tokens: list[int] = []
     labels: list[int] = []
-    for text, supervised in render(messages, thinking=False):
-        ids = tokenizer.encode(text).ids
+    for segment in render(messages, thinking=False):
+        ids = tokenizer.encode(segment.text).ids
         tokens += ids
-        labels += ids if supervised else [IGNORED] * len(ids)
+        labels += ids if segment.supervised else [IGNORED] * len(ids)
     return tokens[:-1], labels[1:]
 
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.conversations import Conversation
 from data_prep.overlap import HeldOut, distinct_new
 from data_prep.sources.reasoning_gym import reasoning_gym_rows
 from nano3.cli import UserError
+from nano3.conversations import Conversation
 
 Shorten = Callable[[str, str], "tuple[str, str] | None"]
 """(question, answer) of reasoning-gym -> ours, or None for an item that the task leaves out."""

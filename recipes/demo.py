@@ -67,9 +67,9 @@ class Stages:
 
 def prepare_data(out: Path, held_out: int, training: int, old_training: int) -> dict[str, int]:
     """Writes held-out and training questions and their packed stores; returns the overlap counts, which are 0."""
-    from data_prep.conversations import write_rows
     from data_prep.overlap import HeldOut, overlap_of_files
-    from data_prep.prepare import prepare
+    from data_prep.prepare import Options, prepare
+    from nano3.rows import write_rows
     from pico.tasks import conversations, rows
 
     pico = resolve_model("pico")
@@ -87,7 +87,7 @@ def prepare_data(out: Path, held_out: int, training: int, old_training: int) -> 
     if overlap.exact or overlap.near:
         raise UserError("training and held-out questions overlap; the score would mean nothing")
     for name, questions in (("train", "train.jsonl"), ("validation", "held_out.jsonl")):
-        prepare([out / questions], pico, out / name, seq_length=1024, thinking=False)
+        prepare([out / questions], pico, out / name, seq_length=1024, options=Options(thinking=False))
     return {"exact": len(overlap.exact), "near": len(overlap.near)}
 
 

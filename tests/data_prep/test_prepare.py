@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.conversations import Conversation, Conversations, write_rows
 from data_prep.generate import fresh_rows, parse_params
 from data_prep.overlap import HeldOut, Overlap, find_overlap, overlap_of_files
-from data_prep.packing import PackedDataset
-from data_prep.prepare import prepare
+from data_prep.packing import PackedDataset, build_packs
+from data_prep.prepare import Options, prepare
 from data_prep.sources.reasoning_gym import reasoning_gym_rows
+from data_prep.summary import print_summary
 from nano3.cli import UserError
+from nano3.conversations import CONTROL_TOKENS, Conversation, Conversations
+from nano3.rows import write_rows
 from nano3.token_store import TokenStore
-from tests.helpers.data_fixtures import row, write_jsonl, write_tokenizer
+from tests.helpers.data_fixtures import ids, row, write_jsonl, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,16 +66,20 @@ def test_prepare_script_end_to_end(tmp_path: Path, tokenizer: Path) -> None:
 
 def test_no_thinking_leaves_reasoning_out(tmp_path: Path, tokenizer: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [row("c", "d", "why")])
-    store, facts = prepare([path], tokenizer, tmp_path / "store", 128, thinking=False)
+    store, facts = prepare([path], tokenizer, tmp_path / "store", 128, Options(thinking=False))
     assert facts["supervised_positions"] == 2
     assert store.manifest["turns"] == {"answered": 1, "thought": 0, "context_only": 0}
 
 
-def test_turns_that_lost_their_reasoning_are_counted(tmp_path: Path, tokenizer: Path) -> None:
+def test_turns_that_lost_their_reasoning_are_counted_or_get_documents(tmp_path: Path, tokenizer: Path) -> None:
     conversation = row("a", "b", "r")["messages"] + row("c", "d", "s")["messages"]
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": conversation}])
-    store, _ = prepare([path], tokenizer, tmp_path / "store", 128)
+    store, _ = prepare([path], tokenizer, tmp_path / "store", 128, Options(split=False))
     assert store.manifest["turns"] == {"answered": 0, "thought": 1, "context_only": 1}
+    store, _ = prepare([path], tokenizer, tmp_path / "store", 128)
+    assert store.manifest["turns"] == {"answered": 0, "thought": 2, "context_only": 1}
+    assert (store.manifest["finds"]["split_rows"], store.manifest["finds"]["split_documents"], len(store)) == (1, 2, 2)
+    assert store.origin(0) == store.origin(1) == "x.jsonl:1"
 
 
 def test_weights_of_rows_and_messages_multiply(tmp_path: Path, tokenizer: Path) -> None:
@@ -106,16 +112,21 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path, tokenizer: Path) -> Non
     [
         (['{"messages": ['], r"bad\.jsonl:2: not valid JSON"),
         (["[1]"], r"bad\.jsonl:2: a row must be an object with named fields"),
-        ([{"text": "x"}], r"bad\.jsonl:2: a row must be"),
+        ([{"text": "x"}], r"bad\.jsonl:2: no 'messages'; the row has 'text'"),
+        ([{"conversations": []}], r"bad\.jsonl:2: .*the form of ShareGPT"),
         ([{"messages": [{"role": "bot", "content": "x"}]}], r"bad\.jsonl:2: messages\[0\]: role 'bot'"),
-        ([row("a", "b") | {"tools": [{}]}], r"bad\.jsonl:2: tool definitions"),
+        ([row("a", "b") | {"tools": [{}]}], r"bad\.jsonl:2: tools\[0\] is no tool definition"),
+        ([row("a", "b") | {"functions": [{}]}], r"bad\.jsonl:2: tools\[0\] is no tool definition"),
+        ([row("a", "b") | {"chat_template_kwargs": {"enable_thinking": False}}], "'chat_template_kwargs' would change"),
+        ([row("a", "b") | {"system": 5}], r"bad\.jsonl:2: 'system' is 5"),
+        ([row("a", "b") | {"loss": False}], r"bad\.jsonl:2: 'loss' would change the prompt or the loss"),
         ([{"messages": [{"role": "user", "content": "x"}]}], r"bad\.jsonl:2: no supervised token"),
         ([row("a", "b") | {"weight": -1}], r"bad\.jsonl:2: this row: 'weight' is -1"),
         ([row("a", "b") | {"weight": 0}], r"bad\.jsonl:2: 'weight' is 0, so there is nothing to learn"),
         ([row("a", "b") | {"weight": "1"}], r"bad\.jsonl:2: this row: 'weight' is '1'"),
         (
             [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": True}]}],
-            r"bad\.jsonl:2: messages\[1\]: 'weight' is True",
+            r"bad\.jsonl:2: messages\[1\]: this assistant message: 'weight' is True",
         ),
         ([row("<|im_start|>", "b")], r"bad\.jsonl:2: messages\[0\].*control token"),
     ],
@@ -147,7 +158,7 @@ def test_script_refuses_bad_arguments_before_it_works(tmp_path: Path, tokenizer:
         ({"--input": empty}, "empty.jsonl is empty"),
         ({"--tokenizer": tmp_path}, "no tokenizer.json in"),
         ({"--out": strange}, "holds files that are not a token-store"),
-        ({"--seq-length": 4}, "1 of 1 documents are longer than --seq-length 4"),
+        ({"--seed": -1}, "--seed -1 must be at least 0"),
         ({"--pad-multiple": 3}, "not a multiple of --pad-multiple 3; the next is 129"),
     ]:
         message = refused("prepare.py", *(part for pair in (common | change).items() for part in pair))
@@ -155,6 +166,82 @@ def test_script_refuses_bad_arguments_before_it_works(tmp_path: Path, tokenizer:
         assert not out.exists()
     assert (strange / "mine.txt").read_text() == "keep me"
     assert list(strange.iterdir()) == [strange / "mine.txt"]
+
+
+def test_a_document_too_long_is_named_and_the_tokens_stay(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [row("a", "b"), row("a", "b" * 100)])
+    with pytest.raises(UserError, match=r"1 of 2 .*\(x\.jsonl:2\): the longest .*repack\.py"):
+        prepare([path], tokenizer, tmp_path / "store", 128)
+    assert len(TokenStore(tmp_path / "store")) == 2
+    assert build_packs(TokenStore(tmp_path / "store"), 256)["documents"] == 2
+
+
+def test_row_keys_system_tools_and_others(tmp_path: Path, tokenizer: Path) -> None:
+    rows = [row("a", "b") | {"system": "Be brief.", "functions": [{"name": "now"}], "uuid": 5, "level": None}]
+    store, _ = prepare([write_jsonl(tmp_path / "x.jsonl", rows)], tokenizer, tmp_path / "store", 2048)
+    text = bytes(token - 16 for token in store.document(0)[0].tolist() if token >= 16).decode()
+    assert text.startswith("system\nBe brief.\n\n# Tools\n\n")
+    assert "<name>now</name>" in text
+    assert store.manifest["finds"]["other_keys"] == {"uuid": 1}
+
+
+def test_empty_answers_are_counted_and_dropped(tmp_path: Path, tokenizer: Path) -> None:
+    twice = row("a", "")["messages"] + row("c", "d")["messages"]
+    rows = [row("a", "b"), row("a", " "), row("a", "", "thought"), {"messages": twice}]
+    store, _ = prepare([write_jsonl(tmp_path / "x.jsonl", rows)], tokenizer, tmp_path / "store", 256)
+    finds = store.manifest["finds"]
+    assert (len(store), finds["empty_turns"], finds["empty_rows"]) == (2, 3, 2)
+    assert [Path(where).name for where in finds["empty_examples"]] == ["x.jsonl:2", "x.jsonl:3"]
+    # "d" and its end: the empty turn before it is context only.
+    assert int((store.document(1)[1] > 0).sum()) == 2
+
+
+def test_arguments_that_are_null_in_every_call_are_warned_of(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = [
+        {"name": "f", "arguments": {"city": "x", "path": None}},
+        {"name": "g", "arguments": {"city": None, "path": "y"}},
+        {"name": "g", "arguments": {"city": "z", "path": "y"}},
+    ]
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": talk}])
+    store, facts = prepare([path], tokenizer, tmp_path / "store", 512)
+    print_summary(store, facts)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 1
+    assert "the argument f.path is null in all 1 of its calls" in warnings[0]
+    dropped, _ = prepare([path], tokenizer, tmp_path / "store", 512, Options(drop_null_arguments=True))
+    assert store.manifest["tokens"] - dropped.manifest["tokens"] == 2 * len("<parameter=path>\nNone\n</parameter>\n")
+
+
+def test_spans_are_exact_on_tokens(tmp_path: Path, tokenizer: Path) -> None:
+    """By hand: the answer "abcd" and its end; "bc" weighs 0.5 * 2 * 3 at stage 7, "d" 0, the rest 2 * 3."""
+    answer = {"role": "assistant", "content": "abcd", "weight": 2}
+    answer["spans"] = [{"text": "bc", "weight": 0.5, "stage": 7}, {"start": 3, "end": 4, "weight": 0}]
+    rows = [{"messages": [{"role": "user", "content": "q"}, answer], "weight": 3}]
+    store, _ = prepare([write_jsonl(tmp_path / "x.jsonl", rows)], tokenizer, tmp_path / "store", 128)
+    tokens, weights = store.document(0)
+    assert tokens[-6:-1].tolist() == [*ids("abcd"), CONTROL_TOKENS["<|im_end|>"]]
+    assert weights[-6:].tolist() == [6, 3, 3, 0, 6, 0]
+    assert store.stages(0)[-6:].tolist() == [0, 7, 7, 0, 0, 0]
+    assert not weights[:-6].any()
+    assert not store.stages(0)[:-6].any()
+
+
+def test_a_span_inside_a_token_is_refused(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "merging", merges=[("b", "c")])
+    answer = {"role": "assistant", "content": "abcd", "spans": [{"text": "ab", "stage": 1}]}
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": [{"role": "user", "content": "q"}, answer]}])
+    with pytest.raises(UserError, match=r"x\.jsonl:1: the span 'ab' ends inside the token 'bc'"):
+        prepare([path], tokenizer, tmp_path / "store", 128)
+
+
+def test_added_tokens_of_a_tokenizer_never_become_real_ones(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "adding", CONTROL_TOKENS | {"<SPECIAL_9>": 9})
+    path = write_jsonl(tmp_path / "x.jsonl", [row("a", "b"), row("say <SPECIAL_9> now", "b")])
+    with pytest.raises(UserError, match=r"x\.jsonl:2: 'say <SPECIAL_9> now' contains <SPECIAL_9>"):
+        prepare([path], folder, tmp_path / "store", 128)
 
 
 def test_a_failed_run_leaves_the_old_store(tmp_path: Path, tokenizer: Path) -> None:

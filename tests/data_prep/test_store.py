@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.chat import SPECIAL_IDS, render
+from data_prep.chat import render
+from data_prep.packing import PackedDataset, build_packs
 from data_prep.store import StoreWriter
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError, fresh_output
-from nano3.token_store import FILES, KIND, TokenStore
+from nano3.conversations import CONTROL_TOKENS
+from nano3.token_store import FILES, KIND, TokenStore, file_sha256
 from tests.helpers.data_fixtures import ids, row, write_tokenizer
 
-START, END, THINK, THOUGHT = (SPECIAL_IDS[mark] for mark in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"))
+START, END, THINK, THOUGHT = (CONTROL_TOKENS[mark] for mark in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_vocabulary_size_is_the_largest_id_plus_one(tokenizer: ChatTokenizer) ->
     [({"<|im_end|>": 9}, r"<\|im_end\|> is 9, not 11"), ({"<think>": None}, "<think> is None, not 12")],
 )
 def test_control_tokens_must_have_the_models_ids(tmp_path: Path, change: dict, reason: str) -> None:
-    special = {mark: number for mark, number in (SPECIAL_IDS | change).items() if number is not None}
+    special = {mark: number for mark, number in (CONTROL_TOKENS | change).items() if number is not None}
     with pytest.raises(UserError, match=reason):
         ChatTokenizer(write_tokenizer(tmp_path, special))
 
@@ -117,12 +119,15 @@ def test_reader_maps_and_never_loads(store: Path) -> None:
     assert copy.document(1)[0].tolist() == [10, 131071]
 
 
-def as_version_1(store: Path) -> None:
-    """Rewrites a store without weights as the first version of this project wrote it."""
+def as_version_2(store: Path, tokenizer: ChatTokenizer) -> None:
+    """Rewrites a store as this project wrote it before stages and origins."""
     manifest = json.loads((store / "manifest.json").read_text())
-    (store / "sources.bin").unlink()
-    del manifest["files"]["sources.bin"], manifest["weights"]
-    (store / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
+    for name in ("stages.bin", "origins.bin"):
+        (store / name).unlink()
+        del manifest["files"][name]
+    del manifest["origins"], manifest["order"]
+    manifest["tokenizer"]["sha256"] = file_sha256(tokenizer.path)
+    (store / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
 
 
 def test_the_source_of_every_document_is_known(store: Path) -> None:
@@ -131,13 +136,46 @@ def test_the_source_of_every_document_is_known(store: Path) -> None:
     assert not opened.weighted
 
 
-def test_a_store_of_version_1_still_opens(store: Path) -> None:
-    as_version_1(store)
+def test_a_store_of_version_2_still_opens(store: Path, tokenizer: ChatTokenizer) -> None:
+    as_version_2(store, tokenizer)
     opened = TokenStore(store)
+    opened.verify()
+    opened.check_tokenizer(tokenizer.path.parent)
     assert opened.document(0)[1].tolist() == [0, 0, 1, 1]
-    assert not opened.weighted
-    # Two sources, and nothing that says which document came from which.
-    assert (opened.source_names, opened.source(1)) == (["unknown"], 0)
+    assert opened.stages(0).tolist() == [0, 0, 0, 0]
+    assert (opened.source_names[opened.source(1)], opened.origin(1)) == ("b", "document 1")
+    assert build_packs(opened, 8)["blocks"] == [1]
+    assert len(PackedDataset(store, 8)) == 1
+
+
+def test_stages_origins_and_order_come_back(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    tokens, mask = np.array([1, 2, 3], np.int32), np.array([0, 1, 1], np.uint8)
+    with fresh_output(tmp_path / "store", KIND) as folder:
+        writer = StoreWriter(folder, order="level")
+        writer.add(tokens, mask, "a", np.array([0, 1, 255], np.uint8), ("x.jsonl", 7), 2.5)
+        writer.add(tokens, mask, "a", origin=("y.jsonl", 1), order=-1)
+        writer.finish(tokenizer)
+    opened = TokenStore(tmp_path / "store")
+    assert [opened.stages(number).tolist() for number in (0, 1)] == [[0, 1, 255], [0, 0, 0]]
+    assert (tmp_path / "store" / "stages.bin").read_bytes() == bytes([0, 1, 255, 0, 0, 0])
+    assert [opened.origin(number) for number in (0, 1)] == ["x.jsonl:7", "y.jsonl:1"]
+    assert opened.order("level").tolist() == [2.5, -1]
+    assert opened.order("length").tolist() == [3, 3]
+    with pytest.raises(UserError, match="does not keep 'grade' of its rows"):
+        opened.order("grade")
+
+
+def test_a_tokenizer_written_again_is_the_same_one(store: Path, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    written = json.loads(tokenizer.path.read_text())
+    written["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "again").mkdir()
+    path = tmp_path / "again" / "tokenizer.json"
+    path.write_text(json.dumps(dict(reversed(written.items())), indent=7, ensure_ascii=True))
+    TokenStore(store).check_tokenizer(path.parent)
+    written["model"]["vocab"]["Z"], written["model"]["vocab"]["Y"] = (written["model"]["vocab"][c] for c in "YZ")
+    path.write_text(json.dumps(written))
+    with pytest.raises(UserError, match="another tokenizer"):
+        TokenStore(store).check_tokenizer(path.parent)
 
 
 def test_weights_are_stored_in_a_byte_each(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
@@ -187,8 +225,10 @@ def test_damaged_bytes_are_found_by_verify(store: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 3}, "has version 3, this code reads 1 and 2"),
-        ({"version": 1}, "list"),
+        ({"version": 4}, "has version 4, this code reads 2 and 3"),
+        ({"version": 1}, "has version 1, this code reads 2 and 3"),
+        ({"version": 2}, "list"),
+        ({"order": "level"}, "does not list the files .*order"),
         ({"format": "x"}, "does not describe"),
         ({"files": {}}, "list"),
     ],

@@ -196,8 +196,8 @@ def test_the_prompt_opens_or_closes_the_reasoning():
     [
         ([], "is empty; give a file"),
         ([rows(1)[0], "{oops"], r"q.jsonl:2: not valid JSON"),
-        ([{"id": 1, "source": "s"}], r"q.jsonl:1: a row must be a JSON object with 'messages'"),
-        ([{"id": 1, "source": "s", "messages": "x"}], r":1: messages must be a list"),
+        ([{"id": 1, "source": "s"}], r"q.jsonl:1: no 'messages'; the row has 'id', 'source'"),
+        ([{"id": 1, "source": "s", "messages": "x"}], r":1: 'messages' must be a list"),
         ([{"id": 1, "source": "s", "messages": [{"role": "user", "content": "x"}]}], r":1: the last message must"),
         ([rows(1)[0], "", rows(1)[0]], r":3: id q0 comes twice"),
         (["[1]"], r":1: a row must be an object"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from data_prep.chat import SPECIAL_IDS
+from nano3.conversations import CONTROL_TOKENS
 
 FIRST_BYTE = 16
 """Id of byte 0: byte b has id 16 + b, so that tests can compute tokens by hand."""
@@ -19,7 +19,7 @@ def _byte_characters() -> list[str]:
 
 
 def write_tokenizer(
-    folder: Path, special_ids: dict[str, int] = SPECIAL_IDS, merges: list[tuple[str, str]] | None = None
+    folder: Path, special_ids: dict[str, int] = CONTROL_TOKENS, merges: list[tuple[str, str]] | None = None
 ) -> Path:
     """Writes `tokenizer.json` into `folder`; `merges` are pairs of byte-level characters that become one token."""
     vocab = {f"<reserved{number}>": number for number in range(FIRST_BYTE)}

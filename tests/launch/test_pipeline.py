@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.conversations import write_rows
 from launch import pipeline
 from launch.chain.records import Records
 from launch.chain.stages import NAMES, Chain, Stage
@@ -19,6 +18,7 @@ from launch.slurm.cluster import Cluster
 from nano3.arch import resolve_model
 from nano3.cli import UserError
 from nano3.lock import alone
+from nano3.rows import write_rows
 from pico.tasks import DEMO, rows
 from tests.launch.test_slurm import fake_slurm
 

@@ -11,11 +11,12 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronHConfig
 
-from data_prep.chat import SPECIAL_IDS, render, text_of
+from data_prep.chat import render, text_of
 from data_prep.overlap import HeldOut
 from evaluation.hf_model import load_reference
 from nano3.arch import PRESETS, Arch
 from nano3.cli import UserError
+from nano3.conversations import CONTROL_TOKENS
 from pico import pretrain
 from pico import tasks as pico_tasks
 from pico.model import (
@@ -42,7 +43,7 @@ def test_tokenizer_gives_any_text_back(text):
 
 def test_tokenizer_has_the_real_ids_and_splits_numbers_into_digits():
     tokenizer = build_tokenizer()
-    assert {token: tokenizer.token_to_id(token) for token in SPECIAL_IDS} == SPECIAL_IDS
+    assert {token: tokenizer.token_to_id(token) for token in CONTROL_TOKENS} == CONTROL_TOKENS
     assert tokenizer.encode("<think></think>").ids == [12, 13]
     assert tokenizer.encode(" order 14").tokens == ["Ġorder", "Ġ", "1", "4"]
     assert tokenizer.encode(" ordering").tokens == list("Ġordering"), "a word that is not listed falls into bytes"
@@ -83,7 +84,7 @@ def test_labels_are_the_answer_and_its_end_of_turn():
     answer = [tokenizer.token_to_id(token) for token in ("7", "1", "<|im_end|>")]
     assert [label for label in labels if label != pretrain.IGNORED] == answer
     first = labels.index(answer[0])
-    assert tokens[first] == SPECIAL_IDS["</think>"], "the prompt's last token predicts the answer's first"
+    assert tokens[first] == CONTROL_TOKENS["</think>"], "the prompt's last token predicts the answer's first"
     assert tokens[first + 1 : first + 3] == answer[:2]
 
 

@@ -1,0 +1,115 @@
+"""What a preparation met on its way, for the manifest of the store and for the lines at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_prep.chat import Segment, is_empty
+from nano3.conversations import Conversation
+from nano3.token_store import TokenStore
+
+SHOWN = 3
+"""Rows that a line of the summary names."""
+
+
+@dataclass
+class Turns:
+    """Assistant turns by what the loss makes of them, in the documents of the store."""
+
+    answered: int = 0
+    thought: int = 0
+    context_only: int = 0
+
+    def count(self, turns: int, segments: Sequence[Segment]) -> None:
+        """Adds the assistant's turns of a rendered document, of which there are `turns`."""
+        before = ["", *(segment.text for segment in segments)]
+        pairs = zip(before, segments, strict=False)
+        supervised = [prompt for prompt, segment in pairs if segment.supervised]
+        thought = sum(prompt.endswith("<think>\n") for prompt in supervised)
+        self.thought += thought
+        self.answered += len(supervised) - thought
+        self.context_only += turns - len(supervised)
+
+
+@dataclass
+class Finds:
+    """What was met on the way and is worth a line in the end; all of it goes into the manifest."""
+
+    split_rows: int = 0
+    split_documents: int = 0
+    empty_turns: int = 0
+    empty_rows: int = 0
+    empty_examples: list[str] = field(default_factory=list)
+    other_keys: Counter[str] = field(default_factory=Counter)
+    nulls: dict[str, list[int]] = field(default_factory=dict)
+    """`function.argument` -> [calls in which it is null, calls in which it is not]."""
+
+    def read(self, row: Conversation) -> None:
+        """Takes note of a row's unused keys, empty turns and null arguments."""
+        self.other_keys.update(list(row.fields))
+        for message in row.messages:
+            self.empty_turns += message["role"] == "assistant" and is_empty(message)
+            for call in message.get("tool_calls", ()):
+                for name, value in call["arguments"].items():
+                    self.nulls.setdefault(f"{call['name']}.{name}", [0, 0])[value is not None] += 1
+
+    def drop_empty(self, row: Conversation) -> None:
+        """Counts a row that has nothing to learn because its answers are empty."""
+        self.empty_rows += 1
+        if len(self.empty_examples) < SHOWN:
+            self.empty_examples.append(row.where)
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        return vars(self) | {"nulls": self.all_null()}
+
+    def all_null(self) -> dict[str, int]:
+        """Arguments that are null in all of their calls, and how many these are: Arrow makes them of several tools."""
+        return {name: null for name, (null, given) in sorted(self.nulls.items()) if null and not given}
+
+
+def print_summary(store: TokenStore, facts: dict[str, Any]) -> None:
+    """Prints what is in the store and how full the packs are; warnings go to stderr."""
+    manifest = store.manifest
+    total, supervised = manifest["tokens"], manifest["supervised_tokens"]
+    print(f"{store.folder}: {len(store):,} documents, {total:,} tokens, {supervised:,} supervised", end=" ")
+    print(f"({supervised / total:.1%}), longest document {manifest['longest_document']:,} tokens")
+    if store.weighted:
+        print(f"  loss weights: {', '.join(format(weight, 'g') for weight in sorted(manifest['weights']))}")
+    for name, counts in manifest["sources"].items():
+        print(f"  {name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens", end=", ")
+        print(f"{counts['supervised_tokens']:,} supervised")
+    turns = manifest["turns"]
+    print(f"  assistant turns: {turns['answered']:,} direct, {turns['thought']:,} with reasoning", end=", ")
+    print(f"{turns['context_only']:,} without loss (context only)")
+    _print_finds(manifest["finds"])
+    print_packs(facts)
+
+
+def _print_finds(finds: dict[str, Any]) -> None:
+    if finds["split_rows"]:
+        print(f"  {finds['split_rows']:,} rows became {finds['split_documents']:,} documents", end=", ")
+        print("one for each user message, since earlier turns have reasoning (off: --split-turns off)")
+    if finds["empty_turns"]:
+        print(f"  empty answers: {finds['empty_turns']:,} turns without loss", end=", ")
+        print(f"{finds['empty_rows']:,} rows dropped {' '.join(finds['empty_examples'])}".rstrip())
+    if finds["other_keys"]:
+        print("  row keys that the prompt and the loss do not use: ", end="")
+        print(", ".join(f"{key} ({count:,})" for key, count in sorted(finds["other_keys"].items())))
+    for name, calls in finds["nulls"].items():
+        print(
+            f"warning: the argument {name} is null in all {calls:,} of its calls; Arrow writes such nulls when tools "
+            "share a column. The model is taught to write None there; --drop-null-arguments leaves it out",
+            file=sys.stderr,
+        )
+
+
+def print_packs(facts: dict[str, Any]) -> None:
+    """Prints one line on a pack index."""
+    print(f"  packs of {facts['seq_length']:,}: {facts['packs']:,}, {facts['efficiency']:.2%} full", end=", ")
+    print(f"at most {facts['most_documents_in_a_pack']} documents in one", end=", ")
+    print(f"{facts['dropped_documents']:,} documents left out as too long")
