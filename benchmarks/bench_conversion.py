@@ -30,7 +30,7 @@ from results import ROOT, conditions, save
 
 from nano3.arch import resolve_model
 from nano3.cli import UserError, run
-from nano3.token_store import file_sha256
+from nano3.file_digests import file_sha256
 
 BOUNDS = {"HF -> NeMo": 0.5, "NeMo -> HF": 0.5, "merge, attention only": 0.5, "merge, all targets": 0.2, "FP8": 0.15}
 """Least ratio to `cp`. A merge of attention adapters copies nearly everything, one of all targets changes it."""

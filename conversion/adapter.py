@@ -2,11 +2,13 @@
 
     python conversion/adapter.py export ADAPTER OUT --for peft
     python conversion/adapter.py import PEFT_FOLDER OUT --base BASE_HF
+    python conversion/adapter.py accept ADAPTER
 
 `export` writes adapter_config.json and adapter_model.safetensors for one reader: `peft` (PEFT on transformers 5, whose
 routed experts are stacked), `peft-legacy` (the model's own code for transformers 4: names `backbone.*`, one module for
 each expert) or `vllm`. What the reader cannot represent is an error. `import` writes an adapter folder of ours from any
-of them; it merges, and training goes on from it with lora.init_from=OUT.
+of them; it merges, and training goes on from it with lora.init_from=OUT. `accept` records what an adapter folder holds
+now, after you changed it on purpose: one that is not what was written is refused by every other command.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ from conversion.checkpoint.safetensors_writer import SafetensorsWriter
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.identity import refuse_other_base
 from nano3.arch import Arch, resolve_model
-from nano3.checkpoints.checkpoint_folder import record_files
 from nano3.cli import UserError, check_output, fresh_output, run
+from nano3.sealed_folder import MARKER, seal, sealed
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +106,6 @@ def import_peft(folder: Path, base: Path, out: Path) -> Adapter:
     with fresh_output(out, KIND) as target:
         _write_weights(target / WEIGHTS, tensors)
         (target / "lora.json").write_text(json.dumps(facts, indent=1) + "\n")
-        record_files(target)
     return adapter
 
 
@@ -120,8 +121,24 @@ def _write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     (folder / "metadata.json").write_text(json.dumps(BACKENDS))
 
 
+def accept(folder: Path) -> list[str]:
+    """Seals an adapter folder as it is now; returns the files that are other than they were, came, or went.
+
+    Raises:
+        UserError: it is no adapter.
+    """
+    read_lora_json(folder, as_is=True)
+    try:
+        before = sealed(folder) or {}
+    except UserError:  # damaged, or from a version that had no hashes
+        before = {}
+    seal(folder)
+    after = sealed(folder) or {}
+    return [name for name in sorted({*after, *before} - {MARKER}) if before.get(name) != after.get(name)]
+
+
 def parser() -> argparse.ArgumentParser:
-    """The two commands."""
+    """The three commands."""
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parse = argparse.ArgumentParser(description=__doc__, **style)
     commands = parse.add_subparsers(dest="command", required=True)
@@ -135,12 +152,17 @@ def parser() -> argparse.ArgumentParser:
     back.add_argument(
         "--base", required=True, metavar="BASE_HF", help="Hugging Face folder (or preset) of the base that it adapts"
     )
+    again = commands.add_parser("accept", help="record what an adapter holds after you changed it on purpose", **style)
+    again.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter folder of ours")
     return parse
 
 
 def main() -> int:
     args = parser().parse_args()
-    if args.command == "export":
+    if args.command == "accept":
+        changed = accept(args.adapter)
+        print(f"{args.adapter}: accepted; {'changed: ' + ', '.join(changed) if changed else 'nothing had changed'}")
+    elif args.command == "export":
         require_adapter(args.adapter)
         size = export(args.adapter, args.out, args.consumer)
         print(f"{args.out}: adapter for {args.consumer}, {size / 1e6:.1f} MB")

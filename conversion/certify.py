@@ -1,6 +1,6 @@
 """Verifies a model that somebody hands over: recomputes its certificate, line by line, back to the base.
 
-    python conversion/certify.py verify DIR [--against BASE]
+    python conversion/certify.py verify DIR [--against BASE] [--adapter ADAPTER]
     python conversion/certify.py card DIR
 
 DIR is a Hugging Face folder or a NeMo checkpoint. Every tensor of it is hashed and compared with certificate.json:
@@ -8,7 +8,8 @@ nothing altered since, nothing swapped or missing, every expert there, config.js
 step of the chain (a merge, then a quantization) begins with what the one before ended with, changed what it may, and
 left the routers alone. --against also hashes BASE, the model before the last step or before any earlier one, so that
 "identical" is known and not believed; from the last step's input the norms of the changes and errors are recomputed.
-`card` prints the model card. Exit code 1 for a difference.
+--adapter hashes the adapter that a merge names. What no model can show, such as how long the adapter trained, is listed
+as claimed. `card` prints the model card. Exit code 1 for a difference.
 """
 
 from __future__ import annotations
@@ -19,28 +20,42 @@ from pathlib import Path
 from typing import Any
 
 from conversion.certificates.certificate import side_digests
-from conversion.certificates.certificate_json import chain, read_certificate, said
+from conversion.certificates.certificate_json import (
+    PROOF,
+    chain,
+    changed_since,
+    parse_certificate,
+    read_certificate,
+    said,
+    sealed,
+)
 from conversion.certificates.consistency import contradictions
 from conversion.certificates.model_card import model_card, read_readme
 from conversion.certificates.recompute import wrong_numbers, wrong_scales
 from conversion.checkpoint.hf_folder import FOREIGN_WEIGHTS
 from conversion.checkpoint.nemo_folder import NemoFolder, named_model, open_model
-from conversion.checkpoint.output_folder import side_folder
+from conversion.checkpoint.output_folder import CERTIFICATE, side_folder
 from conversion.checkpoint.tensor_digests import Facts, facts_of
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.cli import UserError, run
+from nano3.sealed_folder import check_seal
 
 
-def verify(folder: Path, base: Path | None = None) -> list[str]:
-    """Every difference between DIR, its certificate and BASE. Raises `UserError` when there is no certificate."""
-    certificate = read_certificate(folder)
+def verify(folder: Path, base: Path | None = None, adapter: Path | None = None) -> list[str]:
+    """Every difference between DIR, its certificate, BASE and ADAPTER. Raises `UserError` when there is no
+    certificate."""
+    certificate = parse_certificate(folder)
     side = side_folder(folder)
     problems = _other_files(folder, certificate)
+    if changed_since(folder, certificate) and certificate == sealed(certificate):
+        problems.append(f"{folder}: {CERTIFICATE} is not in the form in which it was written")
     try:
         config = json.loads((side / "config.json").read_text())
         config.pop("quantization_config", None)
-        problems += contradictions(certificate, Arch.from_config(config, str(side)))
-        with open_model(folder, quantized=True) as model:
+        arch = Arch.from_config(config, str(side))
+        problems += contradictions(certificate, arch)
+        problems += _other_adapter(certificate, adapter, arch) if adapter is not None else []
+        with open_model(folder, quantized=True, as_is=True) as model:
             found = facts_of(model)
             problems += differences(found, said(certificate, "output"), f"{folder}")
             if isinstance(model, NemoFolder):
@@ -49,12 +64,40 @@ def verify(folder: Path, base: Path | None = None) -> list[str]:
                 problems += wrong_scales(model, certificate)
     except (UserError, OSError, ValueError) as error:
         return [*problems, str(error)]
+    if not problems:
+        problems = _broken_seal(folder)
     return problems if base is None else [*problems, *_against(certificate, folder, base, bool(problems))]
+
+
+def _broken_seal(folder: Path) -> list[str]:
+    """What the seal finds where the certificate found nothing: `context/` of a NeMo checkpoint, the seal itself."""
+    try:
+        check_seal(folder)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _other_adapter(certificate: dict[str, Any], folder: Path, arch: Arch) -> list[str]:
+    """How the adapter in `folder` differs from the one that the last merge names."""
+    from conversion.adapters.adapter_folder import Adapter
+
+    merges = [link for link in chain(certificate) if link["kind"] == "merge"]
+    if not merges:
+        return [f"the certificate names no merge, so {folder} has no part in it"]
+    told, found = merges[0].get("adapter"), Adapter(folder, arch).certified()
+    if not isinstance(told, dict):
+        return ["the certificate names no adapter"]
+    return [
+        f"{folder}: {name} is {value}, and the certificate says {told.get(name)}"
+        for name, value in found.items()
+        if told.get(name) != value
+    ]
 
 
 def _against(certificate: dict[str, Any], folder: Path, base: Path, altered: bool) -> list[str]:
     """How BASE differs from the input of the step that it is closest to; and whether that step's numbers are true."""
-    with open_model(base, quantized=True) as model:
+    with open_model(base, quantized=True, as_is=True) as model:
         found = facts_of(model)
         links = list(chain(certificate))
         best = min(links, key=lambda link: len(_unequal(found, said(link, "input"))))
@@ -63,7 +106,7 @@ def _against(certificate: dict[str, Any], folder: Path, base: Path, altered: boo
             return [f"{base} is not the model that the certificate names as input of the {best['kind']}", *problems]
         problems = _other_settings(folder, base)
         if best is certificate and not altered:
-            with open_model(folder, quantized=True) as made:
+            with open_model(folder, quantized=True, as_is=True) as made:
                 problems += wrong_numbers(made, model, certificate)
     return problems
 
@@ -129,13 +172,14 @@ def main() -> int:
     parser.add_argument("command", choices=("verify", "card"), help="what to do")
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder with certificate.json")
     parser.add_argument("--against", metavar="BASE", help="model folder (or preset) that it was made from")
+    parser.add_argument("--adapter", metavar="ADAPTER", type=Path, help="adapter folder that was merged")
     args = parser.parse_args()
-    certificate = read_certificate(args.folder)
     if args.command == "card":
-        print(model_card(certificate, read_readme(args.folder)), end="")
+        print(model_card(read_certificate(args.folder), read_readme(args.folder)), end="")
         return 0
     base = named_model(args.against) if args.against else None
-    problems = verify(args.folder, base)
+    certificate = parse_certificate(args.folder)
+    problems = verify(args.folder, base, args.adapter)
     for problem in problems:
         print(problem)
     if problems:
@@ -144,7 +188,28 @@ def main() -> int:
     steps = " -> ".join(link["kind"] for link in reversed(list(chain(certificate))))
     checked = f"tensors and {args.against}" if base else "tensors (nothing to compare with: --against BASE)"
     print(f"{args.folder}: {checked} are what the certificate says ({steps}): {certificate['totals']}")
+    print(_what_is_known(certificate, base is not None, args.adapter is not None))
     return 0
+
+
+def _what_is_known(certificate: dict[str, Any], base: bool, adapter: bool) -> str:
+    """Which parts of the certificate were recomputed now, which can be, and which are its writer's word."""
+    known = {"folder": True, "input": base, "adapter": adapter, "claimed": False}
+    found = [part for source, parts in PROOF.items() if known[source] for part in parts]
+    lines = [f"recomputed: {', '.join(part for part in found if _says(certificate, part))}"]
+    for source, flag in (("input", "--against BASE"), ("adapter", "--adapter ADAPTER")):
+        left = [part for part in PROOF[source] if _says(certificate, part) and not known[source]]
+        lines += [f"not recomputed, give {flag}: {', '.join(left)}"] if left else []
+    claimed = [part for part in PROOF["claimed"] if _says(certificate, part)]
+    return "\n".join([*lines, f"claimed by its writer, and not to be recomputed: {', '.join(claimed)}"])
+
+
+def _says(certificate: dict[str, Any], part: str) -> bool:
+    """Whether a certificate has a part, such as `base.name`; or some tensor of it has, such as `tensors.input`."""
+    name, _, inner = part.partition(".")
+    if name == "tensors" and inner:
+        return any(inner in line for line in certificate["tensors"].values())
+    return bool(certificate.get(name)) and (not inner or inner in certificate[name])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from conversion.checkpoint.pieces import STEP_BYTES, row_steps
 from conversion.checkpoint.safetensors_layout import FP8, FileLayout
 from conversion.checkpoint.safetensors_writer import Passage, rewrite
 from conversion.fp8.selection import scale_problem
-from conversion.identity import source_files
+from conversion.identity import source_stamps, weight_files
 from nano3.cli import UserError, check_output, run
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def dequantize(source: Path, out: Path, activations: bool = True) -> int:
         scales = activation_scales(hf) if activations else None
         dtypes = {name: "BF16" if name in coded else dtype for name, dtype in hf.dtypes.items()}
         layout = FileLayout.make({name: (dtypes[name], spec.shape) for name, spec in hf.arch.tensors().items()})
-        job: dict[str, Any] = {"tool": "dequantize", "source": str(source.resolve()), "files": source_files(hf)}
-        job["activations"] = activations
+        job: dict[str, Any] = {"tool": "dequantize", "source": str(source.resolve()), "activations": activations}
+        job["files"] = source_stamps(weight_files(hf))
         with work_folder(out, HF_KIND, job | {"layout": layout.to_json()}, layout.total_bytes) as work:
             side = [path for path in side_files(source) if path.name not in ("config.json", QUANT_CONFIG)]
             copy_files(source, side, work.folder)

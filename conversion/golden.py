@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +30,7 @@ from conversion.checkpoint.safetensors_layout import FP8
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.fp8.golden_file import Golden, Tolerance
 from nano3.arch import resolve_model
-from nano3.cli import UserError, hidden_prefix, run, tidy
+from nano3.cli import UserError, run, scratch_folder
 
 if TYPE_CHECKING:
     import torch
@@ -124,9 +123,8 @@ def logprobs(
     from conversion.fp8.layerwise import Hidden
 
     reached = 0
-    tidy(beside)
-    with tempfile.TemporaryDirectory(prefix=hidden_prefix(beside), dir=beside.parent) as scratch:
-        hidden = Hidden(hf, tokens, Path(scratch), dtype)
+    with scratch_folder(beside) as scratch:
+        hidden = Hidden(hf, tokens, scratch, dtype)
         hidden.embed()
         name = str(dtype).removeprefix("torch.")
         for number in tqdm(range(len(hf.arch.layers)), desc=f"golden {name}", unit="layer", disable=None):

@@ -33,7 +33,7 @@ from conversion.checkpoint.output_folder import (
 from conversion.checkpoint.pieces import CHUNK_BYTES
 from conversion.checkpoint.plan import Plan, make_plan
 from conversion.checkpoint.tensor_digests import Fact, content_hash
-from conversion.identity import record, source_files
+from conversion.identity import Watch, record, source_stamps, weight_files
 from nano3.arch import resolve_model
 from nano3.cli import check_output, run
 from nano3.quiet import quiet_imports
@@ -50,10 +50,12 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
         plan = make_plan(hf.arch, hf.dtypes)
         side = side_files(source)
         needed = plan.total_bytes + sum((source / path).stat().st_size for path in side)
-        job = {"tool": "import", "source": str(source.resolve()), "files": source_files(hf), "chunk": CHUNK_BYTES}
+        watch, stamps = Watch(hf), source_stamps(weight_files(hf))
+        job = {"tool": "import", "source": str(source.resolve()), "files": stamps, "chunk": CHUNK_BYTES}
         with work_folder(out, NEMO_KIND, job | {"layout": hf.layout.to_json()}, needed) as work:
             facts = write_checkpoint(work, hf, plan, context)
-            record(work.folder, facts, base_revision(source, content_hash(facts)), hf)
+            watch.done(content_hash(facts))
+            record(work.folder, facts, base_revision(source, content_hash(facts)))
             write_certificate(work.folder, source, facts, facts, Claim("import"))
     return plan.total_bytes
 

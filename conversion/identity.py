@@ -11,41 +11,80 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.hf_folder import HFFolder, side_files
 from conversion.checkpoint.nemo_folder import named_model, open_model
+from conversion.checkpoint.output_folder import SIDE
 from conversion.checkpoint.tensor_digests import Facts, content_hash, facts_of
-from nano3.checkpoints.base_identity import FILE
+from nano3.checkpoints.base_identity import FILE, recorded_sha256
 from nano3.cli import UserError, run
+from nano3.file_digests import Stamp, file_sha256, recall, remember, stamp
+from nano3.sealed_folder import PROSE, check_seal
+
+_CONTENT = "content"
+"""What is remembered of a folder's weight files: their content hash."""
 
 
-def source_files(hf: HFFolder) -> dict[str, list[int]]:
-    """Name -> (bytes, time of last change in ns) of the weight files: a cheap answer to "are they still the same?"."""
-    stats = {name: (hf.path / name).stat() for name in sorted({entry.file for entry in hf.layout.entries.values()})}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+def weight_files(hf: HFFolder) -> list[Path]:
+    """The safetensors files of a folder, sorted."""
+    return [hf.path / name for name in sorted({entry.file for entry in hf.layout.entries.values()})]
 
 
-def record(checkpoint: Path, facts: Facts, base: dict[str, str], source: HFFolder | None = None) -> None:
-    """Writes `base.json` into a NeMo checkpoint whose tensors have `facts`.
+def source_stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
+    """Name -> stamp of files that a long work reads: another one, and the work begins anew."""
+    return {path.name: stamp(path) for path in paths}
 
-    `base` says what it descends from (certificates/revision.py), `source` is the folder that has the same tensors.
-    """
-    content: dict[str, Any] = {"sha256": content_hash(facts), "base": base}
-    if source is not None:
-        content |= {"source": str(source.path.resolve()), "files": source_files(source)}
-    (checkpoint / FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+class Watch:
+    """The weight files of a folder while they are read once, from when this is made until `done`."""
+
+    def __init__(self, hf: HFFolder) -> None:
+        self._files, self._begun = weight_files(hf), time.time_ns()
+        self._stamps = [stamp(path) for path in self._files]
+
+    def done(self, sha256: str) -> None:
+        """Remembers their content hash for `remembered_hash`. Raises `UserError` when one of them changed meanwhile."""
+        for path, before in zip(self._files, self._stamps, strict=True):
+            if stamp(path) != before:
+                raise UserError(f"{path} changed while it was read; begin again when nobody writes there")
+        remember(_CONTENT, self._files, self._stamps, self._begun, sha256)
+
+
+def remembered_hash(source: Path) -> str:
+    """The content hash of a Hugging Face folder; its tensors are read unless they were before and did not change."""
+    with HFFolder(source) as hf:
+        known, watch = recall(_CONTENT, weight_files(hf)), Watch(hf)
+        if isinstance(known, str):
+            return known
+        sha256 = content_hash(facts_of(hf))
+        watch.done(sha256)
+        return sha256
+
+
+def record(checkpoint: Path, facts: Facts, base: dict[str, str]) -> None:
+    """Writes `base.json` into a NeMo checkpoint whose tensors have `facts`; `base` says what it descends from
+    (certificates/revision.py)."""
+    (checkpoint / FILE).write_text(json.dumps({"sha256": content_hash(facts), "base": base}, indent=1) + "\n")
 
 
 def holds(checkpoint: Path, source: Path) -> bool:
-    """Whether a NeMo checkpoint was made from the Hugging Face folder `source`, whose files have not changed since."""
+    """Whether a NeMo checkpoint is what was imported from the Hugging Face folder `source` as that is now: its tensors
+    and its other files. Nothing is read that did not change since it was read before."""
     try:
-        recorded = json.loads((checkpoint / FILE).read_text())
-    except (OSError, ValueError):
+        check_seal(checkpoint, required=True)
+        recorded = recorded_sha256(checkpoint)
+    except UserError as error:
+        print(f"{error}: importing it again", file=sys.stderr)
         return False
-    with HFFolder(source) as hf:
-        return recorded.get("source") == str(source.resolve()) and recorded.get("files") == source_files(hf)
+    return recorded == remembered_hash(source) and _side(checkpoint / SIDE) == _side(source)
+
+
+def _side(folder: Path) -> dict[str, str]:
+    return {str(path): file_sha256(folder / path) for path in side_files(folder) if path.name not in PROSE}
 
 
 def refuse_other_base(where: Path, facts: Facts, recorded: str | None, adapter: Path) -> None:

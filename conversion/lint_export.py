@@ -21,6 +21,7 @@ from conversion.checkpoint.safetensors_layout import FP8
 from conversion.fp8.readers import READERS, loaded_modules, vllm_cache_scale
 from conversion.fp8.selection import KV_SCALES, SCALES, matrices, scale_problem
 from nano3.cli import UserError, run
+from nano3.sealed_folder import check_seal
 
 EVERYONE = "every reader"
 VLLM = "vLLM"
@@ -36,7 +37,7 @@ def lint(folder: Path) -> list[Finding]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give an FP8 checkpoint")
     try:
-        hf = HFFolder(folder, quantized=True)
+        hf = HFFolder(folder, quantized=True, as_is=True)
     except UserError as error:
         return [(EVERYONE, str(error))]
     with hf:
@@ -44,7 +45,23 @@ def lint(folder: Path) -> list[Finding]:
         if not coded and hf.quantization is None:
             raise UserError(f"{folder} is not quantized: no FP8 tensors and no quantization_config")
         config, problems = _configs(folder, hf)
-        return [*problems, *_dtypes(hf, coded), *_scales(hf, coded, config), *_excludes(hf, coded, config), *_codes(hf)]
+        return [
+            *_changes(folder),
+            *problems,
+            *_dtypes(hf, coded),
+            *_scales(hf, coded, config),
+            *_excludes(hf, coded, config),
+            *_codes(hf),
+        ]
+
+
+def _changes(folder: Path) -> list[Finding]:
+    """Whether the folder is not what was written, whatever else is right with it."""
+    try:
+        check_seal(folder)
+    except UserError as error:
+        return [(EVERYONE, str(error))]
+    return []
 
 
 def _configs(folder: Path, hf: HFFolder) -> tuple[dict[str, Any], list[Finding]]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from conversion.adapters.merged import Merged
 from conversion.adapters.peft_names import CONFIG as PEFT_CONFIG
 from conversion.adapters.training_run import training_facts
-from conversion.certificates.certificate import Claim, folder_sha256, previous_certificate, write_certificate
+from conversion.certificates.certificate import Claim, previous_certificate, write_certificate
 from conversion.checkpoint.hf_folder import side_files
 from conversion.checkpoint.nemo_folder import named_model, open_model
 from conversion.checkpoint.output_folder import (
@@ -106,11 +106,8 @@ def merge(base: Path, adapter_folder: Path, out: Path, nemo: bool = False, conte
 
 def _facts(adapter: Adapter) -> dict[str, Any]:
     """What the certificate says of the merge as a whole."""
-    info = adapter.info
-    facts: dict[str, Any] = {"sha256": folder_sha256(adapter.folder)}
-    facts |= {name: getattr(info, name) for name in ("rank", "alpha", "targets", "experts", "rslora", "dora")}
-    facts["modules"] = sorted(adapter.modules)
-    return {"adapter": facts, "router": info.router, "training": training_facts(adapter.folder)}
+    training = training_facts(adapter.folder)
+    return {"adapter": adapter.certified(), "router": adapter.info.router, "training": training}
 
 
 Written = tuple[dict[str, Fact], dict[str, dict[str, Any]]]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from conversion.certificates.certificate import Claim, write_certificate
 from conversion.checkpoint.hf_folder import side_files
@@ -31,12 +31,10 @@ from conversion.checkpoint.plan import Planned
 from conversion.checkpoint.safetensors_writer import SafetensorsWriter
 from conversion.checkpoint.tensor_digests import largest_magnitude, refuse_not_finite
 from conversion.checkpoint.tensor_groups import Unit, names, units
+from conversion.identity import source_stamps
 from conversion.push import add_push, asked_hub, push
 from nano3.arch import resolve_model
 from nano3.cli import check_output, run
-
-if TYPE_CHECKING:
-    from conversion.checkpoint.torch_dist import TorchDistReader
 
 
 def convert(source: Path, out: Path, hf: Path | None = None) -> int:
@@ -51,7 +49,7 @@ def convert(source: Path, out: Path, hf: Path | None = None) -> int:
         check_output(out, HF_KIND)
         layout = model.layout
         check_room(out, layout.total_bytes)
-        job = {"tool": "export", "source": str(source.resolve()), "files": _stamps(model.reader)}
+        job = {"tool": "export", "source": str(source.resolve()), "files": source_stamps(model.reader.files)}
         job |= {"side": str(model.side.resolve()), "layout": layout.to_json()}
         with work_folder(out, HF_KIND, job, layout.total_bytes) as work:
             copy_files(model.side, side_files(model.side), work.folder)
@@ -59,12 +57,6 @@ def convert(source: Path, out: Path, hf: Path | None = None) -> int:
                 _write(model, writer, bar)
             write_certificate(work.folder, source, writer.facts, writer.facts, Claim("export"))
     return layout.total_bytes
-
-
-def _stamps(reader: TorchDistReader) -> dict[str, list[int]]:
-    """Size and time of last change of every file of the source."""
-    stats = {path.name: path.stat() for path in reader.files}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def _write(model: NemoFolder, writer: SafetensorsWriter, bar: Any) -> None:

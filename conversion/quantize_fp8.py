@@ -30,6 +30,7 @@ from conversion.fp8.selection import E4M3_MAX, KV_SCALES, Selection
 from conversion.push import add_push, asked_hub, push
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError, check_output, run
+from nano3.store_contents import check_store
 from nano3.token_store import TokenStore
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ def main() -> int:
     if args.dry_run:
         return 0
     store = TokenStore(args.calibration)
+    check_store(store)
     store.check_tokenizer(source)
     largest = store.manifest["max_token_id"]
     if largest >= arch.vocab_size:

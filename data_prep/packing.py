@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 
 from nano3.cli import UserError, fresh_output
+from nano3.file_digests import file_sha256
 from nano3.pack_index import DOCUMENTS, FACTS, KIND, OFFSETS, VERSION, Curriculum, index_name, read_index
-from nano3.token_store import MANIFEST, TokenStore, file_sha256, mapped
+from nano3.store_contents import check_index, check_store
+from nano3.token_store import MANIFEST, TokenStore, mapped
 
 PADDING = -1
 """The source of a position that holds no token of a document."""
@@ -203,6 +205,12 @@ class PackedDataset:
     ) -> None:
         self.store = TokenStore(folder)
         self.index, self.facts = read_index(self.store, seq_length, pad_multiple, curriculum)
+
+    def check_contents(self) -> None:
+        """Raises `UserError` when store or index are not what was written, or do not fit together; reads everything
+        that changed since it was last checked."""
+        check_store(self.store)
+        check_index(self.store, self.index, self.facts)
 
     def __len__(self) -> int:
         """Number of packs."""

@@ -11,6 +11,7 @@ from data_prep.packing import build_packs
 from data_prep.prepare import add_packing_options, packing_arguments
 from data_prep.summary import print_packs
 from nano3.cli import run
+from nano3.store_contents import check_store
 from nano3.token_store import TokenStore
 
 
@@ -25,7 +26,9 @@ def main() -> int:
     args = parser.parse_args()
     packing = packing_arguments(args)
     print(args.store)
-    print_packs(build_packs(TokenStore(args.store), **packing))
+    store = TokenStore(args.store)
+    check_store(store)
+    print_packs(build_packs(store, **packing))
     return 0
 
 

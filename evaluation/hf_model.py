@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nano3.cli import UserError
 from nano3.hf_config import DT_RANGE, read_config
 from nano3.imports import hidden
+from nano3.sealed_folder import check_seal
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +30,10 @@ def load_reference(folder: Path | str, dtype: torch.dtype) -> Any:
     Returns a transformers `PreTrainedModel`. With a 16-bit `dtype` transformers rounds A_log and D too and keeps only
     the router's correction bias in FP32; compare in FP32. A folder that conversion/dequantize.py made has FP8's scales
     of activations and cache, and its model rounds both (`nano3.fp8_emulation`). Raises `UserError` when the folder is
-    no model, a file is damaged, tensors are missing or left over, or the weights are quantized (transformers would
-    read their raw codes).
+    no model, or one of ours that is not what was written, when a file is damaged, tensors are missing or left over, or
+    the weights are quantized (transformers would read their raw codes).
     """
+    check_seal(Path(folder))
     quantized = read_config(folder).get("quantization_config")
     if quantized:
         raise UserError(

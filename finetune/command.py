@@ -176,7 +176,7 @@ def _on_cluster(args: argparse.Namespace, site: Cluster, run: Run, arch: Arch) -
         if given:
             raise UserError(f"{flag} is for runs on this machine; leave it out with --cluster or --nodes above 1")
     if not args.dry_run and args.after is None:
-        run_local.check_data(run, arch)
+        run_local.check_data(run, arch, contents=False)
     seeds = read_seeds(args.array) if args.array else ()
     return run_cluster.submit(run, site, args.dry_run, args.after, args.follow, seeds)
 
@@ -191,7 +191,7 @@ def main(description: str | None = None, defaults: Callable[[], Settings] = Sett
         raise UserError("--after, --follow and --array are about jobs of Slurm; give --cluster too")
     if args.dry_run:
         if args.data and args.after is None:
-            run_local.check_data(run, arch)
+            run_local.check_data(run, arch, contents=False)
         print(describe(run, arch))
         return _on_cluster(args, site, run, arch) if site is not None else 0
     if site is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from finetune.run_local import KIND, import_base
 from finetune.settings import Run
 from nano3.cli import UserError, fresh_output, owner_of
+from nano3.sealed_folder import check_seal
 
 RESULTS = "results.json"
 FOLDER = "evaluation"
@@ -33,6 +34,7 @@ def evaluation_run(run: Run, adapter: str | None) -> Run:
         return replace(run, eval_only=True)
     if not (folder / "lora.json").is_file():
         raise UserError(f"--adapter {folder} has no lora.json; give an adapter folder that training wrote, or none")
+    check_seal(folder, required=True)
     return replace(run, eval_only=True, adapter=str(folder.resolve()))
 
 
@@ -42,7 +44,7 @@ def evaluate(run: Run) -> int:
 
     out = Path(run.out)
     if owner_of(out) != KIND:
-        with fresh_output(out, KIND):
+        with fresh_output(out, KIND, grows=True):
             pass
     import_base(run)
     folder = out / FOLDER

@@ -127,7 +127,7 @@ def refuse_second_job(out: Path) -> None:
 def make_ready(out: Path) -> None:
     """The folder `out`, made a run's; `UserError` for a finished run, another job's, or a damaged checkpoint in it."""
     if owner_of(out) != KIND:
-        with fresh_output(out, KIND):
+        with fresh_output(out, KIND, grows=True):
             pass
     refuse_finished(out)
     refuse_second_job(out)

@@ -20,6 +20,8 @@ from finetune.settings import Run
 from launch.plan.layout import AXES
 from nano3.checkpoints.base_identity import recorded_sha256
 from nano3.overrides import flatten
+from nano3.sealed_folder import SEAL
+from nano3.token_store import MANIFEST
 
 MAY_CHANGE = ("log.", "checkpoint.", "layout.", "train.divergence", "train.recompute")
 
@@ -49,9 +51,8 @@ def run_layout(run: Run) -> dict[str, int]:
 
 
 def _store_sha256(store: str, run: Run) -> str:
-    """The hash of a store's manifest, which has its files' hashes, and of the packs that this run uses."""
+    """The hash of a store's manifest and of the seal of the packs that this run uses: both have their files' hashes."""
     packs = PackedDataset(store, run.settings.train.seq_length, run.settings.document_multiple)
-    digest = hashlib.sha256((Path(store) / "manifest.json").read_bytes())
-    for file in sorted(packs.index.iterdir()):
-        digest.update(file.name.encode() + file.read_bytes())
+    digest = hashlib.sha256((Path(store) / MANIFEST).read_bytes())
+    digest.update((packs.index / SEAL).read_bytes())
     return digest.hexdigest()[:16]

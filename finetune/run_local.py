@@ -12,8 +12,8 @@ from conversion.identity import holds
 from finetune.settings import Run
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.checkpoints.checkpoint_folder import FOLDER, checkpoints, clear_unfinished, newest, refuse_other_run, step_of
-from nano3.cli import UserError, fresh_output, owner_of
-from nano3.lock import alone
+from nano3.cli import UserError, alone, fresh_output, owner_of
+from nano3.sealed_folder import check_seal
 
 KIND = "lora-run"
 
@@ -31,7 +31,7 @@ def train(run: Run, overwrite: bool = False) -> int:
 
     out = Path(run.out)
     if owner_of(out) != KIND:
-        with fresh_output(out, KIND):
+        with fresh_output(out, KIND, grows=True):
             pass
     with alone(out, f"another run is writing to {out}; wait for it, or choose another --out"):
         if overwrite:
@@ -88,8 +88,9 @@ def import_base(run: Run) -> None:
     convert(model, base, context=False)
 
 
-def check_base(run: Run) -> None:
-    """Refuses a base that the run does not import itself and that is no NeMo checkpoint of its model."""
+def check_base(run: Run, contents: bool = True) -> None:
+    """Refuses a base that the run does not import itself and that is no NeMo checkpoint of its model, or not what was
+    imported."""
     base = Path(run.base)
     if base == Path(run.out) / "base":
         return
@@ -97,18 +98,26 @@ def check_base(run: Run) -> None:
         raise UserError(f"{base} is no NeMo checkpoint: make it with conversion/hf_to_nemo.py {run.model} {base}")
     if Arch.load(base / "hf") != Arch.load(run.model):
         raise UserError(f"{base} is of another architecture than {run.model}; give the model that it was made from")
+    if contents:
+        check_seal(base, required=True)
 
 
-def check_data(run: Run, arch: Arch) -> None:
-    """Opens the stores: packs of this length exist and every token is in the vocabulary. A base that the run does not
-    import itself is there, and of this architecture. Raises `UserError`."""
+def check_data(run: Run, arch: Arch, contents: bool = True) -> None:
+    """Stores and base are there and fit: packs of this length exist, every token is in the vocabulary, the architecture
+    is the model's. Raises `UserError`.
+
+    `contents`: everything in them is what was written. On the machine that trains, not where a job is only submitted:
+    what is not known there to be unchanged is read.
+    """
     from data_prep.packing import PackedDataset
 
-    check_base(run)
+    check_base(run, contents)
     if not run.data and not run.eval_only:
         raise UserError("no data: give --data STORE, a token store made by data_prep/prepare.py")
     for store in filter(None, (run.data, run.validation)):
         packs = PackedDataset(store, run.settings.train.seq_length, run.settings.document_multiple)
+        if contents:
+            packs.check_contents()
         packs.store.check_tokenizer(run.model)
         largest = packs.store.manifest["max_token_id"]
         if largest >= arch.vocab_size:

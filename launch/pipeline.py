@@ -33,8 +33,7 @@ from launch.slurm.cluster import Cluster
 from launch.slurm.job_queue import cancel, queue, submit
 from launch.slurm.sbatch import Job, render
 from nano3.arch import Arch
-from nano3.cli import UserError, check_output, free_disk, fresh_output, run
-from nano3.lock import alone
+from nano3.cli import UserError, alone, check_output, free_disk, fresh_output, run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESOURCES = ("nodes", "gpus_per_node", "ranks")
@@ -230,7 +229,7 @@ def start(arguments: list[str]) -> int:
             print("\n".join(f"python {shlex.join(command)}" for stage in todo for command in stage.commands))
         return 0
     if not chain.out.exists():
-        with fresh_output(chain.out, KIND):
+        with fresh_output(chain.out, KIND, grows=True):
             pass
     with alone(chain.out, f"another pipeline is at work on {chain.out}; wait for it, or choose another --out"):
         alive = {} if cluster is None else queue()  # before what is finished: a job that ends now is one or the other

@@ -5,8 +5,8 @@ Imports neither torch nor NeMo: scripts must be able to refuse bad input before 
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import select
 import shutil
 import sys
@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MARKER = "nano3.json"
-"""File that says a folder was written by this project, and by which of its tools."""
+from nano3.errors import UserError
+from nano3.lock import LOCK, locked
+from nano3.sealed_folder import mark, owner_of, seal
 
-
-class UserError(ValueError):
-    """A mistake that the user can mend. The message names the thing and the remedy; scripts then exit with 2."""
+_LOOP = "Symlink loop"
+"""How pathlib's error begins for symbolic links that lead to each other."""
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -46,6 +46,11 @@ def run(main: Callable[[], int | None]) -> None:
             sys.exit(0)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not str(error).startswith(_LOOP):
+            raise
+        print(f"error: {error}; remove the link or give another path", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -63,14 +68,6 @@ def free_disk(path: Path) -> tuple[Path, int]:
     path = path.resolve()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     return there, shutil.disk_usage(there).free
-
-
-def owner_of(folder: Path) -> str | None:
-    """The kind of a folder that this project wrote (see `fresh_output`), or None when it is not ours."""
-    try:
-        return json.loads((folder / MARKER).read_text())["kind"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def check_output(out: Path | str, kind: str) -> Path:
@@ -91,31 +88,85 @@ def check_output(out: Path | str, kind: str) -> Path:
 
 
 @contextmanager
-def fresh_output(out: Path | str, kind: str) -> Iterator[Path]:
+def alone(folder: Path, refusal: str) -> Iterator[None]:
+    """Holds the lock of an existing folder whose files change while it stays. `UserError` with the text `refusal`
+    while another process holds it."""
+    with locked(folder / LOCK) as mine:
+        if not mine:
+            raise UserError(refusal)
+        yield
+
+
+@contextmanager
+def fresh_output(out: Path | str, kind: str, grows: bool = False) -> Iterator[Path]:
     """Gives a temporary folder beside `out`; on success it replaces `out`, on an error nothing of it stays.
 
     The finished folder carries `nano3.json` with its `kind`, so that a second run may replace it and a stranger's
-    folder is never touched. A killed run leaves the old result or the new one, under its name or, for the blink between
-    two renames, as a hidden `.NAME.old-*` that the next run puts back; and at most a hidden `.NAME.partial-*`, which no
-    reader accepts and the next run removes.
+    folder is never touched, and the hashes of its files (`nano3.sealed_folder`), unless it `grows` from then on.
+
+    A killed run leaves the old result or the new one, under its name or, for the blink between two renames, as a hidden
+    `.NAME.old-*` that the next run puts back; and at most a hidden `.NAME.partial-*`, which no reader accepts and the
+    next run removes.
     """
     out = check_output(out, kind)
+    with only_writer(out):
+        temporary = hidden_beside(out, "partial")
+        temporary.mkdir()
+        try:
+            mark(temporary, kind)
+            yield temporary
+            if not grows:
+                seal(temporary)
+            replace_folder(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def fresh_file(out: Path | str) -> Iterator[Path]:
+    """Gives a temporary file name beside `out`; on success the file replaces `out`, on an error nothing of it stays."""
+    out = Path(out).resolve()
+    with only_writer(out):
+        temporary = hidden_beside(out, "partial")
+        try:
+            yield temporary
+            os.replace(temporary, out)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside the output `out`, for what is needed on the way to it."""
+    with only_writer(out):
+        scratch = hidden_beside(out, "partial")
+        scratch.mkdir()
+        try:
+            mark(scratch, "scratch")
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Nobody else writes the output `out` meanwhile, on this host or on others that share the disk (`nano3.lock`), and
+    what a killed writer left beside it is put back or removed.
+
+    The lock is a hidden file `.NAME.lock` beside it. `UserError` while another process holds it.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    tidy(out)
-    temporary = out.parent / f".{out.name}.partial-{_mine()}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        (temporary / MARKER).write_text(json.dumps({"kind": kind, "format": 1}) + "\n")
-        replace_folder(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with locked(out.parent / f".{out.name}.lock", remove=True) as mine:
+        if not mine:
+            raise UserError(f"another process is writing {out}; wait for it, or choose another output")
+        _tidy(out)
+        yield
 
 
 def replace_folder(new: Path, out: Path) -> None:
     """Renames `new` to `out`, in place of the folder there; that one comes back when the renaming fails."""
-    old = out.parent / f".{out.name}.old-{_mine()}"
+    old = hidden_beside(out, "old")
     if out.exists():
         os.rename(out, old)
     try:
@@ -127,49 +178,27 @@ def replace_folder(new: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-@contextmanager
-def fresh_file(out: Path | str) -> Iterator[Path]:
-    """Gives a temporary file name beside `out`; on success the file replaces `out`, on an error nothing of it stays."""
-    out = Path(out).resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tidy(out)
-    temporary = out.parent / f".{out.name}.partial-{_mine()}"
-    try:
-        yield temporary
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+def hidden_beside(out: Path, what: str) -> Path:
+    """A name that nobody has, for what is `partial` or `old` of the output `out`."""
+    return out.parent / f".{out.name}.{what}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
-def hidden_prefix(out: Path) -> str:
-    """What a temporary folder's name beside `out` begins with, so that after a kill `tidy` removes it."""
-    return f".{out.name}.partial-{os.getpid()}-"
+def _tidy(out: Path) -> None:
+    """Puts back what a killed run left half-replaced and removes what it left half-written.
 
-
-def _mine() -> str:
-    """The end of a hidden name: our process, and a number of its own."""
-    return f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-
-
-def tidy(out: Path) -> None:
-    """Puts back what a killed run left half-replaced and removes what it left half-written; a live run's stays."""
-    for old in out.parent.glob(f".{out.name}.old-*"):
-        if _ended(old):
-            if out.exists():
-                shutil.rmtree(old, ignore_errors=True)
+    Who holds the lock of `out` is its only writer, so whatever else has one of these names is of a run that ended.
+    """
+    for what in ("old", "partial"):
+        name = re.compile(rf"\.{re.escape(out.name)}\.{what}-\d+-[0-9a-f]{{8}}")
+        for left in [path for path in out.parent.iterdir() if name.fullmatch(path.name) and _is_ours(path)]:
+            if what == "old" and not out.exists():
+                os.rename(left, out)
+            elif left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
             else:
-                os.rename(old, out)
-    for stale in out.parent.glob(f".{out.name}.partial-*"):
-        if _ended(stale):
-            stale.unlink() if stale.is_file() else shutil.rmtree(stale, ignore_errors=True)
+                left.unlink()
 
 
-def _ended(hidden: Path) -> bool:
-    """Whether the process that made this hidden file or folder is gone; its number stands in the name."""
-    try:
-        os.kill(int(hidden.name.rsplit("-", 2)[1]), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, ValueError):
-        return False
-    return False
+def _is_ours(hidden: Path) -> bool:
+    """A file, or a folder with our marker or none at all in it: killed before the marker was there."""
+    return not hidden.is_dir() or owner_of(hidden) is not None or not any(hidden.iterdir())

@@ -31,7 +31,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 from annotated_types import Ge, Gt, Le, MaxLen, Predicate
 
-from nano3.cli import UserError
+from nano3.errors import UserError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

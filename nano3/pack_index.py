@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nano3.cli import UserError
-from nano3.token_store import MANIFEST, TokenStore, file_sha256
+from nano3.file_digests import file_sha256
+from nano3.token_store import MANIFEST, TokenStore
 
 KIND = "pack-index"
 VERSION = 1

@@ -27,6 +27,7 @@ import numpy as np
 
 from nano3.arch import PRESETS
 from nano3.cli import UserError
+from nano3.file_digests import file_sha256
 
 KIND = "token-store"
 VERSION = 3
@@ -52,8 +53,8 @@ _REBUILD = "prepare the data again with data_prep/prepare.py"
 class TokenStore:
     """A token store opened for reading; arrays are mapped on first use and dropped when it is sent to a worker.
 
-    Opening checks the manifest and the size of every file and raises `UserError` naming what is wrong; `verify` also
-    reads every byte.
+    Opening checks the manifest and the size of every file and raises `UserError` naming what is wrong;
+    `nano3.store_contents.check_store` reads every byte.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -189,12 +190,6 @@ class TokenStore:
                 f"run data_prep/prepare.py with --tokenizer {folder}"
             )
 
-    def verify(self) -> None:
-        """Reads everything and raises `UserError` for the first file whose SHA-256 differs from the manifest's."""
-        for name, facts in self.manifest["files"].items():
-            if file_sha256(self.folder / name) != facts["sha256"]:
-                raise UserError(f"{self.folder / name} is damaged: its SHA-256 is not the manifest's; {_REBUILD}")
-
     def _map(self, name: str) -> np.ndarray:
         return mapped(self.folder / name, DTYPES[name])
 
@@ -202,12 +197,6 @@ class TokenStore:
 def mapped(path: Path, dtype: str) -> np.ndarray:
     """A file as a read-only array that takes no memory; a plain `ndarray`, since slicing a `memmap` is slow."""
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
-
-
-def file_sha256(path: Path | str) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_file(folder: Path | str) -> Path:

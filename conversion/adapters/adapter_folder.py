@@ -19,6 +19,7 @@ import torch
 from conversion.adapters.lora_json import read_lora_json
 from conversion.adapters.peft_folder import PeftFolder
 from conversion.adapters.peft_names import CONFIG as PEFT_CONFIG
+from conversion.certificates.certificate import folder_sha256
 from conversion.checkpoint.names import VOCABULARY_KEYS, adaptable, adapter_key, adapter_shapes
 from conversion.checkpoint.output_folder import WEIGHTS
 from conversion.checkpoint.safetensors_layout import check_tensors
@@ -27,6 +28,8 @@ from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.digest import combine, layer_digest
 
+CERTIFIED = ("rank", "alpha", "targets", "experts", "rslora", "dora")
+"""Settings of an adapter that its merge's certificate names."""
 _ROUTER = ("weight", "e_score_correction_bias")
 
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -124,6 +127,11 @@ class Adapter:
     def facts(self) -> dict[str, Any]:
         """Of a PEFT adapter the `lora.json` that it was exported from; {} when another tool wrote it."""
         return self._reader.facts if isinstance(self._reader, PeftFolder) else {}
+
+    def certified(self) -> dict[str, Any]:
+        """What a certificate says of the adapter that was merged: content, settings, the modules that it adapts."""
+        settings = {name: getattr(self.info, name) for name in CERTIFIED}
+        return {"sha256": folder_sha256(self.folder), **settings, "modules": sorted(self.modules)}
 
     def contributions(self) -> dict[str, list[Contribution]]:
         """Hugging Face tensor name -> which of its rows change, and where their new values come from."""

@@ -18,8 +18,8 @@ from typing import Any
 
 from conversion.checkpoint.output_folder import require_adapter
 from nano3.arch import Arch
-from nano3.checkpoints.checkpoint_folder import check_files
 from nano3.cli import UserError
+from nano3.sealed_folder import check_seal
 from nano3.targets import EXPERTS, Size, adaptable_modules, is_routed, select, sizes
 
 
@@ -90,14 +90,16 @@ _OPTIONAL: dict[str, tuple[Rule, Any]] = {
 }
 
 
-def read_lora_json(folder: Path) -> LoraInfo:
-    """Reads `lora.json` of an adapter folder. Raises `UserError` naming the field that is missing or wrong."""
+def read_lora_json(folder: Path, as_is: bool = False) -> LoraInfo:
+    """Reads `lora.json` of an adapter folder, all of which is what was written. Raises `UserError` naming the file that
+    is not (unless `as_is`), or the field that is missing or wrong."""
     require_adapter(folder)
+    if not as_is:
+        check_seal(folder, required=True)
     try:
         info = json.loads((folder / "lora.json").read_text())
     except ValueError as error:
         raise UserError(f"{folder}/lora.json is not valid JSON ({error}); copy the adapter again") from None
-    check_files(folder, required=False)
     return parse_lora_json(info, f"{folder}/lora.json")
 
 

@@ -20,6 +20,7 @@ from conversion.checkpoint.names import adapter_key, adapter_shapes
 from conversion.checkpoint.torch_dist import RowReader
 from nano3.arch import Arch
 from nano3.cli import UserError
+from nano3.sealed_folder import check_seal
 
 _KINDS = {"linear_in": A, "linear_out": B, "magnitude": MAGNITUDE}
 
@@ -31,6 +32,7 @@ class PeftFolder:
     """
 
     def __init__(self, folder: Path, arch: Arch) -> None:
+        check_seal(folder)
         self.folder, self.arch = folder, arch
         self._file = PeftFile(folder, arch)
         self.facts = facts = self._file.facts

@@ -27,14 +27,24 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from conversion.certificates.certificate_json import FORMAT, MAY, SIDES, count_lines, happened, read_certificate
+from conversion.certificates.certificate_json import (
+    FORMAT,
+    MAY,
+    PROOF,
+    SIDES,
+    certificate_text,
+    count_lines,
+    happened,
+    read_certificate,
+    sealed,
+)
 from conversion.certificates.model_card import model_card, read_readme
 from conversion.certificates.revision import base_revision
 from conversion.checkpoint.hf_folder import side_files
 from conversion.checkpoint.output_folder import CARD, CERTIFICATE, PART, side_folder
 from conversion.checkpoint.tensor_digests import Facts, content_hash
 from nano3.cli import UserError
-from nano3.token_store import file_sha256
+from nano3.file_digests import file_sha256
 
 _TOOLS = ("nano3-lora", "torch", "safetensors", "megatron-core", "nvidia-modelopt")
 
@@ -77,9 +87,11 @@ def write_certificate(out: Path, source: Path, before: Facts, after: Facts, clai
         "tools": {name: release for name in _TOOLS if (release := _version(name))},
         "files": side_digests(out),
         "tensors": tensors,
+        "proof": PROOF,
         "previous": previous,
     }
-    (out / CERTIFICATE).write_text(json.dumps(content, indent=1) + "\n")
+    content = sealed(json.loads(json.dumps(content)))
+    (out / CERTIFICATE).write_text(certificate_text(content))
     (out / CARD).write_text(model_card(content, read_readme(out)))
     return content
 

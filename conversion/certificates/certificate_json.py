@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from conversion.checkpoint.safetensors_layout import FP8
 from conversion.checkpoint.tensor_digests import Fact, Facts
 from nano3.cli import UserError
 
-FORMAT = 2
+FORMAT = 3
+"""From 3 on a certificate has a hash of itself and says what of it can be recomputed."""
 WHAT = ("identical", "changed", "cast", "quantized", "added", "dropped")
 MAY = {
     "import": {"identical"},
@@ -27,9 +29,45 @@ BALANCE = "router=balance"
 
 SIDES = ("input", "output")
 
+PROOF = {
+    "folder": ["kind", "output", "totals", "files", "tensors", "previous"],
+    "input": ["input", "base.sha256", "tensors.input", "tensors.relative_change", "tensors.relative_error"],
+    "adapter": ["adapter"],
+    "claimed": ["base.name", "base.revision", "base.found_in", "router", "training", "calibration", "tools"],
+}
+"""What `verify` recomputes which parts from: the folder itself, the model before the step, the adapter. The rest is
+what the writer claims, which nobody can recompute from a model."""
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """A certificate with the hash of itself: of everything that it says but that hash."""
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return {**rest, "sha256": digest}
+
+
+def certificate_text(content: dict[str, Any]) -> str:
+    """The one form of a certificate on disk. Any other, down to a blank, was changed since."""
+    return json.dumps(content, indent=1) + "\n"
+
 
 def read_certificate(folder: Path) -> dict[str, Any]:
-    """The certificate of a folder; `UserError` when there is none, or it is not one of this format."""
+    """The certificate of a folder. `UserError` when there is none, or it is not one of this format, or was changed."""
+    content = parse_certificate(folder)
+    if changed_since(folder, content):
+        raise UserError(
+            f"{folder / CERTIFICATE} is not what was written: its own hash is not that of its content; get it again"
+        )
+    return content
+
+
+def changed_since(folder: Path, content: dict[str, Any]) -> bool:
+    """Whether the certificate of a folder, whose content was parsed, is another than was written."""
+    return content != sealed(content) or (folder / CERTIFICATE).read_text() != certificate_text(content)
+
+
+def parse_certificate(folder: Path) -> dict[str, Any]:
+    """What the certificate of a folder says, whoever wrote it; `UserError` when there is none of this format."""
     try:
         content = json.loads((folder / CERTIFICATE).read_text())
     except OSError:
@@ -49,7 +87,7 @@ def _well_formed(content: Any) -> bool:
     """Whether a certificate has every part that is read; it may be anybody's file."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return False
-    parts = ("base", "input", "output", "totals", "tools", "files", "tensors")
+    parts = ("base", "input", "output", "totals", "tools", "files", "tensors", "proof")
     if not all(isinstance(content.get(name), dict) for name in parts) or content.get("kind") not in MAY:
         return False
     hashes = all(isinstance(content[name].get("sha256"), str) for name in ("base", *SIDES))

@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
-from conversion.certificates.certificate_json import BALANCE, MAY, SIDES, chain, count_lines, happened, said
+from conversion.certificates.certificate_json import (
+    BALANCE,
+    MAY,
+    PROOF,
+    SIDES,
+    chain,
+    count_lines,
+    happened,
+    said,
+    sealed,
+)
 from conversion.checkpoint.names import adaptable
 from conversion.checkpoint.safetensors_layout import some
 from conversion.checkpoint.tensor_digests import content_hash
@@ -33,6 +43,13 @@ def contradictions(certificate: dict[str, Any], arch: Arch) -> list[str]:
     if links[-1]["input"]["sha256"] != certificate["base"]["sha256"]:
         problems.append(f"the base is not the input of the first step, the {links[-1]['kind']}")
     return problems
+
+
+def _hash(link: dict[str, Any], _: Arch) -> Iterator[str]:
+    if link != sealed(link):
+        yield "the certificate's own hash is not that of its content: a field was changed"
+    if link["proof"] != PROOF:
+        yield "the certificate calls other parts recomputable than are"
 
 
 def _words(link: dict[str, Any], _: Arch) -> Iterator[str]:
@@ -115,4 +132,11 @@ def _joint(link: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
         yield f"the {link['kind']} names another base than the {before['kind']} before it"
 
 
-_CHECKS: tuple[Callable[[dict[str, Any], Arch], Iterator[str]], ...] = (_words, _totals, _routers, _targets, _scales)
+_CHECKS: tuple[Callable[[dict[str, Any], Arch], Iterator[str]], ...] = (
+    _hash,
+    _words,
+    _totals,
+    _routers,
+    _targets,
+    _scales,
+)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from conversion.checkpoint.output_folder import CARD, CERTIFICATE
 from conversion.checkpoint.safetensors_layout import FP8, INDEX, FileLayout, check_tensors
 from nano3.arch import Arch
-from nano3.cli import MARKER, UserError
+from nano3.cli import UserError
 from nano3.hf_config import FP8_ACTIVATIONS, read_config
+from nano3.sealed_folder import MARKER, SEAL, check_seal, require_inside
 
 if TYPE_CHECKING:
     from typing import Self
@@ -29,11 +30,15 @@ WEIGHT_ENDS = (".safetensors", *FOREIGN_WEIGHTS)
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Everything in a model folder but weights and hidden files, relative to it: configuration, tokenizer, licence."""
+    """Everything in a model folder but weights and hidden files, relative to it: configuration, tokenizer, licence.
+
+    Raises `UserError` for a link that leads out of the folder: what is copied along must be the model's.
+    """
     found = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in relative.parts) and not _is_weights(relative):
+            require_inside(folder, path)
             found.append(relative)
     return found
 
@@ -106,16 +111,19 @@ class RowFolder(ModelFolder):
 class HFFolder(ModelFolder):
     """A Hugging Face model folder that holds exactly the tensors of its config.json. Use as a context manager.
 
-    `quantized` ones may have FP8 tensors and, beyond the model's own, tensors named `..._scale`.
+    `quantized` ones may have FP8 tensors and, beyond the model's own, tensors named `..._scale`. A folder of ours must
+    be what was written (`nano3.sealed_folder`), unless `as_is`: for who names every difference in it.
 
     Raises `UserError`, before anything is read, for a missing folder or shard, a truncated file, an index that does
     not fit, a config that we do not support, and missing, unknown or misshapen tensors, by name.
     """
 
-    def __init__(self, path: Path | str, quantized: bool = False) -> None:
+    def __init__(self, path: Path | str, quantized: bool = False, as_is: bool = False) -> None:
         self.path = self.side = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{path} is not a folder; give a Hugging Face model folder")
+        if not as_is:
+            check_seal(self.path)
         self.config = read_config(self.path)
         self.quantization = self.config.pop("quantization_config", None) if quantized else None
         self.arch = Arch.from_config(self.config, str(self.path))
@@ -161,4 +169,5 @@ def _is_weights(relative: Path) -> bool:
         FP8_ACTIVATIONS,
         INDEX,
         MARKER,
+        SEAL,
     )

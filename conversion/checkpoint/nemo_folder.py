@@ -12,6 +12,7 @@ from conversion.checkpoint.plan import PREFIX
 from conversion.checkpoint.safetensors_layout import FileLayout, TensorTable, check_tensors, some
 from nano3.arch import Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError
+from nano3.sealed_folder import check_seal
 
 if TYPE_CHECKING:
     from conversion.checkpoint.torch_dist import TorchDistReader
@@ -20,15 +21,18 @@ if TYPE_CHECKING:
 class NemoFolder(RowFolder):
     """A NeMo checkpoint that holds exactly the tensors of its config.json. Use as a context manager.
 
-    `side` is a Hugging Face folder whose config.json and side files belong to a checkpoint without its own.
+    One of ours must be what was written (`nano3.sealed_folder`), unless `as_is`. `side` is a Hugging Face folder whose
+    config.json and side files belong to a checkpoint without its own.
 
     Raises `UserError`, before anything is read, for missing, unknown or misshapen tensors, by name, and truncated
     files.
     """
 
-    def __init__(self, path: Path, side: Path | None = None) -> None:
+    def __init__(self, path: Path, side: Path | None = None, as_is: bool = False) -> None:
         from conversion.checkpoint.torch_dist import TorchDistReader
 
+        if not as_is:
+            check_seal(path)
         self.path, self.side = path, side or _own_side(path)
         self.arch = Arch.load(self.side)
         self.reader = TorchDistReader(path / WEIGHTS)
@@ -66,9 +70,10 @@ def named_model(name_or_path: str) -> Path:
     return path if is_nemo_checkpoint(path) else resolve_model(name_or_path)
 
 
-def open_model(path: Path, quantized: bool = False) -> ModelFolder:
-    """The model in a folder, Hugging Face's or NeMo's. `quantized`: FP8 is read too. Raises `UserError`."""
-    return NemoFolder(path) if is_nemo_checkpoint(path) else HFFolder(path, quantized)
+def open_model(path: Path, quantized: bool = False, as_is: bool = False) -> ModelFolder:
+    """The model in a folder, Hugging Face's or NeMo's. `quantized`: FP8 is read too; `as_is`: whatever its seal says.
+    Raises `UserError`."""
+    return NemoFolder(path, as_is=as_is) if is_nemo_checkpoint(path) else HFFolder(path, quantized, as_is)
 
 
 def _own_side(source: Path) -> Path:

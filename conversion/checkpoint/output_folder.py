@@ -11,7 +11,6 @@ or, between the last two renamings, one that is the whole result.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from nano3.arch import is_nemo_checkpoint
-from nano3.cli import MARKER, UserError, check_output, free_disk, replace_folder, tidy
+from nano3.cli import UserError, check_output, free_disk, only_writer, replace_folder
+from nano3.sealed_folder import mark, owner_of, seal
 
 NEMO_KIND = "nemo-checkpoint"
 HF_KIND = "hf-model"
@@ -83,6 +83,10 @@ class Work:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def seal(self) -> None:
+        """Hashes what was written, while a kill still finds the finished files where they were."""
+        seal(self.folder, {file + PART: file for file in self.hidden}, leave_out=_RECORDS)
+
     def reveal(self) -> None:
         """Gives the hidden files their names. Meanwhile there is no config.json: some readers take all
         *.safetensors that they find beside one."""
@@ -120,15 +124,16 @@ def work_folder(
         UserError: `out` is a stranger's, the disk is too small, or another process writes the same output.
     """
     out = check_output(out, kind)
-    tidy(out)
     check_room(out, needed)
-    folder = _folder(out)
-    with _alone(folder, out):
+    with only_writer(out):
+        folder = _folder(out)
+        folder.mkdir(exist_ok=True)
         _begin(folder, json.loads(json.dumps(job)))
         work = Work(folder)
         try:
             yield work
-            (folder / MARKER).write_text(json.dumps({"kind": kind, "format": 1}) + "\n")
+            mark(folder, kind)
+            work.seal()
             work.reveal()
             replace_folder(folder, out)
         except BaseException as error:
@@ -149,8 +154,13 @@ def _begin(folder: Path, job: dict[str, Any]) -> None:
         print(f"going on with the unfinished work in {folder}", file=sys.stderr)
         _only_weights(folder)
         return
-    for path in folder.iterdir():
+    if not (folder / _RECORDS).is_dir() and owner_of(folder) is None and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} holds files that no tool of this project left there; move them, or choose another output"
+        )
+    for path in [path for path in folder.iterdir() if path.name != _RECORDS]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(folder / _RECORDS, ignore_errors=True)  # last: it says that the folder is ours
     (folder / _RECORDS).mkdir()
     (folder / _RECORDS / _JOB).write_text(json.dumps(job))
 
@@ -160,24 +170,6 @@ def _only_weights(folder: Path) -> None:
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         if _RECORDS not in path.relative_to(folder).parts and path.suffix not in (PART, ".distcp"):
             path.unlink()
-
-
-@contextmanager
-def _alone(folder: Path, out: Path) -> Iterator[None]:
-    """Makes the folder and holds its lock, which dies with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = folder.is_dir() and os.path.samestat(os.fstat(lock), folder.stat())
-        except BlockingIOError:
-            mine = False
-        if not mine:
-            raise UserError(f"another process is writing {out}; wait for it, or choose another output folder")
-        yield
-    finally:
-        os.close(lock)
 
 
 def _folder(out: Path) -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nano3.cli import UserError
+from nano3.sealed_folder import require_inside
 
 TensorTable = Mapping[str, tuple[str, tuple[int, ...]]]
 """Tensor name -> (dtype in safetensors' word, shape)."""
@@ -67,7 +68,10 @@ class FileLayout:
     def read(cls, folder: Path, quantized: bool = False) -> FileLayout:
         """Reads the headers of a Hugging Face folder. Raises `UserError` for a truncated or missing file, an index
         that does not fit the files, or FP8 tensors unless they are `quantized`."""
-        files = {path.name for path in folder.glob("*.safetensors")}
+        paths = list(folder.glob("*.safetensors"))
+        for path in paths:
+            require_inside(folder, path)
+        files = {path.name for path in paths}
         index = (folder / INDEX).read_bytes() if (folder / INDEX).is_file() else None
         wanted = _indexed_files(folder, index) if index is not None else {SINGLE}
         missing = sorted(wanted - files)

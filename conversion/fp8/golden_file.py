@@ -2,11 +2,13 @@
 
 A safetensors file: `tokens` (all tokens, one prompt after the other) int64, `lengths` (prompts,) int64, `logprobs` (all
 tokens) float32, natural logarithms, of each token given those before it; 0 for the first of a prompt, which has none.
-The header has `golden`, JSON: the texts, the tolerances, and where the numbers come from. Torch-free.
+The header has `golden`, JSON: the texts, the tolerances, and where the numbers come from; and `sha256`, over that and
+the three arrays. Torch-free.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +18,8 @@ import numpy as np
 
 from nano3.cli import UserError, fresh_file
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1, which is read too, had no hash."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,9 @@ class Golden:
             "logprobs": np.concatenate(self.logprobs).astype(np.float32),
         }
         header = {"format": FORMAT, "texts": self.texts, "tolerance": asdict(self.tolerance), **self.facts}
+        text = json.dumps(header)
         with fresh_file(out) as temporary:
-            save_file(tensors, temporary, {"golden": json.dumps(header)})
+            save_file(tensors, temporary, {"golden": text, "sha256": _sha256(text, **tensors)})
 
     @classmethod
     def read(cls, path: Path) -> Golden:
@@ -60,10 +64,14 @@ class Golden:
 
         try:
             with safe_open(path, "numpy") as file:
-                header = json.loads((file.metadata() or {})["golden"])
+                said = file.metadata() or {}
                 tokens, lengths, logprobs = (file.get_tensor(name) for name in ("tokens", "lengths", "logprobs"))
-            if header.pop("format") != FORMAT:
+            header = json.loads(said["golden"])
+            version, digest = header.pop("format"), said.get("sha256")
+            if version not in (1, FORMAT):
                 raise ValueError("another format")
+            if (digest or version == FORMAT) and digest != _sha256(said["golden"], tokens, lengths, logprobs):
+                raise ValueError("not what was written: its SHA-256 is another")
             cuts = np.cumsum(lengths)[:-1]
             texts, tolerance = header.pop("texts"), Tolerance(**header.pop("tolerance"))
             if not len(tokens) == len(logprobs) == lengths.sum() or len(texts) != len(lengths) or not texts:
@@ -73,3 +81,10 @@ class Golden:
             raise UserError(
                 f"{path} is not a file of golden answers ({error}); write it with conversion/golden.py"
             ) from None
+
+
+def _sha256(header: str, tokens: np.ndarray, lengths: np.ndarray, logprobs: np.ndarray) -> str:
+    digest = hashlib.sha256(header.encode())
+    for array in (tokens, lengths, logprobs):
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()

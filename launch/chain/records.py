@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.chain.stages import NAMES, TRAIN, Stage
-from nano3.cli import UserError, fresh_file
-from nano3.lock import LOCK, alone
+from nano3.cli import UserError, alone, fresh_file
+from nano3.lock import LOCK
 
 KIND = "pipeline"
 """Of the folder (see `nano3.cli.fresh_output`)."""

@@ -21,10 +21,11 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nano3.checkpoints.base_identity import recorded_sha256
-from nano3.checkpoints.checkpoint_folder import disk_full, record_files, sync
+from nano3.checkpoints.checkpoint_folder import disk_full, sync
 from nano3.checkpoints.replicas import require_equal_replicas
 from nano3.cli import fresh_output
 from nano3.router import RouterGuard, balances, require_router
+from nano3.sealed_folder import seal
 
 KIND = "lora-adapter"
 WEIGHTS = "weights"
@@ -96,7 +97,7 @@ def shared_output(out: Path, needed: int | None = None) -> Iterator[Path]:
         dist.broadcast_object_list(name, src=0)
         yield Path(name[0])
     else:
-        with _full_disk_named(out, needed), fresh_output(out, KIND) as temporary:
+        with _full_disk_named(out, needed), fresh_output(out, KIND, grows=True) as temporary:
             dist.broadcast_object_list([str(temporary)], src=0)
             yield temporary
         sync(out)
@@ -104,10 +105,10 @@ def shared_output(out: Path, needed: int | None = None) -> Iterator[Path]:
 
 
 def finish(folder: Path) -> None:
-    """When all ranks have written: rank 0 records the files' sizes and asks the disk to hold them."""
+    """When all ranks have written: rank 0 seals the folder and asks the disk to hold it."""
     dist.barrier()
     if dist.get_rank() == 0:
-        record_files(folder)
+        seal(folder)
         sync(folder)
 
 

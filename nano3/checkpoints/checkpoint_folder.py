@@ -14,13 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nano3.cli import MARKER, UserError, free_disk
+from nano3.cli import UserError, free_disk
+from nano3.sealed_folder import check_seal
 
 FOLDER = "checkpoints"
-FILES = "files.json"
-"""Lists the files of an adapter or checkpoint folder with their sizes; written last."""
-NOT_LISTED = (FILES, MARKER, "lora.json")
-"""Files whose own syntax says whether they are whole, and which people may edit."""
 TRAINING = "training"
 STATE = "state.json"
 """In `training/`: step, samples, the identity of the run, and the layout of the ranks that wrote it."""
@@ -47,16 +44,18 @@ def checkpoints(out: Path | str) -> list[Path]:
 
 
 def newest(out: Path | str) -> Path | None:
-    """The newest checkpoint of `out`, every file of it there in full; None when there is none.
+    """The newest checkpoint of `out`, every file of it what was written; None when there is none.
 
     Raises:
-        UserError: the newest one is damaged. Going back to an older one, or starting over, is for a person to decide.
+        UserError: the newest one is damaged, or a copy of an older one under its name. Going back to an older one, or
+            starting over, is for a person to decide.
     """
     found = checkpoints(out)
     if not found:
         return None
     try:
-        check_files(found[-1])
+        check_seal(found[-1], required=True)
+        _refuse_other_step(found[-1])
     except UserError as error:
         older = f"from step {step_of(found[-2])}" if len(found) > 1 else "from the beginning: there is no older one"
         raise UserError(
@@ -66,35 +65,11 @@ def newest(out: Path | str) -> Path | None:
     return found[-1]
 
 
-def record_files(folder: Path) -> None:
-    """Writes `files.json`: the size in bytes of every file that the folder holds now, but for `NOT_LISTED`."""
-    sizes = {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in NOT_LISTED
-    }
-    (folder / FILES).write_text(json.dumps(sizes, indent=1) + "\n")
-
-
-def check_files(folder: Path, required: bool = True) -> None:
-    """Raises `UserError` for a file of `folder` that is missing or has another size than `files.json` says.
-
-    `required=False` accepts a folder without `files.json`: an adapter that an older version wrote.
-    """
-    if not (folder / FILES).is_file() and not required:
-        return
-    try:
-        sizes = json.loads((folder / FILES).read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{folder / FILES} is missing or not readable") from None
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing")
-        if path.stat().st_size != size:
-            raise UserError(
-                f"{path} has {path.stat().st_size} bytes and should have {size}: it is truncated or changed"
-            )
+def _refuse_other_step(folder: Path) -> None:
+    """Raises `UserError` for a checkpoint that was written after another step than its name says."""
+    step = read_state(folder).get("step")
+    if step != step_of(folder):
+        raise UserError(f"{folder} was written after step {step}: it is a copy, or was renamed")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -139,7 +114,7 @@ def prune(out: Path | str, keep: int) -> None:
 def clear_unfinished(out: Path | str) -> None:
     """Removes what a killed run left half-written or half-removed. Only while no other run writes to `out`."""
     for hidden in (Path(out) / FOLDER).glob(".step-*"):
-        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.unlink() if hidden.is_file() else shutil.rmtree(hidden, ignore_errors=True)
 
 
 def sync(folder: Path) -> None:

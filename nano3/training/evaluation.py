@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from nano3.checkpoints.adapter_checkpoint import load_adapter
 from nano3.checkpoints.base_identity import recorded_sha256
 from nano3.cli import UserError, fresh_file
+from nano3.sealed_folder import check_seal
 
 NOT_IN_THE_MODEL = ("dropout", "plus_ratio")
 """Facts of `lora.json` that decide how an adapter was trained, and not what it computes."""
@@ -35,6 +36,8 @@ class Evaluation(pl.Callback):
         del pl_module, stage
         trainer.validate_loop.verbose = False  # a table of the same numbers
         if self.adapter is not None:
+            if trainer.is_global_zero:  # one rank reads it for all
+                check_seal(Path(self.adapter), required=True)
             info = json.loads((Path(self.adapter) / "lora.json").read_text())
             refuse_other_adapter(self.adapter, info, {**self.facts, "base_sha256": recorded_sha256(self.base)})
 

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 
 from nano3.checkpoints.adapter_checkpoint import load_adapter
 from nano3.checkpoints.base_identity import recorded_sha256
-from nano3.checkpoints.checkpoint_folder import check_files
+from nano3.sealed_folder import check_seal
 from nano3.training.evaluation import refuse_other_adapter
 
 
@@ -31,8 +31,9 @@ class InitialAdapter(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses a damaged adapter, or another than the settings describe, before any weight is read."""
-        del trainer, pl_module, stage
-        check_files(self.folder, required=False)
+        del pl_module, stage
+        if trainer.is_global_zero:  # one rank reads it for all
+            check_seal(self.folder, required=True)
         info = json.loads((self.folder / "lora.json").read_text())
         refuse_other_adapter(str(self.folder), info, {**self.facts, "base_sha256": recorded_sha256(self.base)})
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion.certificates.certificate import Claim, write_certificate
-from conversion.certificates.certificate_json import count_lines, read_certificate
+from conversion.certificates.certificate_json import certificate_text, count_lines, read_certificate, sealed
 from conversion.certificates.certificate_json import said as lines_of
 from conversion.certify import verify
 from conversion.checkpoint.hf_folder import HFFolder
@@ -24,6 +24,7 @@ from conversion.merge_lora import merge
 from conversion.quantize_fp8 import quantize
 from nano3.arch import Arch
 from nano3.cli import UserError
+from nano3.sealed_folder import seal
 from nano3.targets import PRESETS, select
 from tests.conversion.test_merge import fill, write_adapter
 from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
@@ -122,10 +123,11 @@ def altered(folders: Path, copy: Path, change: Callable[[Tensors], Any] = len) -
     tensors = load_file(copy / "model.safetensors")
     change(tensors)
     save_file(tensors, copy / "model.safetensors")
+    seal(copy)
     return read_certificate(copy)
 
 
-def seal(copy: Path, said: Said) -> None:
+def make_it_fit(copy: Path, said: Said) -> None:
     """Writes a forged certificate whose totals and hashes of the whole fit its lines, as a careful forger would."""
     said["totals"] = count_lines(said["tensors"])
     for side in ("input", "output"):
@@ -136,7 +138,9 @@ def seal(copy: Path, said: Said) -> None:
 
 
 def write(copy: Path, said: Said) -> None:
-    (copy / "certificate.json").write_text(json.dumps(said))
+    """Writes a forged certificate with the hash of itself, and the seal of its folder."""
+    (copy / "certificate.json").write_text(certificate_text(sealed(said)))
+    seal(copy)
 
 
 def nudge(name: str) -> Callable[[Tensors], None]:
@@ -174,7 +178,7 @@ def test_a_certificate_that_was_made_to_fit_is_found_out_by_the_base(folders, tm
     said["tensors"][ROUTER]["output"]["sha256"] = said["tensors"][ROUTER]["input"]["sha256"] = digest
     write(tmp_path / "copy", said)
     assert sum("its lines make" in problem for problem in verify(tmp_path / "copy")) == 2  # input and output
-    seal(tmp_path / "copy", said)
+    make_it_fit(tmp_path / "copy", said)
     assert verify(tmp_path / "copy") == []
     told = verify(tmp_path / "copy", folders / "base")
     assert any(ROUTER in problem for problem in told)
@@ -225,7 +229,7 @@ def test_a_router_that_moved_is_found_out_whatever_the_certificate_says(folders,
     digest = hashlib.sha256(load_file(tmp_path / "copy/model.safetensors")[ROUTER].numpy().tobytes()).hexdigest()
     said["tensors"][ROUTER]["output"]["sha256"] = digest
     said["tensors"][ROUTER] |= {"what": "changed", "by": ["decoder.layers.0.mixer.out_proj"], "relative_change": 0.1}
-    seal(tmp_path / "copy", said)
+    make_it_fit(tmp_path / "copy", said)
     told = "\n".join(verify(tmp_path / "copy"))
     assert f"the router is not that of the input: {ROUTER}" in told
     assert f"{ROUTER} changed, and no module of the adapter holds it" in told
@@ -284,7 +288,7 @@ def test_a_certificate_with_parts_missing_is_refused(folders, tmp_path):
         {"format": 1},
     ):
         (tmp_path / "certificate.json").write_text(json.dumps(said | change))
-        with pytest.raises(UserError, match="is not of format 2"):
+        with pytest.raises(UserError, match="is not of format 3"):
             verify(tmp_path)
 
 

@@ -22,7 +22,8 @@ from conversion.checkpoint.plan import make_plan
 from conversion.checkpoint.safetensors_layout import INDEX, FileLayout
 from conversion.checkpoint.torch_dist import TorchDistReader
 from nano3.arch import PRESETS, Arch
-from nano3.cli import MARKER, UserError
+from nano3.cli import UserError
+from nano3.sealed_folder import MARKER, SEAL, seal
 from tests.helpers.rank_server import done_by, server
 from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
 
@@ -38,7 +39,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in (CARD, CERTIFICATE, MARKER)
+        if path.is_file() and path.name not in (CARD, CERTIFICATE, MARKER, SEAL)
     }
 
 
@@ -73,6 +74,7 @@ def test_weights_travel_under_another_layout(tmp_path: Path):
     source = tiny_hf_folder(tmp_path / "source", shards=3)
     to_nemo(source, tmp_path / "nemo")
     (tmp_path / "nemo" / "safetensors.json").unlink()
+    seal(tmp_path / "nemo")
     nemo_to_hf.convert(tmp_path / "nemo", tmp_path / "back")
     expected = {k: v for path in sorted(source.glob("*.safetensors")) for k, v in load_file(path).items()}
     found = load_file(tmp_path / "back" / "model.safetensors")
@@ -298,6 +300,7 @@ def test_broken_checkpoints_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="truncated"):
         nemo_to_hf.convert(nemo, out)
     (nemo / "weights" / ".metadata").unlink()
+    seal(nemo)
     with pytest.raises(UserError, match="not a Megatron torch_dist"):
         nemo_to_hf.convert(nemo, out)
     assert not out.exists()

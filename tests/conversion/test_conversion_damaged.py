@@ -92,7 +92,7 @@ def test_a_truncated_file_of_a_nemo_checkpoint_is_refused_by_name(nemo: Path, tm
     (tmp_path / "work").mkdir()
     file = max((nemo / "weights").glob("*.distcp"), key=lambda path: path.stat().st_size)
     os.truncate(file, file.stat().st_size - 1)
-    with pytest.raises(UserError, match=f"{file.name} is missing or truncated"):
+    with pytest.raises(UserError, match=f"{file.name} has .* bytes and should have"):
         TOOLS["export"](nemo.parent, tmp_path / "work" / "out")
     assert os.listdir(tmp_path / "work") == []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -194,7 +193,8 @@ def test_finished_files_of_a_killed_run_are_used_again(tool: str, inputs: Path, 
 def test_the_work_of_another_job_is_thrown_away(inputs: Path, tmp_path: Path, capsys):
     other = tiny_hf_folder(tmp_path / "other", seed=5)
     out = tmp_path / "out"
-    in_child(lambda: hf_to_nemo.convert(inputs / "hf", out, context=False), 2000)
+    calls = in_child(lambda: hf_to_nemo.convert(inputs / "hf", tmp_path / "whole", context=False), None)
+    in_child(lambda: hf_to_nemo.convert(inputs / "hf", out, context=False), calls // 2)
     assert (tmp_path / ".out.unfinished").is_dir()
     hf_to_nemo.convert(other, out, context=False)
     assert "going on" not in capsys.readouterr().err
@@ -202,16 +202,20 @@ def test_the_work_of_another_job_is_thrown_away(inputs: Path, tmp_path: Path, ca
 
 
 def test_two_processes_do_not_write_one_output(tmp_path: Path):
-    hidden = tmp_path / ".out.unfinished"
-    hidden.mkdir()
-    lock = os.open(hidden, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another process is writing"), work_folder(tmp_path / "out", "x", {}, 0):
-        pass
-    os.close(lock)
     with work_folder(tmp_path / "out", "x", {}, 0) as work:
+        with pytest.raises(UserError, match="another process is writing"), work_folder(tmp_path / "out", "x", {}, 0):
+            pass
         work.hide("last").write_text("a")
-    assert sorted(os.listdir(tmp_path / "out")) == ["last", "nano3.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["files.json", "last", "nano3.json"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_of_somebody_else_under_the_hidden_name_is_refused(tmp_path: Path):
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished/thesis").write_text("years of work")
+    with pytest.raises(UserError, match="holds files that no tool of this"), work_folder(tmp_path / "out", "x", {}, 0):
+        pass
+    assert (tmp_path / ".out.unfinished/thesis").read_text() == "years of work"
 
 
 def test_what_is_interrupted_stays_and_what_fails_does_not(tmp_path: Path, capsys):

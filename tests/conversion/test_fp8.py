@@ -23,6 +23,7 @@ from conversion.quantize_fp8 import quantize, to_codes
 from evaluation.hf_model import load_reference
 from nano3.arch import PRESETS, Arch, resolve_model
 from nano3.cli import UserError
+from nano3.sealed_folder import seal
 from nano3.token_store import tokenizer_sha256
 from tests.helpers.tiny import tiny_hf_folder
 from tests.helpers.tiny_store import tiny_store
@@ -304,6 +305,7 @@ def test_the_lint_finds_a_fault_in_the_tensors(ours, tmp_path, fault):
 def test_the_lint_finds_a_fault_in_the_configurations(ours, tmp_path):
     shutil.copytree(ours / "fp8", tmp_path / "a")
     edit_excludes(tmp_path / "a", lambda names: [name for name in names if name != "lm_head"])
+    seal(tmp_path / "a")
     assert {(who, what.split(" is ")[0]) for who, what in lint(tmp_path / "a")} == {
         ("vLLM", "lm_head"),
         ("TensorRT-LLM", "lm_head"),

@@ -25,6 +25,7 @@ from evaluation.generation import load_tokenizer
 from evaluation.hf_model import load_reference
 from nano3.arch import PRESETS, Arch
 from nano3.cli import UserError
+from nano3.sealed_folder import seal
 from pico.tasks import PRETRAINING, rows
 from tests.helpers.golden_server import FakeServer, serve
 from tests.helpers.tiny import tiny_hf_folder
@@ -99,6 +100,9 @@ def test_weights_that_are_not_those_of_the_certificate_give_no_golden_answers(fo
     shutil.copytree(folder / "fp8", altered)
     file = altered / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match="is not what was written"):
+        golden(altered, [{"prompt": "1, 2, 3"}], tmp_path / "beside")
+    seal(altered)
     with pytest.raises(UserError, match=r"not those of its certificate\.json; python conversion/certify\.py verify"):
         golden(altered, [{"prompt": "1, 2, 3"}], tmp_path / "beside")
 

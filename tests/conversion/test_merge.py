@@ -18,6 +18,7 @@ from conversion.merge_lora import merge
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.digest import combine, layer_digest
+from nano3.sealed_folder import seal
 from nano3.targets import PRESETS, select, sizes
 from tests.conversion.test_conversion import tree, truncate
 from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
@@ -57,6 +58,7 @@ def write_adapter(
     (folder / "weights" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     lora = {"format": 1, "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": list(targets), "experts": experts}
     (folder / "lora.json").write_text(json.dumps(lora | {"base_config": config, "router_sha256": ""} | info))
+    seal(folder)
     return folder
 
 
@@ -281,6 +283,7 @@ def test_wrong_adapters_are_refused_before_anything_is_written(case: str, tmp_pa
     adapter = write_adapter(tmp_path / "adapter", **{k: v for k, v in arguments.items() if k != "said"})
     info = json.loads((adapter / "lora.json").read_text()) | said
     (adapter / "lora.json").write_text(json.dumps(info))
+    seal(adapter)
     with pytest.raises(UserError, match=message):
         merge(base, adapter, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]

@@ -22,6 +22,7 @@ from finetune.initial import adopt
 from finetune.settings import LoraSettings
 from nano3.arch import Arch
 from nano3.cli import UserError
+from nano3.sealed_folder import seal
 from nano3.targets import PRESETS
 from tests.conversion.test_merge import write_adapter
 from tests.conversion.test_peft_export import FP32, logits
@@ -235,6 +236,9 @@ def test_another_checkpoint_of_the_same_architecture(base: Path, tmp_path: Path)
 def test_an_export_that_was_edited_is_refused(base: Path, tmp_path: Path):
     export(write_adapter(tmp_path / "adapter", config=FP32, targets=PRESETS["peft"]), tmp_path / "peft", "peft")
     config(tmp_path / "peft", lora_alpha=16)
+    with pytest.raises(UserError, match=r"adapter_config\.json has .* bytes and should have"):
+        merge(base, tmp_path / "peft", tmp_path / "out")
+    seal(tmp_path / "peft")
     with pytest.raises(UserError, match=r"the scale 4, the header of adapter_model\.safetensors 2"):
         merge(base, tmp_path / "peft", tmp_path / "out")
 

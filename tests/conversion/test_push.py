@@ -19,6 +19,7 @@ from conversion import merge_lora
 from conversion.merge_lora import merge
 from conversion.push import Hub, main
 from nano3.cli import UserError
+from nano3.sealed_folder import MARKER, SEAL
 from tests.conversion.test_merge import write_adapter
 from tests.helpers.tiny import tiny_hf_folder
 
@@ -119,7 +120,7 @@ def test_an_upload_is_the_folder_with_the_card_as_readme(hub, merged, monkeypatc
     assert main() == 0
     assert capsys.readouterr().out == f"{constants.ENDPOINT}/{NAME}/commit/{'1' * 40}\n"
     assert hub[NAME]["private"] is True
-    expected = {path.name: path.read_bytes() for path in merged.iterdir() if path.name != "nano3.json"}
+    expected = {path.name: path.read_bytes() for path in merged.iterdir() if path.name not in (MARKER, SEAL)}
     expected["README.md"] = expected.pop("model_card.md")
     assert hub[NAME]["files"] == expected
     assert expected["README.md"].startswith(b"---\nlicense: other\nlicense_name: some-terms\n")

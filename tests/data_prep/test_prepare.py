@@ -16,6 +16,7 @@ from data_prep.summary import print_summary
 from nano3.cli import UserError
 from nano3.conversations import CONTROL_TOKENS, Conversation, Conversations
 from nano3.rows import write_rows
+from nano3.store_contents import check_store
 from nano3.token_store import TokenStore
 from tests.helpers.data_fixtures import ids, row, write_jsonl, write_tokenizer
 
@@ -53,7 +54,7 @@ def test_prepare_script_end_to_end(tmp_path: Path, tokenizer: Path) -> None:
     assert "3 documents" in result.stdout
     assert "2 direct, 1 with reasoning, 0 without loss" in result.stdout
     store = TokenStore(out)
-    store.verify()
+    check_store(store)
     # Supervised by hand: "b" + end; "why\n" + </think> + "\nd" + end; "ff" + end.
     assert store.manifest["sources"]["test"]["supervised_tokens"] == 2 + (4 + 1 + 2 + 1)
     assert store.manifest["sources"]["other"]["supervised_tokens"] == 3

@@ -15,7 +15,9 @@ from data_prep.store import StoreWriter
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError, fresh_output
 from nano3.conversations import CONTROL_TOKENS
-from nano3.token_store import FILES, KIND, TokenStore, file_sha256
+from nano3.file_digests import file_sha256
+from nano3.store_contents import check_store
+from nano3.token_store import FILES, KIND, TokenStore
 from tests.helpers.data_fixtures import ids, row, write_tokenizer
 
 START, END, THINK, THOUGHT = (CONTROL_TOKENS[mark] for mark in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"))
@@ -97,7 +99,7 @@ def test_a_tokenizer_without_hard_control_tokens_is_refused(tmp_path: Path) -> N
 
 def test_store_round_trip(store: Path) -> None:
     opened = TokenStore(store)
-    opened.verify()
+    check_store(opened)
     assert len(opened) == 2
     assert opened.lengths().tolist() == [4, 2]
     assert [part.tolist() for part in opened.document(0)] == [[10, 20, 30, 11], [0, 0, 1, 1]]
@@ -139,7 +141,7 @@ def test_the_source_of_every_document_is_known(store: Path) -> None:
 def test_a_store_of_version_2_still_opens(store: Path, tokenizer: ChatTokenizer) -> None:
     as_version_2(store, tokenizer)
     opened = TokenStore(store)
-    opened.verify()
+    check_store(opened)
     opened.check_tokenizer(tokenizer.path.parent)
     assert opened.document(0)[1].tolist() == [0, 0, 1, 1]
     assert opened.stages(0).tolist() == [0, 0, 0, 0]
@@ -218,8 +220,8 @@ def test_damaged_bytes_are_found_by_verify(store: Path) -> None:
     data = bytearray((store / "tokens.bin").read_bytes())
     data[0] ^= 1
     (store / "tokens.bin").write_bytes(data)
-    with pytest.raises(UserError, match=r"tokens\.bin is damaged"):
-        TokenStore(store).verify()
+    with pytest.raises(UserError, match=r"tokens\.bin is not what was written"):
+        check_store(TokenStore(store))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from finetune.settings import LoraSettings, Run, Settings
 from launch.plan.layout import Layout
+from nano3.sealed_folder import seal
 from tests.helpers.tiny_store import tiny_store
 
 SCRIPT = "recipes/nemotron_lora.py"
@@ -174,6 +175,8 @@ def test_a_base_that_was_imported_before_is_taken_and_another_refused(tmp_path):
     (tmp_path / "base" / "hf" / "config.json").write_text(json.dumps(config | {"n_groups": 2}))
     assert "is of another architecture" in refused(*run)
     (tmp_path / "base" / "hf" / "config.json").write_text(json.dumps(config))
+    assert "files.json, which says what the folder holds, is missing" in refused(*run)
+    seal(tmp_path / "base")
     assert "has no packs" in refused(*run)  # the base is fine
     assert "is a NeMo checkpoint itself" in refused("--model", str(tmp_path / "base"), *run[2:])
 

@@ -16,8 +16,7 @@ from launch.chain.records import Records
 from launch.chain.stages import NAMES, Chain, Stage
 from launch.slurm.cluster import Cluster
 from nano3.arch import resolve_model
-from nano3.cli import UserError
-from nano3.lock import alone
+from nano3.cli import UserError, alone
 from nano3.rows import write_rows
 from pico.tasks import DEMO, rows
 from tests.launch.test_slurm import fake_slurm

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,21 +23,21 @@ from launch.plan.rules import check_packs
 from nano3.checkpoints.base_identity import recorded_sha256
 from nano3.checkpoints.checkpoint_folder import (
     FORMAT,
-    check_files,
     checkpoints,
     clear_unfinished,
     disk_full,
     layout_in_words,
     newest,
     prune,
-    record_files,
     refuse_other_run,
     step_folder,
     step_of,
 )
 from nano3.checkpoints.replicas import disagreements
 from nano3.cli import UserError
+from nano3.sealed_folder import seal
 from nano3.token_store import TokenStore
+from tests.helpers.damage import change_keeping_size_and_time
 from tests.helpers.tiny import tiny_hf_folder
 from tests.helpers.tiny_store import tiny_store
 
@@ -49,7 +50,7 @@ def checkpoint(out: Path, step: int, **identity: object) -> Path:
     (folder / "training" / "ranks.pt").write_bytes(bytes(100))
     state = {"format": FORMAT, "step": step, "samples": step, "layout": {"ranks": 2}, "identity": identity}
     (folder / "training" / "state.json").write_text(json.dumps(state))
-    record_files(folder)
+    seal(folder)
     return folder
 
 
@@ -91,18 +92,18 @@ def test_a_damaged_newest_checkpoint_is_refused_and_the_way_out_named(tmp_path, 
         words = "ranks.pt is missing"
     else:
         (folder / "files.json").unlink()
-        words = "files.json is missing"
+        words = "files.json, which says what the folder holds, is missing"
     with pytest.raises(UserError) as refused:
         newest(tmp_path)
     assert words in str(refused.value)
     assert f"remove the folder {folder} to go on from step 2" in str(refused.value)
 
 
-def test_an_adapter_of_an_older_version_has_no_list_of_files(tmp_path):
-    (tmp_path / "lora.json").write_text("{}")
-    check_files(tmp_path, required=False)
-    with pytest.raises(UserError, match=r"files\.json is missing"):
-        check_files(tmp_path)
+def test_a_copy_under_a_higher_step_is_refused(tmp_path):
+    """It is whole and of this run, and steps 3 to 6 were never taken."""
+    shutil.copytree(checkpoint(tmp_path, 2), step_folder(tmp_path, 6))
+    with pytest.raises(UserError, match=r"step-000006 was written after step 2: it is a copy, or was renamed"):
+        newest(tmp_path)
 
 
 def test_another_run_is_refused_by_what_differs(tmp_path):
@@ -153,14 +154,21 @@ def test_the_content_hash_by_hand_and_whatever_the_files(base, tmp_path):
     assert sha256(tiny_hf_folder(tmp_path / "other", seed=1)) != expected
 
 
-def test_an_import_is_used_again_only_while_its_source_is_the_same(base, tmp_path):
+def test_an_import_is_used_again_only_while_its_source_is_the_same(base, tmp_path, capsys):
     source = tiny_hf_folder(tmp_path / "hf")
     convert(source, tmp_path / "nemo", context=False)
     assert holds(tmp_path / "nemo", source)
-    assert not holds(tmp_path / "nemo", base / "hf")
-    tensors = source / "model.safetensors"
-    tensors.write_bytes(tensors.read_bytes())  # the same bytes, but who knows
+    assert holds(tmp_path / "nemo", base / "hf")  # the same model elsewhere
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"routed_scaling_factor": 1.0}))
     assert not holds(tmp_path / "nemo", source)
+    shutil.copy(base / "hf/config.json", source)
+    assert holds(tmp_path / "nemo", source)
+    change_keeping_size_and_time(source / "model.safetensors")
+    assert not holds(tmp_path / "nemo", source)
+    change_keeping_size_and_time(tmp_path / "nemo/weights/__0_0.distcp")
+    assert not holds(tmp_path / "nemo", base / "hf")
+    assert "__0_0.distcp is not what was written" in capsys.readouterr().err
     (tmp_path / "nemo" / "base.json").unlink()
     with pytest.raises(UserError, match=r"does not say which base.*hf_to_nemo\.py"):
         recorded_sha256(tmp_path / "nemo")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nano3.cli import UserError, fresh_output, owner_of, run
+from nano3.cli import UserError, fresh_file, fresh_output, owner_of, run
 
 
 def write(out, text):
@@ -17,12 +17,6 @@ def write(out, text):
 
 def hidden(out):
     return sorted(path.name for path in out.parent.glob(".*"))
-
-
-def dead_pid():
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_a_result_is_replaced_whole_and_marked_as_ours(tmp_path):
@@ -61,16 +55,55 @@ def test_a_failed_rename_puts_the_old_result_back(tmp_path, monkeypatch):
     assert hidden(out) == []
 
 
-def test_what_a_killed_run_left_is_put_back_or_removed_and_a_live_run_is_left_alone(tmp_path):
-    out, pid = tmp_path / "out", dead_pid()
+def test_what_a_killed_run_left_is_put_back_or_removed(tmp_path):
+    out = tmp_path / "out"
     write(out, "old")
-    os.rename(out, tmp_path / f".out.old-{pid}-00000000")  # killed between two renames
-    (tmp_path / f".out.partial-{pid}-00000000").mkdir()
-    (tmp_path / f".out.partial-{os.getpid()}-00000000").mkdir()
+    os.rename(out, tmp_path / ".out.old-1-00000000")  # killed between two renames
+    (tmp_path / ".out.partial-1-00000000").mkdir()
+    (tmp_path / ".out.lock").touch()
     with pytest.raises(TypeError, match="str"):
         write(out, 1 / 2)
     assert (out / "result").read_text() == "old"
-    assert hidden(out) == [f".out.partial-{os.getpid()}-00000000"]
+    assert hidden(out) == []
+
+
+def test_two_writers_of_one_output_exclude_each_other_whatever_their_process_numbers(tmp_path):
+    """In another container the writer may have our number, or one that nobody has here."""
+    out = tmp_path / "out"
+    with fresh_output(out, "test") as folder:
+        (folder / "result").write_text("first")
+        for second in (lambda: write(out, "second"), lambda: fresh_file(out).__enter__()):
+            with pytest.raises(UserError, match=r"another process is writing .*out; wait for it"):
+                second()
+        assert [path.name for path in folder.iterdir()] == ["nano3.json", "result"]
+    assert (out / "result").read_text() == "first"
+    assert hidden(out) == []
+
+
+@pytest.mark.parametrize("name", ["?", "*", "[a]", "a"])
+def test_names_are_no_patterns_and_what_is_another_output_s_or_somebody_s_stays(tmp_path, name):
+    others = [
+        ".a.partial-1-00000000",
+        ".b.old-1-00000000",
+        f".{name}.partial-1-notours",
+        f".{name}.kept.partial-1-00000000",
+    ]
+    for other in others if name != "a" else others[1:]:
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "file").write_text("theirs")
+    (tmp_path / f".{name}.partial-2-00000000").mkdir()
+    (tmp_path / f".{name}.partial-2-00000000" / "thesis").write_text("no tool of ours left this")
+    write(tmp_path / name, "text")
+    left = set(others if name != "a" else others[1:]) | {f".{name}.partial-2-00000000"}
+    assert set(hidden(tmp_path / name)) == left
+
+
+def test_links_that_lead_to_each_other_end_in_one_line(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: write(tmp_path / "loop" / "out", "text"))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: Symlink loop")
 
 
 @pytest.mark.parametrize("make", ["file", "stranger", "other kind"])

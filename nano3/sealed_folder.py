@@ -1,0 +1,168 @@
+"""The seal of a folder that we write: `files.json` has size and SHA-256 of every file, and a hash of itself.
+
+Whoever reads the folder checks it first (`check_seal`). A file that changed, was cut short or is gone is a `UserError`,
+and so is a seal that changed. Files that did not change since they were last checked are not read again
+(nano3/file_digests.py). Files that came later are no part of it: a certificate, where there is one, speaks of those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nano3.errors import UserError
+from nano3.file_digests import remembered_sha256
+
+MARKER = "nano3.json"
+"""File that says a folder was written by this project, and by which of its tools."""
+SEAL = "files.json"
+FORMAT = 2
+"""Of the seal. Format 1 had sizes only."""
+PROSE = ("README.md", "model_card.md")
+"""Files for people, which people edit and no tool reads."""
+
+
+def owner_of(folder: Path) -> str | None:
+    """The kind of a folder that this project wrote, or None when it is not ours."""
+    kind = _marker(folder).get("kind")
+    return kind if isinstance(kind, str) else None
+
+
+def mark(folder: Path, kind: str, sealed: bool = False) -> None:
+    """Writes `nano3.json`: the folder is ours, of this kind, and has a seal or not."""
+    (folder / MARKER).write_text(json.dumps({"kind": kind, "format": 2, "sealed": sealed}) + "\n")
+
+
+def seal(folder: Path, names: Mapping[str, str] | None = None, leave_out: str = "") -> None:
+    """Writes the seal over every file that the folder holds now, but for `PROSE` and folders with a seal of their own.
+
+    Args:
+        folder: what is about to get its name.
+        names: how files that are still hidden will be called: name now -> name then.
+        leave_out: a folder in it that goes before it gets its name.
+    """
+    kind = owner_of(folder)
+    if kind is not None:
+        mark(folder, kind, sealed=True)
+    files = {path: str(path.relative_to(folder)) for path in _files(folder)}
+    files = {path: name for path, name in files.items() if leave_out not in Path(name).parts}
+    digests = remembered_sha256(files)
+    lines = {
+        (names or {}).get(name, name): {"bytes": path.stat().st_size, "sha256": digests[path]}
+        for path, name in files.items()
+    }
+    (folder / SEAL).write_text(_text(lines))
+
+
+def check_seal(folder: Path, required: bool = False) -> None:
+    """Raises `UserError` for a file that is not what the seal of the folder says.
+
+    A folder without a seal passes, as other tools write none, unless it is `required` or the folder's marker promises
+    one.
+    """
+    lines = sealed(folder)
+    if lines is None:
+        if required or _marker(folder).get("sealed"):
+            raise UserError(f"{folder / SEAL}, which says what the folder holds, is missing; {_remedy(folder)}")
+        return
+    paths = {folder / name: line for name, line in lines.items()}
+    for path, line in paths.items():
+        require_inside(folder, path)
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {_remedy(folder)}")
+        if path.stat().st_size != line["bytes"]:
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes and should have {line['bytes']}: it is truncated or changed; "
+                f"{_remedy(folder)}"
+            )
+    other = _unlike(paths, remembered_sha256(paths))
+    # What was remembered may speak for a file, never against it.
+    for path in other and _unlike(paths, remembered_sha256(other, anew=True)):
+        raise UserError(f"{path} is not what was written: its SHA-256 is not that of {SEAL}; {_remedy(folder)}")
+
+
+def sealed(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Name -> `bytes` and `sha256` of the files that a folder was written with; None for a folder without a seal.
+
+    Raises:
+        UserError: the seal is damaged, or of another format.
+    """
+    path = folder / SEAL
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {_remedy(folder)}") from None
+    lines = _parsed(text)
+    if lines is None:
+        raise UserError(
+            f"{path} is damaged, changed, or of a format before {FORMAT}, which had no hashes; {_remedy(folder)}"
+        )
+    return lines
+
+
+def require_inside(folder: Path, path: Path) -> None:
+    """Raises `UserError` for a path of a model folder that leads out of it through a symbolic link.
+
+    Hugging Face's cache is laid out so: files in `snapshots/COMMIT` are links into `blobs` beside it.
+    """
+    real, root = path.resolve(), folder.resolve()
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else None
+    if root not in real.parents and (blobs is None or blobs not in real.parents):
+        raise UserError(
+            f"{path} is a link to {real}, outside of {folder}; put the file itself there, or remove the link"
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    inner = {marker.parent for marker in folder.rglob(MARKER)} - {folder}
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and str(path.relative_to(folder)) not in (SEAL, *PROSE) and inner.isdisjoint(path.parents)
+    ]
+
+
+def _text(lines: Mapping[str, Any]) -> str:
+    """The seal's one form. Any other, down to a blank, is a changed seal."""
+    digest = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"format": FORMAT, "files": lines, "sha256": digest}, indent=1) + "\n"
+
+
+def _parsed(text: str) -> dict[str, dict[str, Any]] | None:
+    """The lines of a seal; None unless it is one, in its one form."""
+    try:
+        lines = json.loads(text)["files"]
+        whole = all(
+            line.keys() == {"bytes", "sha256"} and isinstance(line["bytes"], int) and isinstance(line["sha256"], str)
+            for line in lines.values()
+        )
+        return lines if whole and text == _text(lines) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _unlike(lines: Mapping[Path, Any], found: Mapping[Path, str]) -> list[Path]:
+    return [path for path, digest in found.items() if lines[path]["sha256"] != digest]
+
+
+def _marker(folder: Path) -> dict[str, Any]:
+    """What `nano3.json` says; {} of a folder without one, or with one that says nothing."""
+    try:
+        content = json.loads((folder / MARKER).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _remedy(folder: Path) -> str:
+    if (folder / "lora.json").is_file():
+        return (
+            "copy the folder again from where it was written, or, if you changed it on purpose, say so: "
+            f"python conversion/adapter.py accept {folder}"
+        )
+    return "copy the folder again from where it was written, or write it again"
