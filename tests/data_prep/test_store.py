@@ -130,6 +130,8 @@ def as_version_2(store: Path, tokenizer: ChatTokenizer) -> None:
     del manifest["origins"], manifest["order"]
     manifest["tokenizer"]["sha256"] = file_sha256(tokenizer.path)
     (store / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
+    (store / "nano3.json").write_text('{"kind": "token-store", "format": 1}')
+    (store / "files.json").unlink()  # nor had it a seal
 
 
 def test_the_source_of_every_document_is_known(store: Path) -> None:
