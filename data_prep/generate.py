@@ -17,10 +17,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_prep.chat_rows import read_conversations
 from data_prep.overlap import HeldOut, distinct_new
 from data_prep.sources.reasoning_gym import reasoning_gym_rows
 from nano3.cli import UserError, run
-from nano3.conversations import Conversations
 from nano3.rows import write_rows
 
 TRIES = 20
@@ -81,7 +81,7 @@ def main() -> int:
     params = parse_params(args.params)
     if any(args.out.resolve() == Path(source).resolve() for source in args.exclude):
         raise UserError(f"--out {args.out} is also in --exclude; write to another file")
-    excluded = [Conversations(source) for source in args.exclude]
+    excluded = [read_conversations(source) for source in args.exclude]
     held_out = HeldOut(row for rows in excluded for row in rows) if excluded else None
     rows = fresh_rows(args.task, args.size, args.seed, held_out, **params)
     count = write_rows(args.out, tqdm(rows, total=args.size, unit="row", disable=None))

@@ -1,6 +1,6 @@
 """Contamination: which training questions are, or nearly are, held-out questions.
 
-Only the user's words are compared, not system prompts or answers. Two questions are
+The user's words are compared with the options of a choice, not system prompts or answers. Two questions are
 
 * an exact match when they are equal after Unicode NFKC, case folding and collapsing white space;
 * near duplicates when they have the same words in any order (see `_bag`: of questions with two numbers or more, the
@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nano3.conversations import Conversation, Conversations
+from data_prep.chat_rows import read_conversations
+from nano3.conversations import Conversation
 
 NEAR_JACCARD = 0.7
 """Jaccard index from which two questions are near duplicates; the usual threshold of MinHash deduplication."""
@@ -58,24 +59,32 @@ def normalized(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def compared_text(row: Conversation) -> str:
+    """What of a row is compared: the user's words, and the options of a choice that are not in them."""
+    question, choices = row.question, row.fields.get("choices")
+    if not isinstance(choices, list):
+        return question
+    return " ".join([question, *(str(choice) for choice in choices if str(choice) not in question)])
+
+
 class HeldOut:
     """Held-out questions, ready to be compared with any number of training questions."""
 
     def __init__(self, conversations: Iterable[Conversation]) -> None:
-        self._held = [(row.id, row.source, normalized(row.question)) for row in conversations]
+        self._held = [(row.id, row.source, normalized(compared_text(row))) for row in conversations]
         self._exact = {text: identity for identity, _, text in self._held}
         by_source = defaultdict(list)
         for _, source, text in self._held:
-            by_source[source].append(_words(text))
-        self._template_grams = {s: _common(map(_grams, texts), GRAM_SHARE) for s, texts in by_source.items()}
+            by_source[source].append(words_of(text))
+        self._template_grams = {s: _common(map(grams_of, texts), GRAM_SHARE) for s, texts in by_source.items()}
         self._template_words = {s: _common(map(set, texts), WORD_SHARE) for s, texts in by_source.items()}
         self._bags: dict[tuple[str, Gram], str] = {}
         self._content: list[set[Gram]] = []
         self._index: dict[Gram, list[int]] = defaultdict(list)
         for number, (identity, source, text) in enumerate(self._held):
-            words = _words(text)
+            words = words_of(text)
             self._bags[source, _bag(words, self._template_words[source])] = identity
-            self._content.append(_grams(words) - self._template_grams[source])
+            self._content.append(grams_of(words) - self._template_grams[source])
             for gram in self._content[-1]:
                 self._index[gram].append(number)
 
@@ -87,12 +96,12 @@ class HeldOut:
         text = normalized(question)
         if text in self._exact:
             return "exact", self._exact[text]
-        words = _words(text)
+        words = words_of(text)
         for source, template in self._template_words.items():
             same = self._bags.get((source, _bag(words, template)))
             if same is not None:
                 return "near", same
-        grams = _grams(words)
+        grams = grams_of(words)
         shared = Counter(number for gram in grams for number in self._index.get(gram, ()))
         for number, count in shared.most_common():
             identity, source, _ = self._held[number]
@@ -122,23 +131,23 @@ def find_overlap(training: Iterable[Conversation], held_out: Iterable[Conversati
     overlap = Overlap(held_out=len(held))
     for row in training:
         overlap.training += 1
-        match = held.match(row.question)
+        match = held.match(compared_text(row))
         if match:
             (overlap.exact if match[0] == "exact" else overlap.near).append((row.id, match[1]))
     return overlap
 
 
 def overlap_of_files(training: Path | str, held_out: Path | str) -> Overlap:
-    """`find_overlap` of two chat JSONL files."""
-    return find_overlap(Conversations(training), Conversations(held_out))
+    """`find_overlap` of two inputs in any form."""
+    return find_overlap(read_conversations(training), read_conversations(held_out))
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     """Numbers, words and arithmetic operators; other punctuation says nothing."""
     return _WORD.findall(text)
 
 
-def _grams(words: list[str]) -> set[Gram]:
+def grams_of(words: list[str]) -> set[Gram]:
     """Word 3-grams; a shorter text is one gram."""
     return {tuple(words[start : start + 3]) for start in range(max(1, len(words) - 2))}
 

@@ -20,13 +20,14 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.chat import PARTS, Segment, is_empty, own_texts, render, split_turns, without_reasoning
+from data_prep.chat_rows import read_conversations
 from data_prep.own_template import TemplateCheck
 from data_prep.packing import build_packs, check_settings
 from data_prep.store import StoreWriter
 from data_prep.summary import Finds, Turns, print_summary
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError, check_output, fresh_output, run
-from nano3.conversations import Conversation, Conversations
+from nano3.conversations import Conversation
 from nano3.pack_index import Curriculum
 from nano3.rows import open_rows
 from nano3.token_store import KIND, TokenStore, tokenizer_file
@@ -81,7 +82,7 @@ def prepare(
     `packing` are further arguments of `data_prep.packing.build_packs`. Raises `UserError`, and leaves `out` as it was,
     for input that cannot be used; where only the packs cannot be made, the store stays without them.
     """
-    opened = [Conversations(source) for source in inputs]
+    opened = [read_conversations(source) for source in inputs]
     encoder, template = ChatTokenizer(tokenizer), TemplateCheck(tokenizer)
     turns, finds = Turns(), Finds()
     with fresh_output(out, KIND) as temporary:

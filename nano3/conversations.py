@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from nano3.cli import UserError
-from nano3.rows import open_rows
+from nano3.row_keys import FACTS, is_harmless
+from nano3.rows import Rows, open_rows
 
 CONTROL_TOKENS = {
     "<s>": 1,
@@ -143,6 +144,12 @@ def _check_row_keys(row: Mapping[str, Any]) -> None:
     for key, meaning in _ON_OFF.items():
         if str(row.get(key, "on")).lower() not in ("on", "off", "true", "false", ""):
             raise UserError(f"{key!r} is {_short(row[key])}; on a row it may say {meaning}")
+    for key, value in row.items():
+        if key not in _UNDERSTOOD and key not in FACTS and not is_harmless(key, value, row["messages"]):
+            raise UserError(
+                f"{key!r} may change the prompt or the loss and is not understood on a row; put it into a message, or "
+                "leave it out with data_prep/convert.py --ignore"
+            )
     if row.get("tools") and row.get("functions"):
         raise UserError("'tools' and 'functions' are both given; they are two names of one thing: keep 'tools'")
 
@@ -384,12 +391,12 @@ def _short(value: object) -> str:
 class Conversations:
     """The conversations of an input, read once and row by row in constant memory.
 
-    `source` is anything that `nano3.rows.open_rows` takes. Iterating raises `UserError`, with file and row, for a row
-    that cannot be used.
+    `source` is anything that `nano3.rows.open_rows` takes, or rows that are open. Iterating raises `UserError`, with
+    file and row, for a row that cannot be used.
     """
 
-    def __init__(self, source: Path | str) -> None:
-        self.rows = open_rows(source)
+    def __init__(self, source: Path | str | Rows) -> None:
+        self.rows = source if isinstance(source, Rows) else open_rows(source)
 
     def __iter__(self) -> Iterator[Conversation]:
         for row in self.rows:

@@ -17,20 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from nano3.cli import UserError
+from nano3.documents import MAX_BYTES, parse_json_line
 
-LARGEST_ROW = 64 << 20
-"""Bytes of one row. A longer one is a file without line ends, or a quote that nobody closed."""
+LARGEST_ROW = MAX_BYTES
+"""Bytes of one row. A longer one is a file without line ends."""
 LARGEST_CELL = 16 << 20
 """Characters of one CSV cell."""
-DEEPEST = 100
-"""Levels of nesting in a JSON row."""
 PARQUET_BATCH = 256
 """Rows of a parquet file that are in memory together."""
 
 Numbered = Iterator[tuple[int, dict[str, Any]]]
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def unpacked(stream: io.BufferedReader) -> io.BufferedReader | gzip.GzipFile:
@@ -79,57 +75,10 @@ def json_lines(stream: Any, name: str) -> Numbered:
     """One JSON object a line; blank lines are skipped."""
     for number, line in _lines(stream, name):
         if line.strip():
-            yield number, parse_row(line, f"{name}:{number}")
+            yield number, parse_json_line(line, f"{name}:{number}")
 
 
-def parse_row(text: str, where: str) -> dict[str, Any]:
-    """One JSON object.
-
-    Raises `UserError` for what is no JSON, nests deeper than `DEEPEST`, holds NaN or infinity, one key twice, or half a
-    character (a lone surrogate, as text cut at 16 bits has it).
-    """
-    try:
-        row = _DECODER.decode(text)
-    except RecursionError:
-        raise UserError(f"{where}: nested deeper than {DEEPEST} levels; no row of data is") from None
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); every row must be one JSON object") from error
-    return check_row(row, where, surrogates=_ESCAPED_SURROGATE.search(text) is not None)
-
-
-def check_row(row: Any, where: str, surrogates: bool = True) -> dict[str, Any]:
-    """Refuses what is no object with names, nests too deep, or (with `surrogates`) holds half a character."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be an object with named fields, not {type(row).__name__}")
-    waiting: list[tuple[str, Any, int]] = [("", row, 0)]
-    while waiting:
-        path, value, depth = waiting.pop()
-        if depth > DEEPEST:
-            raise UserError(f"{where}: nested deeper than {DEEPEST} levels; no row of data is")
-        if isinstance(value, dict):
-            waiting += [(f"{path}.{key}" if path else str(key), inner, depth + 1) for key, inner in value.items()]
-            if surrogates and any(isinstance(key, str) and _LONE_SURROGATE.search(key) for key in value):
-                raise UserError(f"{where}: a name in {path or 'the row'} holds half a character; write it whole")
-        elif isinstance(value, list):
-            waiting += [(f"{path}[{place}]", inner, depth + 1) for place, inner in enumerate(value)]
-        elif surrogates and isinstance(value, str) and _LONE_SURROGATE.search(value):
-            raise UserError(f"{where}: {path} holds half a character (a lone surrogate); write it whole or remove it")
-    return row
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} comes twice")
-    return fields
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_pairs)
+_DECODER = json.JSONDecoder()
 _BLANK = re.compile(r"\s*")
 
 
@@ -143,7 +92,7 @@ def json_array(stream: Any, name: str) -> Numbered:
     else:
         while True:
             number += 1
-            yield number, check_row(text.take(f"{name}:{number}"), f"{name}:{number}")
+            yield number, text.take(f"{name}:{number}")
             if text.next_is("]"):
                 text.skip("]")
                 break
@@ -187,21 +136,21 @@ class _Window:
             raise UserError(f"{self._name}: not a JSON array: {mark!r} expected, found {found!r}; copy the file again")
         self._at += 1
 
-    def take(self, where: str) -> Any:
-        """The next JSON value. The text in memory doubles until it holds the value whole."""
+    def take(self, where: str) -> dict[str, Any]:
+        """The next object. The text in memory doubles until it holds the object whole."""
         self.next_is("")
         while True:
             try:
-                value, self._at = _DECODER.raw_decode(self._text, self._at)
+                _, end = _DECODER.raw_decode(self._text, self._at)
             except RecursionError:
-                raise UserError(f"{where}: nested deeper than {DEEPEST} levels; no row of data is") from None
+                end = len(self._text)  # the reader of one object says what is wrong
             except ValueError as error:
                 self._size = max(1 << 20, len(self._text))
                 if len(self._text) - self._at > LARGEST_ROW or not self._more():
                     raise UserError(f"{where}: not valid JSON ({error}); every row must be one JSON object") from error
-            else:
-                self._size = 1 << 20
-                return value
+                continue
+            text, self._at, self._size = self._text[self._at : end], end, 1 << 20
+            return parse_json_line(text, where)
 
 
 def csv_rows(stream: Any, name: str) -> Numbered:
@@ -257,7 +206,7 @@ def parquet_rows(path: Path) -> Numbered:
             for batch in file.iter_batches(batch_size=PARQUET_BATCH):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, check_row(row, f"{path}:{number}")
+                    yield number, row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: not readable as parquet after row {number} ({reason}); download it again") from error

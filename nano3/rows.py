@@ -56,6 +56,10 @@ _SPLITS = {
 _HUB = re.compile(r"hub:([\w.-]+(?:/[\w.-]+)?)@([\w./-]+)(?:\?([\w.=&+-]*))?")
 
 
+ABOUT = ".about.json"
+"""What data_prep/convert.py writes beside `NAME` is called NAME and this."""
+
+
 class Row(NamedTuple):
     """One row: its fields by name, and `where` it stands, `file:number`, for messages to the user. The number is the
     line in JSON lines and CSV, the row in all else."""
@@ -126,7 +130,7 @@ def files_of(folder: Path) -> list[Path]:
     """
     inside = (path for path in sorted(folder.rglob("*")) if path.is_file())
     visible = (path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    files = [path for path in visible if _ending(path) in ENDINGS and path.name not in _ABOUT_DATA]
+    files = [path for path in visible if _ending(path) in ENDINGS and _is_data(path.name)]
     if not files:
         raise UserError(f"{folder} holds no file ending in {', '.join(ENDINGS)}; give the file itself")
     kinds = sorted({_ending(path) for path in files})
@@ -136,6 +140,15 @@ def files_of(folder: Path) -> list[Path]:
     if len(splits) > 1:
         raise UserError(f"{folder} holds the splits {', '.join(splits)}; give the files of one of them")
     return files
+
+
+def _is_data(name: str) -> bool:
+    return name not in _ABOUT_DATA and not name.endswith(ABOUT)
+
+
+def about_file(path: Path) -> Path:
+    """Where a converted file's origin is written down."""
+    return path.with_name(path.name + ABOUT)
 
 
 def split_of(name: str) -> str | None:

@@ -1,17 +1,27 @@
 """reasoning-gym's procedural tasks: questions with answers that its own `score_answer` can judge.
 
-Package reasoning-gym 0.1.25, Apache-2.0.
+Package reasoning-gym 0.1.25 (Stojanovski et al., 2025), Apache-2.0: 106 tasks, each item a dict of `question`,
+`answer` and `metadata`. Five tasks publish no answer, since many would be right: boxnet, graph_color,
+propositional_logic, rubiks_cube, rush_hour; they can be evaluated with `score_answer`, and nothing can be trained on.
+time_intervals counts from today's date, and is wrong where midnight falls between two questions to the clock; here
+every day is `TODAY`. evaluation/tasks/reasoning_gym.py asks `score_answer`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from nano3.cli import UserError
+
+TODAY = datetime.date(2026, 1, 1)
+"""The day on which questions are asked that speak of today."""
 
 
 def reasoning_gym_rows(task: str, size: int, seed: int, **params: Any) -> Iterator[dict[str, Any]]:
@@ -22,7 +32,13 @@ def reasoning_gym_rows(task: str, size: int, seed: int, **params: Any) -> Iterat
     """
     dataset = _reasoning_gym(task, size, int(hashlib.sha256(f"{task}:{seed}".encode()).hexdigest()[:7], 16), params)
     for number in range(size):
-        item = dataset[number]
+        with _fixed_day():
+            item = dataset[number]
+        if item["answer"] is None:
+            raise UserError(
+                f"task {task} publishes no answer, since many would be right; train on another task, and evaluate this "
+                "one with reasoning-gym's own score_answer"
+            )
         yield {
             "id": f"{task}-{seed}-{number}",
             "source": f"reasoning-gym/{task}",
@@ -31,6 +47,31 @@ def reasoning_gym_rows(task: str, size: int, seed: int, **params: Any) -> Iterat
                 {"role": "assistant", "content": str(item["answer"])},
             ],
         }
+
+
+class _FixedDate(datetime.date):
+    """Dates of which today is always `TODAY`."""
+
+    @classmethod
+    def today(cls) -> _FixedDate:
+        return cls(TODAY.year, TODAY.month, TODAY.day)
+
+
+@contextmanager
+def _fixed_day() -> Iterator[None]:
+    """While it lasts, the one generator that asks for today's date gets `TODAY`; so does the parser of its times."""
+    from dateutil import parser
+    from reasoning_gym.arithmetic import time_intervals
+
+    def parse(text: str, **options: Any) -> datetime.datetime:
+        return parser.parse(text, default=datetime.datetime.combine(TODAY, datetime.time()), **options)
+
+    before = time_intervals.date, time_intervals.parser
+    time_intervals.date, time_intervals.parser = _FixedDate, SimpleNamespace(parse=parse)
+    try:
+        yield
+    finally:
+        time_intervals.date, time_intervals.parser = before
 
 
 def _reasoning_gym(task: str, size: int, seed: int, params: dict[str, Any]) -> Any:

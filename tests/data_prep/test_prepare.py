@@ -112,7 +112,7 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path, tokenizer: Path) -> Non
     ("lines", "reason"),
     [
         (['{"messages": ['], r"bad\.jsonl:2: not valid JSON"),
-        (["[1]"], r"bad\.jsonl:2: a row must be an object with named fields"),
+        (["[1]"], r"bad\.jsonl:2: a row must be a JSON object"),
         ([{"text": "x"}], r"bad\.jsonl:2: no 'messages'; the row has 'text'"),
         ([{"conversations": []}], r"bad\.jsonl:2: .*the form of ShareGPT"),
         ([{"messages": [{"role": "bot", "content": "x"}]}], r"bad\.jsonl:2: messages\[0\]: role 'bot'"),

@@ -200,7 +200,7 @@ def test_the_prompt_opens_or_closes_the_reasoning():
         ([{"id": 1, "source": "s", "messages": "x"}], r":1: 'messages' must be a list"),
         ([{"id": 1, "source": "s", "messages": [{"role": "user", "content": "x"}]}], r":1: the last message must"),
         ([rows(1)[0], "", rows(1)[0]], r":3: id q0 comes twice"),
-        (["[1]"], r":1: a row must be an object"),
+        (["[1]"], r":1: a row must be a JSON object"),
     ],
 )  # fmt: skip
 def test_bad_questions_name_file_and_line(tmp_path, content, message):
