@@ -17,6 +17,7 @@ from typing import Any
 
 from launch.chain.stages import NAMES, TRAIN, Stage
 from nano3.cli import UserError, alone, fresh_file
+from nano3.file_digests import remembered_sha256
 from nano3.lock import LOCK
 
 KIND = "pipeline"
@@ -165,7 +166,7 @@ class Records:
             return f"FAILED with exit code {found['exit_code']}, {found['ended']}" + (f", job {job}" if job else "")
         return f"job {job} ended and did not finish it; see its log" if job else "to do"
 
-    def _begun(self, stage: Stage, inputs: dict[str, list[int]]) -> None:
+    def _begun(self, stage: Stage, inputs: dict[str, str]) -> None:
         """Of a training, which knows nothing of pipelines: finished once its adapter is there."""
         self._write(self.folder / f"{stage.name}.json", self._identity(stage, inputs) | {"exit_code": 0})
 
@@ -192,7 +193,7 @@ class Records:
             "choose another --out"
         )
 
-    def _identity(self, stage: Stage, inputs: dict[str, list[int]]) -> dict[str, Any]:
+    def _identity(self, stage: Stage, inputs: dict[str, str]) -> dict[str, Any]:
         return {"commands": [list(command) for command in stage.commands], "inputs": inputs}
 
     def _read(self, stage: Stage) -> dict[str, Any]:
@@ -212,7 +213,6 @@ class Records:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _states(stage: Stage) -> dict[str, list[int]]:
-    """Size and time of last change of the user's files: a cheap answer to "are they still the same?"."""
-    stats = {str(path): path.stat() for path in stage.inputs}
-    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+def _states(stage: Stage) -> dict[str, str]:
+    """SHA-256 of the user's files; what did not change since it was hashed is not read again."""
+    return {str(path): digest for path, digest in remembered_sha256(stage.inputs).items()}
