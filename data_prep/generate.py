@@ -1,8 +1,9 @@
-"""Writes questions and answers of a reasoning-gym task as chat JSONL, free of held-out questions.
+"""Writes questions and answers of a reasoning-gym task, or puzzles, as chat JSONL, free of held-out questions.
 
     python data_prep/generate.py --task number_sorting --size 500 --seed 1 --out held.jsonl max_numbers=5
     python data_prep/generate.py --task number_sorting --size 9000 --seed 2 --out train.jsonl --exclude held.jsonl \
         max_numbers=5
+    python data_prep/generate.py --task challenge/bits --size 1000 --seed 1 --out bits.jsonl level=2
 
 No question occurs twice in the file, and with `--exclude` none that is, or nearly is, in the named files.
 """
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from data_prep.chat_rows import read_conversations
 from data_prep.overlap import HeldOut, distinct_new
+from data_prep.puzzles.kinds import KINDS, PREFIX, puzzle_rows
 from data_prep.sources.reasoning_gym import reasoning_gym_rows
 from nano3.cli import UserError, run
 from nano3.rows import write_rows
@@ -51,7 +53,7 @@ def fresh_rows(
     Raises `UserError` when the task runs out of such questions.
     """
     found = 0
-    for row in distinct_new(reasoning_gym_rows(task, size * TRIES, seed, **params), size, held_out):
+    for row in distinct_new(_rows(task, size * TRIES, seed, params), size, held_out):
         found += 1
         yield row
     if found < size:
@@ -61,13 +63,23 @@ def fresh_rows(
         )
 
 
+def _rows(task: str, size: int, seed: int, params: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """`size` rows, not necessarily distinct: puzzles for `challenge/KIND`, else reasoning-gym's."""
+    if not task.startswith(PREFIX):
+        return reasoning_gym_rows(task, size, seed, **params)
+    if unknown := set(params) - {"level"}:
+        raise UserError(f"puzzles have no parameter {unknown.pop()!r}; they have level, from 1 to 3")
+    return puzzle_rows(task.removeprefix(PREFIX), size, seed, **params)
+
+
 def main() -> int:
     """Writes the file and says how many rows it has."""
     parser = argparse.ArgumentParser(
-        description="Write questions and answers of a reasoning-gym task as chat JSONL.",
+        description="Write questions and answers of a reasoning-gym task, or puzzles, as chat JSONL.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--task", required=True, help="name of the task, such as number_sorting")
+    names = ", ".join(KINDS)
+    parser.add_argument("--task", required=True, help=f"a reasoning-gym task, or {PREFIX} and one of {names}")
     parser.add_argument("--size", required=True, type=int, help="number of rows")
     parser.add_argument("--seed", default=1, type=int, help="rows are the same for the same task, seed and parameters")
     parser.add_argument("--out", required=True, type=Path, help="JSONL file to write, replaced when it exists")

@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from data_prep.generate import fresh_rows
 from data_prep.puzzles import bits, ciphers, equations, measures, numerals
 from data_prep.puzzles.kinds import KINDS, checked, puzzle_rows
 from data_prep.puzzles.puzzle import LEVELS, shown
@@ -219,6 +220,13 @@ def test_a_wrong_first_solver_is_noticed(monkeypatch):
     monkeypatch.setitem(equations.OPERATIONS, "add", lambda a, b: a + b + 1)
     with pytest.raises(RuntimeError, match="by the other way"):
         list(puzzle_rows("equations", 40, SEED, 1))
+
+
+def test_generate_writes_puzzles_and_refuses_other_parameters():
+    rows = list(fresh_rows("challenge/units", 5, 1, level=2))
+    assert [row["level"] for row in rows] == [2] * 5
+    with pytest.raises(UserError, match="puzzles have no parameter 'depth'"):
+        list(fresh_rows("challenge/units", 5, 1, depth=2))
 
 
 def test_unknown_kinds_and_levels_are_refused():
