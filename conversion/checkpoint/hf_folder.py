@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 FOREIGN_WEIGHTS = (".gguf", ".bin", ".pt", ".pth")
 """How weights end in forms that this project never writes, which some readers load in place of or on top of ours."""
+SIGNATURE = "model.sig"
+"""OpenSSF's signature of a folder (docs/certificate.md); it says nothing of what is made from the folder."""
 WEIGHT_ENDS = (".safetensors", *FOREIGN_WEIGHTS)
 
 
@@ -161,7 +163,7 @@ def read_exactly(file: int, buffer: memoryview, position: int) -> bool:
 
 
 def _is_weights(relative: Path) -> bool:
-    """Weights in any form, what describes them, our marker, certificate and card; a stale copy must not travel."""
+    """Weights in any form, what describes and vouches for them, our marker and card; a stale copy must not travel."""
     name = relative.name
     return name.endswith(WEIGHT_ENDS) or name in (
         CARD,
@@ -170,4 +172,5 @@ def _is_weights(relative: Path) -> bool:
         INDEX,
         MARKER,
         SEAL,
+        SIGNATURE,
     )

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conversion.adapter import accept
 from conversion.certificates.certificate import Claim, write_certificate
 from conversion.certificates.certificate_json import certificate_text, count_lines, read_certificate, sealed
 from conversion.certificates.certificate_json import said as lines_of
-from conversion.certify import verify
+from conversion.certify import main, verify
 from conversion.checkpoint.hf_folder import HFFolder
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.fp8.selection import Selection
@@ -261,6 +262,7 @@ def test_files_that_came_later_are_found_out(folders, tmp_path):
         (tmp_path / "copy" / name).write_text("{}")
         assert verify(tmp_path / "copy") == [f"{tmp_path / 'copy'}: {name} is not in the certificate"]
         (tmp_path / "copy" / name).unlink()
+    (tmp_path / "copy/model.sig").write_text("somebody's signature of the folder")
     assert verify(tmp_path / "copy") == []
 
 
@@ -290,6 +292,51 @@ def test_a_certificate_with_parts_missing_is_refused(folders, tmp_path):
         (tmp_path / "certificate.json").write_text(json.dumps(said | change))
         with pytest.raises(UserError, match="is not of format 3"):
             verify(tmp_path)
+
+
+def test_any_part_that_was_changed_is_told_by_the_certificate_s_own_hash(folders, tmp_path):
+    """Even what nobody can recompute, such as how long the adapter trained."""
+    said = altered(folders, tmp_path / "copy")
+    for forge in (
+        {"training": {"steps": 10**9}},
+        {"tools": {"torch": "9.9"}},
+        {"adapter": said["adapter"] | {"sha256": "0" * 64}},
+        {"proof": said["proof"] | {"folder": ["training"]}},
+    ):
+        (tmp_path / "copy/certificate.json").write_text(certificate_text(said | forge))
+        seal(tmp_path / "copy")
+        told = "\n".join(verify(tmp_path / "copy"))
+        assert "the certificate's own hash is not that of its content: a field was changed" in told
+        with pytest.raises(UserError, match="its own hash is not that of its content"):
+            read_certificate(tmp_path / "copy")
+    (tmp_path / "copy/certificate.json").write_text(certificate_text(said).replace(": ", ":  ", 1))
+    seal(tmp_path / "copy")
+    assert verify(tmp_path / "copy") == [
+        f"{tmp_path / 'copy'}: certificate.json is not in the form in which it was written"
+    ]
+
+
+def test_the_adapter_is_recomputed_where_it_is_given(folders, tmp_path):
+    assert verify(folders / "merged", adapter=folders / "adapter") == []
+    shutil.copytree(folders / "adapter", tmp_path / "adapter")
+    lora = json.loads((tmp_path / "adapter/lora.json").read_text())
+    (tmp_path / "adapter/lora.json").write_text(json.dumps(lora | {"alpha": 800.0}))
+    assert "is truncated or changed" in verify(folders / "merged", adapter=tmp_path / "adapter")[0]
+    assert accept(tmp_path / "adapter") == ["lora.json"]
+    told = verify(folders / "merged", adapter=tmp_path / "adapter")
+    assert [problem.split(": ")[1].split(" is ")[0] for problem in told] == ["sha256", "alpha"]
+
+
+def test_what_is_recomputed_and_what_is_claimed_is_said(folders, monkeypatch, capsys):
+    for more, words in (
+        ([], ["give --against BASE: input, base.sha256", "give --adapter ADAPTER: adapter"]),
+        (["--against", str(folders / "base"), "--adapter", str(folders / "adapter")], ["relative_change, adapter"]),
+    ):
+        monkeypatch.setattr("sys.argv", ["certify.py", "verify", str(folders / "merged"), *more])
+        assert main() == 0
+        said = capsys.readouterr().out
+        for word in [*words, "recomputed: kind, output, totals, files, tensors", "not to be recomputed: base.name"]:
+            assert word in said, said
 
 
 def test_no_certificate_no_verdict(folders):
