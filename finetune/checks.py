@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
-
-from finetune.settings import LoraSettings, Run, Settings, TrainSettings
+from finetune.settings import Run, Settings, TrainSettings
 from launch.plan.layout_rules import validate
-from launch.plan.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
+from launch.plan.plan_settings import Plan
 from launch.plan.rules import check_adapters, check_packs, check_settings
 from nano3.arch import Arch
 from nano3.cli import UserError
-from nano3.targets import Size, select, sizes
+from nano3.overrides import check_ranges
 
 
 def plan_of(settings: Settings) -> Plan:
     """The settings as far as memory, speed and the rules of launch/ look at them."""
-
-    def of(kind: Any, group: Any) -> Any:
-        return kind(**{field.name: getattr(group, field.name) for field in fields(kind)})
-
-    return Plan(
-        layout=settings.layout,
-        lora=of(LoraPlan, settings.lora),
-        train=of(TrainPlan, settings.train),
-        checkpoint=of(CheckpointPlan, settings.checkpoint),
-    )
+    return Plan(settings.layout, settings.lora, settings.train, settings.checkpoint)
 
 
 def check_run(run: Run, arch: Arch) -> None:
     """Raises `UserError` for a layout, targets or numbers with which the run could not be right."""
     settings = run.settings
+    check_ranges(settings)
     layout, train = settings.layout, settings.train
     validate(arch, layout, run.ranks, train.seq_length, train.global_batch, run.ranks_per_node)
     plan = plan_of(settings)
     check_settings(plan, arch)
     _check_numbers(settings)
-    check_adapters(_adapters(settings.lora, arch), plan.lora, layout)
+    check_adapters(settings.lora.adapters(arch), plan.lora, layout)
     check_packs(plan.train, layout)
     _check_validation(run)
 
@@ -49,45 +38,38 @@ def _check_validation(run: Run) -> None:
         raise UserError(f"train.patience={train.patience} counts validations; give train.validate_every too")
 
 
-def _adapters(lora: LoraSettings, arch: Arch) -> dict[str, Size]:
-    """Rank and scale of every adapter; `UserError` for a pattern that cannot be."""
-    paths = select(arch, lora.chosen_targets(), lora.experts)
-    return sizes(paths, lora.rank, lora.alpha, lora.rank_pattern, lora.alpha_pattern, lora.rslora)
-
-
 def _check_numbers(settings: Settings) -> None:
-    train, lora = settings.train, settings.lora
-    for name, value, holds, rule in (
-        ("train.warmup", train.warmup, 0 <= train.warmup < train.steps, f"from 0 to below train.steps={train.steps}"),
-        ("train.lr", train.lr, train.lr > 0, "positive"),
-        ("train.min_lr", train.min_lr, 0 <= train.min_lr <= train.lr, f"from 0 to train.lr={train.lr}"),
-        *_schedule(train),
-        ("train.beta2", train.beta2, 0 <= train.beta2 < 1, "at least 0 and below 1"),
-        ("train.weight_decay", train.weight_decay, train.weight_decay >= 0, "at least 0"),
-        ("train.clip", train.clip, train.clip > 0, "positive"),
-        ("train.divergence", train.divergence, train.divergence == 0 or train.divergence > 1, "above 1, or 0"),
-        (
-            "train.validate_every",
-            train.validate_every,
-            0 <= train.validate_every <= train.steps,
-            "from 0 to train.steps",
-        ),
-        ("train.patience", train.patience, train.patience >= 0, "at least 0"),
-        ("train.min_improvement", train.min_improvement, train.min_improvement >= 0, "at least 0"),
-        ("lora.alpha", lora.alpha, lora.alpha > 0, "positive, or the adapters change nothing"),
-        ("lora.plus_ratio", lora.plus_ratio, lora.plus_ratio > 0, "positive"),
-        ("checkpoint.every", settings.checkpoint.every, settings.checkpoint.every >= 0, "at least 0"),
-        ("checkpoint.minutes", settings.checkpoint.minutes, settings.checkpoint.minutes >= 0, "at least 0"),
-        ("log.every", settings.log.every, settings.log.every >= 1, "at least 1"),
-    ):
+    """Raises `UserError` for numbers that do not fit each other; `check_ranges` has looked at each by itself."""
+    train = settings.train
+    if train.steps is not None and train.epochs is not None:
+        raise UserError(
+            f"train.steps={train.steps} and train.epochs={train.epochs:g} both say how long to train; leave one out"
+        )
+    if train.warmup >= 1 and train.warmup != int(train.warmup):
+        raise UserError(f"train.warmup={train.warmup} must be a share below 1, or a whole number of steps")
+    rules = [("train.min_lr", train.min_lr, train.min_lr <= train.lr, f"at most train.lr={train.lr}")]
+    rules += [*_length(train), *_schedule(train)]
+    for name, value, holds, rule in rules:
         if not holds:
             raise UserError(f"{name}={value} must be {rule}")
+
+
+def _length(train: TrainSettings) -> list[tuple[str, float, bool, str]]:
+    """Checks against the number of steps, as `_check_numbers` lists them; none while that is not derived yet."""
+    if train.steps is None:
+        return []
+    return [
+        ("train.warmup", train.warmup, train.warmup_steps < train.steps, f"below train.steps={train.steps}"),
+        ("train.validate_every", train.validate_every, train.validate_every <= train.steps, "at most train.steps"),
+    ]
 
 
 def _schedule(train: TrainSettings) -> list[tuple[str, float, bool, str]]:
     """Checks of the learning rate's schedule, as `_check_numbers` lists them."""
     if train.schedule == "wsd":
-        left, fifth = train.steps - train.warmup, max(train.steps // 5, 1)
+        if train.steps is None:
+            return [("train.decay", train.decay, train.decay >= 1, "at least 1 with wsd, such as a fifth of the steps")]
+        left, fifth = train.steps - train.warmup_steps, max(train.steps // 5, 1)
         return [("train.decay", train.decay, 1 <= train.decay <= left, f"from 1 to {left} with wsd, such as {fifth}")]
     falls = train.schedule == "cosine" or train.min_lr == 0
     return [

@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from conversion.checkpoint.names import adaptable, adapter_shapes
 from conversion.checkpoint.output_folder import refuse_overlap
 from finetune import run_cluster, run_local
 from finetune.checks import check_run
+from finetune.config_file import read_config
 from finetune.eval_only import evaluate, evaluation_run
 from finetune.initial import adopt
+from finetune.recipe_file import Recipe, recipe_of, refuse_while_loading
 from finetune.run_local import KIND, refuse_finished
+from finetune.run_record import length_of_run, with_steps
+from finetune.setting_sentences import help_text, text_of
 from finetune.settings import Run, Settings
 from launch.plan.layout import Layout
 from launch.plan.plan_settings import default_layout
+from launch.plan.run_length import DEFAULT_EPOCHS
 from launch.slurm.cluster import CPU, Cluster
 from launch.slurm.sbatch import read_seeds
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError, check_output
-from nano3.overrides import apply_overrides, flatten
-from nano3.targets import select, sizes
+from nano3.overrides import apply_overrides, apply_values, flatten
 
 GPUS_PER_NODE = 8
+MOST_RANKS = 65_536
+"""Ranks of a machine, and machines, that are believed: a larger number is a slip of the hand."""
+INSTEAD: tuple[tuple[str, str, Callable[[], Any]], ...] = (
+    ("train.steps", "train.epochs", lambda: None),
+    ("train.epochs", "train.steps", lambda: None),
+    ("lora.preset", "lora.targets", list),
+)
+"""A setting that is given in one place stands for another one that an earlier place gave, which is emptied."""
 BALANCE_WARNING = (
     "router      balance: the routers' correction biases MOVE in training. They are saved with the adapter and merged; "
     "the adapter without them is another model"
@@ -36,7 +50,7 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parse.add_argument("--model", default="nano", help="pico, nano, or a folder (default: nano)")
+    parse.add_argument("--model", help="pico, nano, or a folder (default: nano)")
     parse.add_argument(
         "--base",
         type=Path,
@@ -44,8 +58,17 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     parse.add_argument("--data", type=Path, help="token store to train on")
     parse.add_argument("--validation", type=Path, help="token store to validate on (default: no validation)")
-    parse.add_argument("--out", type=Path, default=Path("runs/lora"), help="folder to write (default: runs/lora)")
-    parse.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
+    parse.add_argument("--out", type=Path, help="folder to write (default: runs/lora)")
+    parse.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.yaml",
+        help="settings and paths from a file, such as the config.yaml of an earlier OUT; what is given here wins, and "
+        "of several files the later",
+    )
+    parse.add_argument("--nodes", type=int, help="machines (default: 1)")
     parse.add_argument("--gpus-per-node", type=int, help=f"GPUs of each machine (default: {GPUS_PER_NODE})")
     parse.add_argument("--local", action="store_true", help="run on CPU ranks of this machine instead of GPUs")
     parse.add_argument("--ranks", type=int, help="CPU ranks with --local (default: 1)")
@@ -65,15 +88,56 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     parse.add_argument("--array", metavar="SEEDS", help="on a cluster: a run for each of 1,2,3 in OUT/seed-1 and so on")
     parse.add_argument("--follow", action="store_true", help="on a cluster: show the job's log until it ends")
     parse.add_argument("--dry-run", action="store_true", help="print the resolved recipe and layout, start nothing")
+    parse.add_argument(
+        "--help-settings",
+        nargs="?",
+        const="",
+        metavar="GROUP",
+        help="explain every key=value, or those of a group such as train, and end",
+    )
     parse.add_argument("--overwrite", action="store_true", help="start over in an OUT that has a run")
     parse.add_argument("settings", nargs="*", metavar="key=value", help="for example layout.ep=8 lora.rank=16")
     return parse
 
 
+def filled(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with what the --config files say of paths and resources, then with the defaults."""
+    filled = argparse.Namespace(**vars(args))
+    for file in reversed(args.config):
+        for name, value in read_config(file)[0].items():
+            if getattr(filled, name) in (None, False):
+                setattr(filled, name, Path(value) if name in ("base", "data", "validation", "out") else value)
+    filled.model = filled.model or "nano"
+    filled.out = filled.out or Path("runs/lora")
+    filled.nodes = 1 if filled.nodes is None else filled.nodes
+    for flag in ("nodes", "gpus_per_node", "ranks"):
+        if (number := getattr(filled, flag)) is not None and not 1 <= number <= MOST_RANKS:
+            raise UserError(f"--{flag.replace('_', '-')} {number} must be at least 1 and at most {MOST_RANKS:,}")
+    return filled
+
+
+def layered(settings: Settings, args: argparse.Namespace) -> dict[str, str]:
+    """Sets on a recipe's `settings` what the --config files and then the command line give, where the later wins.
+
+    Returns for every key that one of them gave who it was that won.
+    """
+    won: dict[str, str] = {}
+    layers = [(str(file), partial(apply_values, settings, read_config(file)[1], str(file))) for file in args.config]
+    for where, apply in [*layers, ("command line", partial(apply_overrides, settings, args.settings))]:
+        given = apply()
+        won |= dict.fromkeys(given, where)
+        for key, other, empty in INSTEAD:
+            if key in given and other not in given:
+                group, _, name = other.partition(".")
+                setattr(getattr(settings, group), name, empty())
+    return won
+
+
 def resolve(
-    args: argparse.Namespace, defaults: Callable[[], Settings] = Settings, recipe: str | None = None
+    args: argparse.Namespace, defaults: Callable[[], Settings] = Settings, recipe: Recipe | None = None
 ) -> tuple[Run, Arch]:
     """The run that the arguments describe, its settings, layout, targets and paths checked. Raises `UserError`."""
+    args = filled(args)
     model, base = _model(args.model)
     arch = Arch.load(model)
     if args.base is not None:
@@ -93,7 +157,7 @@ def resolve(
     settings = defaults()
     if not cpu and settings.layout == Layout():
         settings.layout = default_layout(arch, ranks)
-    apply_overrides(settings, args.settings)
+    layered(settings, args)
     if settings.lora.init_from:
         adopt(settings.lora)
     run = Run(
@@ -106,7 +170,7 @@ def resolve(
         ranks_per_node=ranks,
         cpu=cpu,
         settings=settings,
-        recipe=recipe or Run.recipe,
+        recipe=recipe,
     )
     if args.eval_only and args.overwrite:
         raise UserError("--eval-only trains nothing and overwrites no run; leave --overwrite out")
@@ -141,27 +205,37 @@ def trainable_parameters(run: Run, arch: Arch) -> int:
     Rows that pad the vocabulary are not counted: they never get a gradient.
     """
     lora, modules = run.settings.lora, adaptable(arch)
-    paths = select(arch, lora.chosen_targets(), lora.experts)
-    chosen = sizes(paths, lora.rank, lora.alpha, lora.rank_pattern, lora.alpha_pattern, lora.rslora)
     return sum(
         math.prod(shape)
-        for path, size in chosen.items()
+        for path, size in lora.adapters(arch).items()
         for shape in adapter_shapes(modules[path], size.rank, lora.experts == "each", lora.dora).values()
     )
 
 
-def describe(run: Run, arch: Arch) -> str:
-    """The resolved recipe for people."""
-    lines = [f"model       {run.model} ({arch.parameters:,} parameters, {arch.active_parameters:,} active)"]
-    lines += [f"data        {run.data or '(none given)'}", f"out         {run.out}"]
+def winners(args: argparse.Namespace, defaults: Settings, run: Run) -> dict[str, str]:
+    """Who gave each setting of the run, where it was not the recipe."""
+    derived = {}
+    if not run.cpu and defaults.layout == Layout():
+        derived["layout.ep"] = "derived from the GPUs of a node"
+    won = layered(defaults, args)
+    if run.settings.train.steps is None:
+        epochs = run.settings.train.epochs or DEFAULT_EPOCHS
+        derived["train.steps"] = f"derived: {epochs:g} passes over the data"
+    return derived | {key: where for key, where in won.items() if key != "train.steps" or run.settings.train.steps}
+
+
+def describe(run: Run, arch: Arch, won: Mapping[str, str]) -> str:
+    """The resolved recipe for people; `won` says who gave a setting, where it was not the recipe."""
+    name = f"{run.recipe.name} ({run.recipe.file})" if run.recipe else "(none)"
+    lines = [f"recipe      {name}"]
+    lines += [f"model       {run.model} ({arch.parameters:,} parameters, {arch.active_parameters:,} active)"]
+    lines += [f"store       {run.data or '(none given)'}", f"out         {run.out}"]
     lines += [f"adapters    {trainable_parameters(run, arch):,} parameters"]
     lines += [BALANCE_WARNING] if run.settings.router == "balance" else []
-    lines += ["settings", *(f"  {key}={_text(value)}" for key, value in flatten(run.settings).items())]
+    lines += ["settings"]
+    for key, value in flatten(run.settings).items():
+        lines.append(f"  {f'{key}={text_of(value)}':<40} {won.get(key, 'recipe')}")
     return "\n".join([*lines, "layout", run.settings.layout.describe(arch, run.ranks)])
-
-
-def _text(value: object) -> str:
-    return ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
 
 
 def train(run: Run, arch: Arch, overwrite: bool = False) -> int:
@@ -181,10 +255,15 @@ def _on_cluster(args: argparse.Namespace, site: Cluster, run: Run, arch: Arch) -
     return run_cluster.submit(run, site, args.dry_run, args.after, args.follow, seeds)
 
 
-def main(description: str | None = None, defaults: Callable[[], Settings] = Settings, recipe: str | None = None) -> int:
-    """A recipe's command line: its own defaults, and the function that makes its configuration."""
+def main(description: str | None, defaults: Callable[[], Settings], recipe: Callable[[Run], Any]) -> int:
+    """A recipe's command line: its own defaults, and the function itself that makes its configuration."""
+    refuse_while_loading()
     args = parser(description).parse_intermixed_args()
-    run, arch = resolve(args, defaults, recipe)
+    if args.help_settings is not None:
+        print(help_text(defaults(), args.help_settings))
+        return 0
+    run, arch = resolve(args, defaults, recipe_of(recipe))
+    won, args = winners(args, defaults(), run), filled(args)
     check_output(run.out, KIND)
     site = _site(args)
     if site is None and (args.after is not None or args.follow or args.array):
@@ -192,7 +271,9 @@ def main(description: str | None = None, defaults: Callable[[], Settings] = Sett
     if args.dry_run:
         if args.data and args.after is None:
             run_local.check_data(run, arch, contents=False)
-        print(describe(run, arch))
+            print("\n".join(length_of_run(run).describe()))
+            run = with_steps(run)
+        print(describe(run, arch, won))
         return _on_cluster(args, site, run, arch) if site is not None else 0
     if site is not None:
         return _on_cluster(args, site, run, arch)

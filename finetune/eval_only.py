@@ -1,19 +1,22 @@
 """`--eval-only`: loss and token accuracy on a validation store, of the base or of base and adapter. Nothing is trained.
 
-Model, data and layout are the training recipe's, of which this is a variant; `nemotron_lora.py` calls `evaluate`.
+Model, data and layout are those of the run's own recipe, of which this is a variant.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from finetune.run_local import KIND, import_base
+from finetune.run_record import write_run
 from finetune.settings import Run
 from nano3.cli import UserError, fresh_output, owner_of
+from nano3.ranges import MOST_STEPS
 from nano3.sealed_folder import check_seal
 
 RESULTS = "results.json"
@@ -30,12 +33,16 @@ def evaluation_run(run: Run, adapter: str | None) -> Run:
     if run.validation is None:
         raise UserError("--eval-only needs --validation STORE, a token store made by data_prep/prepare.py")
     folder = Path(adapter) if adapter else Path(run.out) / "adapter"
+    run = replace(run, eval_only=True)
+    if run.settings.train.steps is None:  # none is taken, but the configuration has a number
+        train = replace(run.settings.train, steps=MOST_STEPS, epochs=None)
+        run = replace(run, settings=replace(run.settings, train=train))
     if adapter == "none" or (adapter is None and not folder.exists()):
-        return replace(run, eval_only=True)
+        return run
     if not (folder / "lora.json").is_file():
         raise UserError(f"--adapter {folder} has no lora.json; give an adapter folder that training wrote, or none")
     check_seal(folder, required=True)
-    return replace(run, eval_only=True, adapter=str(folder.resolve()))
+    return replace(run, adapter=str(folder.resolve()))
 
 
 def evaluate(run: Run) -> int:
@@ -50,7 +57,7 @@ def evaluate(run: Run) -> int:
     folder = out / FOLDER
     folder.mkdir(exist_ok=True)
     (folder / RESULTS).unlink(missing_ok=True)
-    (folder / "run.json").write_text(replace(run, out=str(folder)).to_json() + "\n")
+    write_run(replace(run, out=str(folder)))
     print(f"evaluating {run.adapter or 'the base'} on {run.ranks} ranks; logs in {folder / 'logs'}", file=sys.stderr)
     environment = {"NANO3_CPU": "1" if run.cpu else "0"}
     code = run_ranks(["-m", "finetune.worker", str(folder / "run.json")], run.ranks, folder / "logs", environment)
@@ -69,9 +76,13 @@ def summary(results: dict[str, Any]) -> str:
     )
 
 
-def evaluation_recipe(run: Run) -> Any:
-    """The NeMo 2 configuration of an evaluation, a `nemo_run.Partial` of `llm.validate`; training's parts."""
-    from finetune.configuration import lora_recipe  # first: it switches the CPU backend on before NeMo is imported
+def evaluation_recipe(run: Run, recipe: Callable[[Run], Any]) -> Any:
+    """The NeMo 2 configuration of an evaluation, a `nemo_run.Partial` of `llm.validate`; the training `recipe`'s parts.
+
+    Raises:
+        UserError: the recipe is no configuration of NeMo, so there are no parts to take from it.
+    """
+    training = recipe(run)  # first: it switches the CPU backend on before NeMo is imported
 
     # isort: split
     import nemo_run
@@ -80,7 +91,9 @@ def evaluation_recipe(run: Run) -> Any:
     from nano3.checkpoints.adapter_checkpoint import SaveAdapter
     from nano3.training.evaluation import Evaluation
 
-    training = lora_recipe(run)
+    if not isinstance(training, nemo_run.Partial):
+        name = run.recipe.name if run.recipe else recipe.__name__
+        raise UserError(f"--eval-only: the recipe {name} has no NeMo configuration; evaluate with nemotron_lora.py")
     (saver,) = [part for part in training.trainer.callbacks if part.__fn_or_cls__ is SaveAdapter]
     training.data.train = None
     training.trainer.callbacks = [

@@ -37,12 +37,11 @@ class PackSampler(MegatronDataSampler):
 
     Args:
         seq_length: length of a pack.
-        micro_batch: packs in a micro batch.
         global_batch: packs in a training step.
     """
 
-    def __init__(self, seq_length: int, micro_batch: int, global_batch: int) -> None:
-        super().__init__(seq_length, micro_batch, global_batch, output_log=False)
+    def __init__(self, seq_length: int, global_batch: int) -> None:
+        super().__init__(seq_length, 1, global_batch, output_log=False)
         self.validation_micro_batches = 1
 
     def transform_dataloader(self, dataloader: Any, consumed_samples: int = 0) -> Any:
@@ -73,13 +72,9 @@ class PackedDataModule(pl.LightningDataModule):
         validation: folder of the one to validate on, or None.
         seq_length: length of a pack.
         pad_multiple: what each document in a pack is padded to a multiple of (context parallelism wants 2 * cp).
-        micro_batch: packs per forward pass of a rank: 1.
         global_batch: packs per step over all ranks.
         steps: of the whole run.
         seed: of the order of packs.
-
-    Raises:
-        UserError: a micro batch of several packs.
     """
 
     def __init__(
@@ -88,17 +83,14 @@ class PackedDataModule(pl.LightningDataModule):
         validation: str | None,
         seq_length: int,
         pad_multiple: int,
-        micro_batch: int,
         global_batch: int,
         steps: int,
         seed: int,
     ) -> None:
         super().__init__()
-        if micro_batch != 1:
-            raise UserError(f"train.micro_batch={micro_batch}: {ONE_PACK}")
         self.train, self.validation, self.seq_length, self.pad_multiple = train, validation, seq_length, pad_multiple
-        self.micro_batch_size, self.global_batch_size, self.steps, self.seed = micro_batch, global_batch, steps, seed
-        self.data_sampler = PackSampler(seq_length, micro_batch, global_batch)
+        self.micro_batch_size, self.global_batch_size, self.steps, self.seed = 1, global_batch, steps, seed
+        self.data_sampler = PackSampler(seq_length, global_batch)
         self.tokenizer = None
         self.train_sources: list[str] = []
         self.validation_sources: list[str] = []

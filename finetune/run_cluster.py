@@ -13,6 +13,7 @@ from pathlib import Path
 
 from finetune.checks import plan_of
 from finetune.run_local import KIND, check_data, import_base, last_checkpoint, refuse_finished
+from finetune.run_record import length_of_run, with_steps, write_run, write_settings
 from finetune.settings import Run
 from launch.plan.hardware import find_gpu
 from launch.plan.mounts import parse_mount
@@ -161,11 +162,13 @@ def submit(
         return code
     if code:
         return code
+    if Path(run.data).exists():
+        run = with_steps(run)
     tasks = [of_seed(run, seed) for seed in seeds] or [run]
     for folder in dict.fromkeys([out, *(Path(one.out) for one in tasks)]):
         make_ready(folder)
     for one in tasks:
-        (Path(one.out) / "run.json").write_text(one.to_json() + "\n")
+        write_run(one)
     (out / "job.sbatch").write_text(script)
     number = hand_over(script, Path(cluster.logs))
     names = [f"{number}_{seed}" for seed in seeds] or [f"{number}"]
@@ -190,6 +193,10 @@ def first_step(run: Run) -> None:
     refuse_finished(Path(run.out))
     clear_unfinished(Path(run.out))
     check_data(run, Arch.load(run.model))  # what an earlier job of a chain has made was not there to be looked at
+    print("\n".join(length_of_run(run).describe()), flush=True)
+    if run.settings.train.steps is None:
+        run = with_steps(run)
+        write_settings(run)
     import_base(run)
     last_checkpoint(run)  # now, on one machine, and not when every rank waits for the one that reads it
 

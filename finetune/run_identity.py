@@ -1,10 +1,10 @@
 """What makes two attempts the same run, so that the second may go on from the first's checkpoints.
 
-Every setting that has a say in the numbers, and the *contents* of base, stores and the adapter that it starts from, by
-hash. Paths are not part of it: a run may move. Neither are the groups `log` and `checkpoint`, when a run counts as
-diverged, and what is recomputed: an attempt that stopped for one of these must be able to go on. Nor are the ranks and
-their layout, on which only the order of sums depends, and random numbers: what a checkpoint says of them decides
-whether equal bits can be promised.
+Every setting that has a say in the numbers, the recipe's function and file, and the *contents* of base, stores and the
+adapter that it starts from, by hash. Paths are not part of it: a run may move. Neither are the groups `log` and
+`checkpoint`, when a run counts as diverged, and what is recomputed: an attempt that stopped for one of these must be
+able to go on. Nor are the ranks and their layout, on which only the order of sums depends, and random numbers: what a
+checkpoint says of them decides whether equal bits can be promised.
 """
 
 from __future__ import annotations
@@ -38,9 +38,18 @@ def run_identity(text: str) -> dict[str, Any]:
         "validation": _store_sha256(run.validation, run) if run.validation else None,
         "initial adapter": folder_sha256(Path(initial))[:16] if initial else None,
         "bf16": run.bf16,
+        **_recipe(run),
         **{key: value for key, value in settings.items() if key != "train.pad_multiple"},
     }
     return json.loads(json.dumps(identity))
+
+
+def _recipe(run: Run) -> dict[str, str]:
+    """The recipe's name, and the hashes of its file and of the recipes that it imports."""
+    if run.recipe is None:
+        return {}
+    files = {f"the recipe's file {name}": digest[:16] for name, digest in run.recipe.sha256.items()}
+    return {"recipe": run.recipe.name, **files}
 
 
 def run_layout(run: Run) -> dict[str, int]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from conversion.identity import holds
+from finetune.run_record import RUN, length_of_run, with_steps, write_run
 from finetune.settings import Run
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.checkpoints.checkpoint_folder import FOLDER, checkpoints, clear_unfinished, newest, refuse_other_run, step_of
@@ -29,7 +30,8 @@ def train(run: Run, overwrite: bool = False) -> int:
     """
     from launch.local import run_ranks
 
-    out = Path(run.out)
+    print("\n".join(length_of_run(run).describe()), file=sys.stderr)
+    run, out = with_steps(run), Path(run.out)
     if owner_of(out) != KIND:
         with fresh_output(out, KIND, grows=True):
             pass
@@ -40,11 +42,11 @@ def train(run: Run, overwrite: bool = False) -> int:
         clear_unfinished(out)
         import_base(run)
         _announce(run)
-        (out / "run.json").write_text(run.to_json() + "\n")
+        write_run(run)
         started = time.monotonic()
         environment = {"NANO3_CPU": "1" if run.cpu else "0"}
         try:
-            code = run_ranks(["-m", "finetune.worker", str(out / "run.json")], run.ranks, out / "logs", environment)
+            code = run_ranks(["-m", "finetune.worker", str(out / RUN)], run.ranks, out / "logs", environment)
         finally:
             if not (out / "adapter" / "lora.json").exists():
                 print(f"{_how_to_go_on(out)}; see {out / 'logs'}", file=sys.stderr)

@@ -7,116 +7,70 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from finetune.recipe_file import Recipe
 from launch.plan.layout import Layout
-from nano3.targets import PRESETS
-
-Recompute = Literal["full", "moe", "moe_act", "shared_experts", "layernorm", "mamba"]
-
-
-@dataclass
-class LoraSettings:
-    """Which layers get an adapter, and how large."""
-
-    preset: Literal["all", "attention", "peft"] = "all"
-    """The targets by a name: all linear layers but router, embedding and lm_head; the attention layers' only; or what
-    Hugging Face PEFT can load for this model."""
-    targets: list[str] = field(default_factory=list)
-    """Names (`in_proj`) or patterns (`*.layers.5.*`) instead of the preset's; empty: the preset's. Only here can
-    `word_embeddings` and `output_layer` be named."""
-    rank: int = 32
-    """Rows of A and columns of B; a multiple of layout.tp."""
-    alpha: float = 32.0
-    """The delta is multiplied by alpha / rank."""
-    rank_pattern: list[str] = field(default_factory=list)
-    """`target:rank` for some layers (`in_proj:64,*.layers.5.*:8`); of several that name a layer the last one holds."""
-    alpha_pattern: list[str] = field(default_factory=list)
-    """`target:alpha` for some layers, likewise; a rank of its own leaves a layer's alpha as it is."""
-    rslora: bool = False
-    """Rank-stabilized: the delta is multiplied by alpha / sqrt(rank) instead."""
-    dora: bool = False
-    """Weight-decomposed: every output row of an adapted layer has a trained length; routed experts have theirs each."""
-    plus_ratio: float = 1.0
-    """LoRA+: the learning rate of B is this many times train.lr, which A has."""
-    dropout: float = 0.0
-    """Probability on the adapters' input, while training; the embedding's adapter has no such input."""
-    experts: Literal["shared", "each", "none"] = "shared"
-    """Routed experts: one adapter per layer for all of them, one for each, or none."""
-    init_from: str = ""
-    """Adapter folder to start from: an earlier run's, or what `conversion/adapter.py import` wrote. The settings above,
-    but for dropout and LoRA+, become its; the optimizer starts fresh. Empty: fresh adapters."""
-
-    def chosen_targets(self) -> list[str]:
-        """The targets, with the preset resolved."""
-        return list(self.targets or PRESETS[self.preset])
+from launch.plan.plan_settings import CheckpointPlan, TrainPlan
+from nano3.lora_settings import LoraSettings
+from nano3.ranges import MOST_STEPS, SEED_BITS, Range
 
 
 @dataclass
-class TrainSettings:
+class TrainSettings(TrainPlan):
     """How long and how fast."""
 
-    steps: int = 300
-    """Optimizer steps."""
-    lr: float = 1e-4
+    lr: Annotated[float, Range(0, 1, above=True)] = 1e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: cosine to `min_lr`; or `lr`, and over the last `decay` steps 1 - sqrt to `min_lr`; or `lr`."""
-    min_lr: float = 0.0
+    min_lr: Annotated[float, Range(0, 1)] = 0.0
     """Where cosine and wsd end: the rate that a step after the last would have."""
-    warmup: int = 50
-    """Steps of linear warm-up."""
-    decay: int = 0
+    warmup: Annotated[float, Range(0, MOST_STEPS)] = 0.1
+    """Linear warm-up: a share of the steps below 1, or a number of steps from 1 on."""
+    decay: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Steps of wsd's decay; other schedules have none."""
-    micro_batch: int = 1
-    """Packs per forward pass of a rank: 1, since a pack has document boundaries of its own."""
-    global_batch: int = 128
-    """Packs per step over all ranks."""
-    seq_length: int = 4096
-    """Positions in a pack; the token store must have a pack index of this length."""
-    pad_multiple: int = 0
-    """Every document in a pack takes a multiple of this many positions; 0: what the layout needs, 2 * layout.cp where
-    that is above 1. A run can go on under any layout.cp that its multiple fits."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Range(0, 1)] = 0.1
     """Of AdamW."""
-    beta2: float = 0.95
+    beta2: Annotated[float, Range(0, 1, below=True)] = 0.95
     """Of AdamW; beta1 is 0.9."""
-    clip: float = 1.0
+    clip: Annotated[float, Range(0, 1e6, above=True)] = 1.0
     """Largest norm of the gradient."""
-    divergence: float = 3.0
+    divergence: Annotated[float, Range(1, 1e6, above=True, zero=True)] = 3.0
     """Stop when the loss is above its first level and this multiple of its lowest for 20 steps in a row; 0: never."""
-    recompute: list[Recompute] = field(default_factory=list)
-    """What the backward pass computes again instead of keeping: `full`, or some of moe, moe_act, shared_experts,
-    layernorm, mamba."""
-    validate_every: int = 0
+    validate_every: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Steps between validations; 0: only at the end."""
-    patience: int = 0
+    patience: Annotated[int, Range(0, MOST_STEPS)] = 0
     """Validations in a row without an improvement after which the run stops; 0: it never stops early."""
-    min_improvement: float = 0.0
+    min_improvement: Annotated[float, Range(0, 1e3)] = 0.0
     """By how much the validation loss must fall for an improvement, below that of the last one."""
-    seed: int = 1234
+    seed: Annotated[int, Range(0, 1 << SEED_BITS, below=True)] = 1234
     """Of the adapters' first A, the order of packs and dropout."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of weights and activations; auto: bf16 on GPUs, fp32 on CPU ranks. bf16 brings the distributed optimizer."""
 
+    @property
+    def warmup_steps(self) -> int:
+        """`warmup` in steps; the number of steps must be known."""
+        assert self.steps is not None, "the number of steps is derived before it is used"
+        return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
+
 
 @dataclass
-class CheckpointSettings:
+class CheckpointSettings(CheckpointPlan):
     """How much work an interruption may cost. All of it may change when a run goes on."""
 
-    every: int = 200
+    every: Annotated[int, Range(0, MOST_STEPS)] = 200
     """Steps between checkpoints; 0: by `minutes` only."""
-    minutes: float = 15.0
+    minutes: Annotated[float, Range(0, 1e5)] = 15.0
     """Minutes between checkpoints, by rank 0's clock; 0: by `every` only. Both 0: no checkpoints."""
-    keep: int = 2
-    """Checkpoints that stay, the newest; at least 1."""
 
 
 @dataclass
 class LogSettings:
     """What is shown and kept."""
 
-    every: int = 10
+    every: Annotated[int, Range(1, MOST_STEPS)] = 10
     """Steps between progress lines, and between adapter norms and expert loads; metrics.jsonl has every step."""
     tensorboard: bool = True
     """Write TensorBoard events to OUT/tensorboard."""
@@ -165,8 +119,8 @@ class Run:
     """Validate, and train nothing."""
     adapter: str | None = None
     """With `eval_only`: the adapter folder to evaluate; None: the base alone."""
-    recipe: str = "recipes.nemotron_lora:nemotron_3_nano_lora"
-    """`module:function` that makes the configuration of this run, on every rank."""
+    recipe: Recipe | None = None
+    """What makes the configuration of this run, on every rank. None: the run is only looked at, and no rank starts."""
 
     @property
     def ranks(self) -> int:
@@ -196,4 +150,5 @@ class Run:
             checkpoint=CheckpointSettings(**groups["checkpoint"]),
             log=LogSettings(**groups["log"]),
         )
-        return cls(**raw, settings=settings)
+        recipe = raw.pop("recipe")
+        return cls(**raw, settings=settings, recipe=recipe and Recipe(**recipe))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
 from pathlib import Path
 
+from finetune.recipe_file import load_recipe
 from finetune.settings import Run
 from launch.local import die_with_parent
 from nano3.cli import run
@@ -28,9 +28,8 @@ def main() -> int:
 
         from finetune.eval_only import evaluation_recipe
 
-        module, _, function = run.recipe.partition(":")
-        make = getattr(importlib.import_module(module), function)
-        recipe = evaluation_recipe(run) if run.eval_only else make(run)
+        make = load_recipe(run.recipe, Path(run.out))
+        recipe = evaluation_recipe(run, make) if run.eval_only else make(run)
     quiet()
     try:
         fiddle.build(recipe)()

@@ -34,6 +34,7 @@ from launch.plan.preflight_checks import (
     check_versions,
 )
 from launch.plan.rules import check_settings
+from launch.plan.run_length import steps_of
 from launch.plan.search import Candidate, fitting, refuse_layout
 from launch.plan.throughput import Estimate, errors, estimate
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
@@ -165,8 +166,8 @@ def verdict(request: Request, memory: MemoryPlan, speed: Estimate, packs: int | 
         f"  tightest: stage {tightest.stage}, most of it {tightest.largest()}; experts' imbalance planned "
         f"{memory.work.batch.imbalance:.2f}, " + (f"fits up to {most:.2f}" if most is not None else "fits at none"),
         f"  estimate: {speed.tokens_per_second:,.0f} tokens/s/GPU, {speed.seconds:.1f} s a step ({speed.shares()});",
-        f"  {plan.train.steps} steps take {speed.seconds * plan.train.steps / 3600:.1f} h. Published rows are met "
-        "within a third (--errors); 'host' is what longer packs win back",
+        f"  {_hours(plan, speed, packs)}Published rows are met within a third (--errors); 'host' is what longer packs "
+        "win back",
     ]
     if packs is not None:
         step = speed.seconds / plan.train.global_batch
@@ -176,6 +177,14 @@ def verdict(request: Request, memory: MemoryPlan, speed: Estimate, packs: int | 
         lines.append("  nearest that fit:" if near else "  no layout fits on these ranks: shorter packs or more nodes")
         lines += [candidate.row(gpu, plan) for candidate in near]
     return lines
+
+
+def _hours(plan: Plan, speed: Estimate, packs: int | None) -> str:
+    """How long the run takes, where its number of steps is given or the store is known."""
+    if plan.train.steps is None and packs is None:
+        return ""
+    steps = steps_of(plan.train, packs or 0)
+    return f"{steps} steps take {speed.seconds * steps / 3600:.1f} h. "
 
 
 def report(request: Request, files: bool) -> tuple[int, str]:

@@ -4,7 +4,7 @@
 
 Imports neither torch nor NeMo. The annotations of the dataclass decide how a value is read: `int`, `float`, `bool`
 (true or false), `str`, `Path`, `Literal[...]`, `None` in a union (written none), and `list[...]` or `tuple[..., ...]`
-of these, written `a,b,c`.
+of these, written `a,b,c`. `Annotated[..., Range(...)]` says which numbers are allowed (`check_ranges`).
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from __future__ import annotations
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from nano3.synonyms import meant_by
 from nano3.cli import UserError
+from nano3.ranges import Range
 
 _NONE_WORDS = ("none", "null")
 _BOOL_WORDS = {"true": True, "false": False}
 
 
-def apply_overrides(config: Any, items: list[str]) -> None:
+def apply_overrides(config: Any, items: list[str]) -> list[str]:
     """Sets the fields of `config`, a dataclass that may hold dataclasses (its groups), from `key=value` items.
 
-    All items are checked before the first is set, so a `UserError` (no `=`, unknown key, wrong type, key given twice)
-    leaves `config` as it was.
+    Returns the keys. All items are checked before the first is set, so a `UserError` (no `=`, unknown key, wrong type,
+    key given twice) leaves `config` as it was.
     """
     planned: dict[str, tuple[Any, str, Any]] = {}
     for item in items:
@@ -40,6 +43,68 @@ def apply_overrides(config: Any, items: list[str]) -> None:
         planned[key] = (owner, name, _parse(key, text, typing.get_type_hints(type(owner))[name]))
     for owner, name, value in planned.values():
         setattr(owner, name, value)
+    return list(planned)
+
+
+def apply_values(config: Any, values: Mapping[str, Any], where: str) -> list[str]:
+    """Sets the fields of `config` from values that a file gave, {"group.key": value}; `where` names it in messages.
+
+    Returns the keys. A value has its field's type, or is the text that `apply_overrides` would read. All are checked
+    before the first is set; a wrong one raises `UserError`.
+    """
+    planned = []
+    for key, value in values.items():
+        try:
+            owner, name = _find(config, key)
+            hint = typing.get_type_hints(type(owner))[name]
+            planned.append((owner, name, _parse(key, _as_text(key, value, hint), hint)))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    for owner, name, value in planned:
+        setattr(owner, name, value)
+    return list(values)
+
+
+def _as_text(key: str, value: Any, hint: Any) -> str:
+    """A value from a file as the command line writes it; `UserError` for one that no field has."""
+    if value is None:
+        return _NONE_WORDS[0]
+    if isinstance(value, bool):
+        if hint is str or typing.get_origin(hint) is Literal:
+            raise UserError(f"{key}: {value} is a switch here; put the word in quotes")
+        return str(value).lower()
+    if isinstance(value, list) and not any(isinstance(item, list | dict) for item in value):
+        return ",".join(_as_text(key, item, str) for item in value)
+    if isinstance(value, int | float | str):
+        return str(value)
+    raise UserError(f"{key}: {value!r} is not {_describe(hint)}")
+
+
+def check_ranges(config: Any) -> None:
+    """Raises `UserError` for a number outside the `Range` that its field declares."""
+    for key, (value, allowed) in ranges(config).items():
+        if value is not None and not allowed.holds(value):
+            why = f": {allowed.why}" if allowed.why else ""
+            raise UserError(f"{key}={value} must be {allowed.words()}{why}")
+
+
+def ranges(config: Any) -> dict[str, tuple[Any, Range]]:
+    """{"group.key": (value, range)} of every setting that declares a range."""
+    found: dict[str, tuple[Any, Range]] = {}
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            found.update({f"{field.name}.{key}": inner for key, inner in ranges(value).items()})
+        for part in _extras(hints[field.name]):
+            if isinstance(part, Range):
+                found[field.name] = (value, part)
+    return found
+
+
+def _extras(hint: Any) -> tuple[Any, ...]:
+    """What `Annotated` adds to a type."""
+    return typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -75,7 +140,9 @@ def _unknown(config: Any, key: str, owner: Any, prefix: str) -> UserError:
     known = list(flatten(config))
     # The last word alone finds `layout.tp` for `tp` and `train.lr` for `lora.lr`, where whole keys are too far apart.
     word = key.rpartition(".")[2]
-    near = get_close_matches(key, known, n=1, cutoff=0.75) or [name for name in known if name.split(".")[-1] == word]
+    near = [name for name in (meant_by(key, known),) if name]
+    near = near or get_close_matches(key, known, n=1, cutoff=0.75)
+    near = near or [name for name in known if name.split(".")[-1] == word]
     near = near or get_close_matches(key, known, n=1, cutoff=0.5)
     meant = f"; did you mean {near[0]}?" if near else ""
     where = f"group {prefix[:-1]} has" if prefix else "there are"

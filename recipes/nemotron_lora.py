@@ -37,4 +37,4 @@ def nemotron_3_nano_lora(run: Run) -> Any:
 
 
 if __name__ == "__main__":
-    run(lambda: main(__doc__, settings, "recipes.nemotron_lora:nemotron_3_nano_lora"))
+    run(lambda: main(__doc__, settings, nemotron_3_nano_lora))

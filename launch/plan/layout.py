@@ -29,8 +29,6 @@ class Layout:
     """Expert tensor parallel: ranks that share every routed expert's matrices."""
     sp: bool | None = None
     """Sequence parallel: norms and residuals hold 1/tp of the sequence. None: on where tp > 1 (MoE needs it)."""
-    vp: int = 1
-    """Virtual pipeline: parts of the model per stage. Only 1: megatron-core's hybrid stack has none."""
 
     @property
     def sequence_parallel(self) -> bool:

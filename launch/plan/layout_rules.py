@@ -81,7 +81,7 @@ def _candidates(arch: Arch, layout: Layout, world_size: int) -> Iterator[Layout]
             for ep, etp in product(experts, slices):
                 if world_size % (ep * etp * pp) == 0:
                     sp = None if tp == 1 or layout.sp is False else layout.sp
-                    yield replace(layout, tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, sp=sp, vp=1)
+                    yield replace(layout, tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, sp=sp)
 
 
 def check(
@@ -142,17 +142,12 @@ def _check_sequence_parallel(arch: Arch, layout: Layout) -> None:
 
 
 def _check_pipeline(arch: Arch, layout: Layout) -> None:
-    """A layer for every stage, and one part of the model in each (mamba_block.py refuses virtual pipelines).
+    """A layer for every stage, one part of the model in each: mamba_block.py refuses virtual pipelines.
 
     Stages need not divide the layers: `nano3.pipeline_parallel` names the layers of the first and the last. Else
     `MambaStack` gives each layers // pp and drops the remainder without a word.
     """
     layers = len(arch.pattern)
-    if layout.vp != 1:
-        raise UserError(
-            f"layout.vp={layout.vp}: megatron-core's Mamba hybrid has no virtual pipeline, one part of the model per "
-            "stage is all there is; leave layout.vp out"
-        )
     if layout.pp > layers:
         rule = f"layout.pp must leave a layer for every stage: {layers} layers, {layout.pp} stages"
         raise _refused(rule, "layout.pp", layout.pp, list(range(1, layers + 1)))

@@ -1,54 +1,51 @@
 """The settings of a run that memory, speed and checks depend on, with the recipe's names and defaults.
 
-Imports neither torch nor NeMo. The recipe owns these settings (finetune/settings.py, which imports from here downwards
-only); tests/launch/test_preflight.py holds names, types and defaults of the two together.
+Imports neither torch nor NeMo. finetune/settings.py adds what training alone needs to these groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from launch.plan.layout import Layout
 from launch.plan.memory import IMBALANCE, Workload
 from launch.plan.weights import Adapters
 from nano3.arch import Arch
-from nano3.targets import PRESETS, Size, select, sizes
+from nano3.lora_settings import LoraSettings
+from nano3.ranges import MOST_STEPS, Range
+from nano3.targets import Size
 
 Recompute = Literal["full", "moe", "moe_act", "shared_experts", "layernorm", "mamba"]
-
-
-@dataclass
-class LoraPlan:
-    """The `lora` settings that take memory or time."""
-
-    preset: Literal["all", "attention", "peft"] = "all"
-    targets: list[str] = field(default_factory=list)
-    rank: int = 32
-    rank_pattern: list[str] = field(default_factory=list)
-    dora: bool = False
-    dropout: float = 0.0
-    experts: Literal["shared", "each", "none"] = "shared"
 
 
 @dataclass
 class TrainPlan:
     """The `train` settings that take memory or time."""
 
-    steps: int = 300
-    micro_batch: int = 1
-    global_batch: int = 128
-    seq_length: int = 4096
-    pad_multiple: int = 0
+    steps: Annotated[int | None, Range(1, MOST_STEPS)] = None
+    """Optimizer steps. None: as many as `epochs` takes."""
+    epochs: Annotated[float | None, Range(0, 1000, above=True)] = None
+    """Passes over the training data, instead of `steps`. None, and no steps: three passes."""
+    global_batch: Annotated[int, Range(1, 1 << 20)] = 128
+    """Packs per step over all ranks."""
+    seq_length: Annotated[int, Range(2, 1 << 20)] = 4096
+    """Positions in a pack; the token store must have a pack index of this length."""
+    pad_multiple: Annotated[int, Range(0, 1 << 20)] = 0
+    """Every document in a pack takes a multiple of this many positions; 0: what the layout needs, 2 * layout.cp where
+    that is above 1. A run can go on under any layout.cp that its multiple fits."""
     recompute: list[Recompute] = field(default_factory=list)
+    """What the backward pass computes again instead of keeping: `full`, or some of moe, moe_act, shared_experts,
+    layernorm, mamba."""
 
 
 @dataclass
 class CheckpointPlan:
     """The `checkpoint` settings that take disk."""
 
-    keep: int = 2
+    keep: Annotated[int, Range(1, 1e6)] = 2
+    """Checkpoints that stay, the newest; at least 1."""
 
 
 @dataclass
@@ -56,12 +53,12 @@ class Plan:
     """What is to be checked."""
 
     layout: Layout = field(default_factory=Layout)
-    lora: LoraPlan = field(default_factory=LoraPlan)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainPlan = field(default_factory=TrainPlan)
     checkpoint: CheckpointPlan = field(default_factory=CheckpointPlan)
     method: Literal["lora", "full"] = "lora"
     """`full`: all weights are trained. This project trains adapters only; the plan knows both, to compare."""
-    imbalance: float = IMBALANCE
+    imbalance: Annotated[float, Range(1, 1e3, why="nothing is more even than an even share")] = IMBALANCE
     """Tokens of the busiest rank's experts over an even share."""
 
     @property
@@ -70,15 +67,8 @@ class Plan:
         return self.train.pad_multiple or self.layout.document_multiple
 
     def adapter_sizes(self, arch: Arch) -> dict[str, Size]:
-        """Every adapter's rank by path, none when all weights are trained; `UserError` for targets that name nothing.
-
-        Scales take neither memory nor time; here they are not the recipe's.
-        """
-        if self.method == "full":
-            return {}
-        lora = self.lora
-        paths = select(arch, list(lora.targets or PRESETS[lora.preset]), lora.experts)
-        return sizes(paths, lora.rank, float(lora.rank), lora.rank_pattern)
+        """Every adapter by path, none when all weights are trained; `UserError` for targets that name nothing."""
+        return {} if self.method == "full" else self.lora.adapters(arch)
 
     def adapters(self, arch: Arch) -> Adapters | None:
         """The adapters, or None when all weights are trained."""
@@ -97,7 +87,6 @@ class Plan:
             seq_length=train.seq_length,
             global_batch=train.global_batch,
             adapters=self.adapters(arch),
-            micro_batch=train.micro_batch,
             imbalance=self.imbalance,
             recompute=tuple(train.recompute),
         )

@@ -17,6 +17,7 @@ from launch.plan.hardware import GIB
 from launch.plan.layout import Layout
 from launch.plan.mounts import Mount
 from launch.plan.plan_settings import Plan
+from launch.plan.run_length import length_of
 from launch.plan.weights import adapter_weights
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.cli import UserError, free_disk, owner_of
@@ -90,8 +91,9 @@ def _packs(plan: Plan, store: TokenStore) -> tuple[list[Finding], int | None]:
     except UserError as error:
         return [Finding(True, str(error))], None
     packs = facts["packs"]
-    passes = plan.train.steps * plan.train.global_batch / packs
-    return [Finding(False, f"{packs} packs: {plan.train.steps} steps are {passes:.1f} passes over them")], packs
+    length = length_of(plan.train, facts["documents"], packs)
+    text = f"{length.rows} rows in {packs} packs: {length.steps} steps are {length.passes:.1f} passes over them"
+    return [Finding(False, text)], packs
 
 
 def check_model(paths: Paths) -> list[Finding]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from nano3.overrides import check_ranges
 from launch.plan.layout import Layout
-from launch.plan.plan_settings import LoraPlan, Plan, TrainPlan
+from launch.plan.plan_settings import Plan, TrainPlan
 from nano3.arch import Arch
 from nano3.cli import UserError
+from nano3.lora_settings import AdapterKind
 from nano3.targets import EMBEDDING, Size, is_routed
 
 ONE_PACK = (
@@ -22,21 +24,19 @@ ONE_PACK = (
 
 def check_settings(plan: Plan, arch: Arch) -> None:
     """Raises `UserError` for settings that mean nothing, or that no layout could train with."""
-    lora, train = plan.lora, plan.train
-    for name, value, holds, rule in (
-        ("train.steps", train.steps, train.steps >= 1, "at least 1"),
-        ("train.micro_batch", train.micro_batch, train.micro_batch >= 1, "at least 1"),
-        ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
-        ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "at least 0 and below 1"),
-        ("checkpoint.keep", plan.checkpoint.keep, plan.checkpoint.keep >= 1, "at least 1"),
-        ("imbalance", plan.imbalance, plan.imbalance >= 1, "at least 1: nothing is more even than an even share"),
-    ):
-        if not holds:
-            raise UserError(f"{name}={value} must be {rule}")
-    _check_recompute(train.recompute)
-    if plan.method == "lora" and train.micro_batch != 1:
-        raise UserError(f"train.micro_batch={train.micro_batch}: {ONE_PACK}")
-    plan.adapter_sizes(arch)
+    check_ranges(plan)
+    _check_recompute(plan.train.recompute)
+    _check_ranks(plan.adapter_sizes(arch), arch)
+
+
+def _check_ranks(chosen: Mapping[str, Size], arch: Arch) -> None:
+    """Raises `UserError` for a rank above the width of the model, which no delta of its layers has."""
+    for path, size in chosen.items():
+        if size.rank > arch.hidden_size:
+            raise UserError(
+                f"lora.rank: rank {size.rank} of {path} must be at most {arch.hidden_size}, the model's hidden size: "
+                "no change of a layer has a higher rank"
+            )
 
 
 def _check_recompute(chosen: Sequence[str]) -> None:
@@ -60,7 +60,7 @@ def check_packs(train: TrainPlan, layout: Layout) -> None:
         raise UserError(f"train.seq_length={train.seq_length} must be a multiple of train.pad_multiple={multiple}")
 
 
-def check_adapters(chosen: Mapping[str, Size], lora: LoraPlan, layout: Layout) -> None:
+def check_adapters(chosen: Mapping[str, Size], lora: AdapterKind, layout: Layout) -> None:
     """Raises `UserError` for adapters, `chosen` by path, that this layout cannot cut.
 
     Those of dense layers are cut along their rank. Routed experts' and the embedding's are not.

@@ -1,0 +1,68 @@
+"""How long a run is: here alone passes over the data become optimizer steps. Imports neither torch nor NeMo."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from launch.plan.plan_settings import TrainPlan
+from nano3.ranges import MOST_STEPS
+
+DEFAULT_EPOCHS = 3.0
+"""Passes over the data when neither `train.steps` nor `train.epochs` is given: the field's habit for fine-tuning
+(transformers' `num_train_epochs` is 3). It follows the data: a number of steps that is right for one set is a fraction
+of a pass, or tens of passes, over another."""
+MANY_PASSES = 5.0
+"""Above so many passes a run is warned: a small set is then mostly learned by heart."""
+FEW_STEPS = 20
+"""Below so many steps a run is warned: there is hardly time to warm up."""
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """A run over a store, in numbers."""
+
+    rows: int
+    """Documents in the packs."""
+    packs: int
+    global_batch: int
+    """Packs of a step."""
+    steps: int
+
+    @property
+    def passes(self) -> float:
+        """How often every pack is seen."""
+        return self.steps * self.global_batch / self.packs
+
+    def describe(self) -> list[str]:
+        """Rows, packs, passes and steps, and a warning where they look like a mistake."""
+        one = f"{self.rows:,} rows in {self.packs:,} packs; a step takes {self.global_batch}"
+        lines = [f"data        {one}", f"length      {self.steps:,} steps, {self.passes:.2f} passes over the data"]
+        if self.passes > MANY_PASSES:
+            lines.append(
+                f"warning     {self.passes:.1f} passes: above {MANY_PASSES:g} a set is mostly learned by heart. "
+                f"{self._fewer_passes()}"
+            )
+        elif self.steps < FEW_STEPS:
+            lines.append(f"warning     only {self.steps} steps: lower train.global_batch for more, or give more data")
+        return lines
+
+    def _fewer_passes(self) -> str:
+        """What brings the passes down to the usual number."""
+        steps = int(DEFAULT_EPOCHS * self.packs / self.global_batch)
+        if steps >= FEW_STEPS:
+            return f"train.steps={steps} makes {DEFAULT_EPOCHS:g}"
+        return "Give more data, or lower train.global_batch and train.steps"
+
+
+def steps_of(train: TrainPlan, packs: int) -> int:
+    """The optimizer steps of a run over so many packs: `train.steps`, or the fewest that make its passes."""
+    if train.steps is not None:
+        return train.steps
+    epochs = DEFAULT_EPOCHS if train.epochs is None else train.epochs
+    return min(MOST_STEPS, max(1, math.ceil(epochs * packs / train.global_batch)))
+
+
+def length_of(train: TrainPlan, rows: int, packs: int) -> RunLength:
+    """The length of a run over a store with so many rows in so many packs."""
+    return RunLength(rows, packs, train.global_batch, steps_of(train, packs))
