@@ -7,7 +7,7 @@
       epochs: 2
 
 A file names settings in groups or by their whole key (`train.lr: 3e-4`). Nothing in it is executed or looked up
-elsewhere: aliases and ${interpolations} are refused. Imports neither torch nor NeMo.
+elsewhere: OmegaConf's ${interpolations} are refused. Imports neither torch nor NeMo.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from finetune.setting_sentences import group_sentence, groups_of, sentences
 from finetune.settings import Run
 from nano3.overrides import flatten
 from nano3.cli import UserError
+from nano3.documents import read_yaml
 
-LARGEST = 1 << 20
-"""Bytes of the largest file that is read: a configuration has a few kilobytes."""
 PLACES: dict[str, tuple[type, str]] = {
     "model": (str, "The model: pico, nano, or a folder."),
     "base": (str, "NeMo checkpoint of the model."),
@@ -48,7 +45,7 @@ def read_config(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: a file that cannot be read, or that holds what is no setting; it names the line or the key.
     """
-    loaded = _load(file)
+    loaded = read_yaml(file, dict, "write key: value lines as in OUT/config.yaml")
     places, settings = {}, {}
     for key, value in _flat(loaded, file).items():
         if key not in PLACES:
@@ -64,31 +61,8 @@ def read_config(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return places, settings
 
 
-def _load(file: Path) -> Any:
-    """The file's content, as dictionaries and lists."""
-    try:
-        raw = file.read_bytes()
-        if len(raw) > LARGEST:
-            raise UserError(f"{file} has {len(raw):,} bytes; a configuration has at most {LARGEST:,}")
-        text = raw.decode()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise UserError(f"{file} has a YAML alias (*name); write the value itself")
-        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except OSError as error:
-        raise UserError(f"--config {file} cannot be read ({error.strerror}); give a YAML file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--config {file} is not UTF-8 text; give a YAML file") from None
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"--config {file}{line}: {what}; write key: value lines as in OUT/config.yaml") from None
-
-
-def _flat(loaded: Any, file: Path, before: str = "") -> dict[str, Any]:
+def _flat(loaded: Mapping[Any, Any], file: Path, before: str = "") -> dict[str, Any]:
     """{"group.key": value} of nested dictionaries."""
-    if not isinstance(loaded, dict):
-        raise UserError(f"--config {file} holds no key: value lines; write them as in OUT/config.yaml")
     flat: dict[str, Any] = {}
     for key, value in loaded.items():
         name = f"{before}{key}"

@@ -30,7 +30,7 @@ class TrainPlan:
     """Passes over the training data, instead of `steps`. None, and no steps: three passes."""
     global_batch: Annotated[int, Range(1, 1 << 20)] = 128
     """Packs per step over all ranks."""
-    seq_length: Annotated[int, Range(2, 1 << 20)] = 4096
+    seq_length: Annotated[int, Range(0, 1 << 20)] = 4096
     """Positions in a pack; the token store must have a pack index of this length."""
     pad_multiple: Annotated[int, Range(0, 1 << 20)] = 0
     """Every document in a pack takes a multiple of this many positions; 0: what the layout needs, 2 * layout.cp where
@@ -58,6 +58,8 @@ class Plan:
     checkpoint: CheckpointPlan = field(default_factory=CheckpointPlan)
     method: Literal["lora", "full"] = "lora"
     """`full`: all weights are trained. This project trains adapters only; the plan knows both, to compare."""
+    micro_batch: Annotated[int, Range(1, 1024)] = 1
+    """Packs per forward pass of a rank, with method=full; adapters are trained on one."""
     imbalance: Annotated[float, Range(1, 1e3, why="nothing is more even than an even share")] = IMBALANCE
     """Tokens of the busiest rank's experts over an even share."""
 
@@ -87,6 +89,7 @@ class Plan:
             seq_length=train.seq_length,
             global_batch=train.global_batch,
             adapters=self.adapters(arch),
+            micro_batch=self.micro_batch,
             imbalance=self.imbalance,
             recompute=tuple(train.recompute),
         )

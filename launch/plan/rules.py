@@ -26,6 +26,8 @@ def check_settings(plan: Plan, arch: Arch) -> None:
     """Raises `UserError` for settings that mean nothing, or that no layout could train with."""
     check_ranges(plan)
     _check_recompute(plan.train.recompute)
+    if plan.method == "lora" and plan.micro_batch != 1:
+        raise UserError(f"micro_batch={plan.micro_batch}: {ONE_PACK}")
     _check_ranks(plan.adapter_sizes(arch), arch)
 
 

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+from finetune.recipe_file import keep, recipe_of
 from finetune.settings import Run, Settings
+from recipes.nemotron_lora import nemotron_3_nano_lora
 from tests.helpers.rank_server import server
 
 
@@ -12,7 +14,8 @@ def write_run(folder: Path, name: str, ranks: int, settings: Settings, validate:
     store = str(folder / "store")
     validation = store if validate else None
     hf, nemo, out = (str(folder / part) for part in ("hf", "nemo", name))
-    run = Run(hf, nemo, store, validation, out, 1, ranks, True, settings)
+    run = Run(hf, nemo, store, validation, out, 1, ranks, True, settings, recipe=recipe_of(nemotron_3_nano_lora))
+    keep(run.recipe, Path(out))
     path = folder / f"{name}.json"
     path.write_text(run.to_json())
     return path

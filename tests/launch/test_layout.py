@@ -66,7 +66,6 @@ def test_layouts_that_megatron_core_can_train(arch, layout, world):
         (Layout(tp=2, sp=False), 2, r"layout.sp=false with layout.tp=2"),
         (Layout(sp=True), 1, r"layout.sp=true needs tensor parallelism"),
         (Layout(pp=60), 60, r"52 layers, 60 stages; nearest valid layout.pp: 49, 50, 51, 52; "),
-        (Layout(vp=2, pp=2), 2, r"layout.vp=2: .* has no virtual pipeline.* on 2 ranks: layout.pp=2 layout.vp=1 "),
         (Layout(cp=3), 3, r"64 / 1 = 64\) .* \(8 / 1 = 8\); nearest valid layout.cp: 1, 2, 4, 8; "),
         (Layout(tp=8, cp=16), 128, r"64 / 8 = 8\) .* \(8 / 8 = 1\); nearest valid layout.cp: 1, 2, 4, 8; "),
         (Layout(ep=3), 3, r"n_routed_experts\): 128 / 3; nearest valid layout.ep: 1, 2, 4, 8; "),
@@ -209,7 +208,7 @@ def test_overrides_are_typed_and_leave_the_rest_alone():
     [
         (
             "layout.tpp=2",
-            r"unknown key layout.tpp; did you mean layout.tp\? \(group layout has layout.tp, .*layout.vp\)",
+            r"unknown key layout.tpp; did you mean layout.tp\? \(group layout has layout.tp, .*layout.sp\)",
         ),
         ("layuot.tp=2", r"unknown key layuot.tp; did you mean layout.tp\? \(there are layout.\*, .* router, out\)"),
         ("lr=1", r"unknown key lr; did you mean train.lr\?"),
@@ -246,7 +245,7 @@ def test_flatten_names_every_setting_once():
     assert flat["layout.tp"] == 1
     assert flat["train.lr"] == 1e-3
     assert flat["router"] == "frozen"
-    assert len(flat) == 7 + 4 + 3 + 2
+    assert len(flat) == 6 + 4 + 3 + 2
     copy = Config()
     apply_overrides(copy, [f"{key}={value}" for key, value in flat.items() if not isinstance(value, list | tuple)])
     assert copy == Config()

@@ -34,7 +34,8 @@ def check_recipe(arguments: list[str], nodes: int = 1, per_node: int = 8) -> Non
         "lora.rank=0",
         "lora.dropout=1",
         "train.steps=0",
-        "train.micro_batch=3",
+        "lora.rank=4096",
+        "lora.rank_pattern=in_proj:4096",
         "train.recompute=full,moe",
         "train.recompute=moe,moe_act",
         "checkpoint.keep=0",
@@ -46,6 +47,12 @@ def test_what_the_recipe_refuses_preflight_refuses_in_the_same_words(setting):
     with pytest.raises(UserError) as ours:
         asked("--hardware", "h100", setting)
     assert str(ours.value) == str(theirs.value)
+
+
+def test_adapters_are_planned_one_pack_at_a_time():
+    with pytest.raises(UserError, match=r"micro_batch=4: a pack is one sequence .*cu_seqlens.*train\.global_batch"):
+        asked("--hardware", "h100", "micro_batch=4")
+    assert asked("--hardware", "h100", "micro_batch=4", "method=full").plan.micro_batch == 4
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,18 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from data_prep.packing import PackedDataset, build_packs
-from finetune.settings import CheckpointSettings, LoraSettings, TrainSettings
+from finetune.settings import Settings
 from launch import preflight
 from launch.plan import preflight_checks
 from launch.plan.hardware import HARDWARE
 from launch.plan.mounts import parse_mount
-from launch.plan.plan_settings import CheckpointPlan, LoraPlan, Plan, TrainPlan
+from launch.plan.plan_settings import Plan
 from launch.plan.preflight_checks import (
     Paths,
     check_model,
@@ -102,16 +102,13 @@ def test_launch_loads_neither_torch_nor_nemo():
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize(
-    ("mine", "theirs"), [(LoraPlan, LoraSettings), (TrainPlan, TrainSettings), (CheckpointPlan, CheckpointSettings)]
-)
-def test_settings_have_the_recipes_names_and_defaults(mine, theirs):
-    def default(field):
-        return field.default_factory() if field.default is MISSING else field.default
-
-    known = {field.name: default(field) for field in fields(theirs)}
-    for field in fields(mine):
-        assert known[field.name] == default(field), field.name
+def test_settings_have_the_recipes_names_and_defaults():
+    plan, recipe = Plan(), Settings()
+    for group in ("layout", "lora", "train", "checkpoint"):
+        mine, theirs = getattr(plan, group), getattr(recipe, group)
+        assert isinstance(theirs, type(mine))
+        for field in fields(mine):
+            assert getattr(theirs, field.name) == getattr(mine, field.name), field.name
 
 
 @pytest.mark.parametrize(
