@@ -21,9 +21,9 @@ from omegaconf import OmegaConf
 
 from finetune.setting_sentences import group_sentence, groups_of, sentences
 from finetune.settings import Run
-from nano3.overrides import flatten
 from nano3.cli import UserError
 from nano3.documents import read_yaml
+from nano3.overrides import flatten
 
 PLACES: dict[str, tuple[type, str]] = {
     "model": (str, "The model: pico, nano, or a folder."),

@@ -14,8 +14,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from finetune.settings import Settings
-from nano3.overrides import flatten, ranges
 from nano3.cli import UserError
+from nano3.overrides import flatten, ranges
 
 WIDTH = 100
 """Of the lines of `--help-settings`."""

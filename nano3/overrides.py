@@ -18,9 +18,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from nano3.synonyms import meant_by
 from nano3.cli import UserError
 from nano3.ranges import Range
+from nano3.synonyms import meant_by
 
 _NONE_WORDS = ("none", "null")
 _BOOL_WORDS = {"true": True, "false": False}

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from nano3.overrides import check_ranges
 from launch.plan.layout import Layout
 from launch.plan.plan_settings import Plan, TrainPlan
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.lora_settings import AdapterKind
+from nano3.overrides import check_ranges
 from nano3.targets import EMBEDDING, Size, is_routed
 
 ONE_PACK = (

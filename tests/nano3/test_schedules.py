@@ -109,6 +109,16 @@ def test_a_rank_with_other_groups_takes_the_schedule_over():
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(settings, message):
-    run = Run("pico", "", "", None, "", 1, 1, True, Settings(train=TrainSettings(global_batch=4, steps=300, warmup=50, **settings)))
+    run = Run(
+        "pico",
+        "",
+        "",
+        None,
+        "",
+        1,
+        1,
+        True,
+        Settings(train=TrainSettings(global_batch=4, steps=300, warmup=50, **settings)),
+    )
     with pytest.raises(UserError, match=message):
         check_run(run, Arch.load(PRESETS["pico"]))
