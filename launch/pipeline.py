@@ -21,10 +21,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from launch.chain.records import KIND, Records
-from launch.chain.stages import NAMES, TRAIN, Chain, Stage, model_folder
+from launch.chain.stages import NAMES, RECIPE, TRAIN, Chain, Stage, model_folder, recipe_script
 from launch.plan.hardware import GIB
 from launch.plan.mounts import parse_mount
 from launch.plan.plan_export import plan_export
@@ -54,6 +55,15 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--input", type=Path, required=True, action="append", help="chat JSONL to train on; repeatable")
     parse.add_argument("--questions", type=Path, required=True, help="held-out chat JSONL to score")
     parse.add_argument("--out", type=Path, required=True, help="folder for everything that is made")
+    parse.add_argument(
+        "--recipe",
+        default=RECIPE,
+        metavar="FILE.py",
+        help=f"recipe that trains: a file, or module:function (default: {RECIPE})",
+    )
+    parse.add_argument(
+        "--config", type=Path, action="append", default=[], metavar="FILE.yaml", help="the recipe's; repeatable"
+    )
     parse.add_argument("--local", action="store_true", help="run here, training on CPU ranks")
     parse.add_argument("--ranks", type=int, help="CPU ranks with --local (default: 1)")
     parse.add_argument("--cluster", type=Path, help="site file (default without --local: cluster.yaml)")
@@ -85,22 +95,31 @@ def chain_of(args: argparse.Namespace) -> Chain:
     for name in RESOURCES:
         value = getattr(args, name)
         resources += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
+    resources += [word for file in args.config for word in ("--config", str(file.resolve()))]
     inputs = tuple(path.resolve() for path in args.input)
     return Chain(
         model_folder(args.model), inputs, args.questions.resolve(), args.out.resolve(),
-        tuple(args.settings), tuple(resources), extra,
+        tuple(args.settings), tuple(resources), recipe_script(args.recipe, ROOT), extra=extra,
     )  # fmt: skip
 
 
-def ask_recipe(chain: Chain, site: Path | None) -> None:
+def ask_recipe(chain: Chain, site: Path | None, recipe: str) -> Chain:
     """Has the recipe check its whole command before anything runs; for a cluster it also plans memory.
 
-    Raises `UserError` when it refuses; it has said why.
+    Returns the chain with what the recipe said of its settings.
+
+    Raises:
+        UserError: it refuses, and has said why; or it runs another function than `recipe` names after a colon.
     """
     command = [sys.executable, *chain.recipe(stored=False), "--dry-run"]
     command += ["--cluster", str(site), "--after", "1"] if site is not None else []
-    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
         raise UserError("the training would not start, see above; nothing was run")
+    function, runs = recipe.partition(":")[2], re.search(r"^recipe +\S+:(\w+) ", done.stdout, re.MULTILINE)
+    if function and (runs is None or runs[1] != function):
+        raise UserError(f"--recipe {recipe}: the file runs {runs[1] if runs else 'another function'}; name that")
+    return replace(chain, asked=tuple(re.findall(r"^  (\w+\.\w+=\S*)", done.stdout, re.MULTILINE)))
 
 
 def check_room(chain: Chain, stages: tuple[Stage, ...]) -> None:
@@ -219,7 +238,7 @@ def start(arguments: list[str]) -> int:
     cluster = None if args.local else Cluster.load(site)
     if cluster is not None and cluster.container is not None:
         check_container(chain, cluster)
-    ask_recipe(chain, None if cluster is None else site)
+    chain = ask_recipe(chain, None if cluster is None else site, args.recipe)
     records = Records(chain.out)
     if args.dry_run:
         todo = records.unfinished(chain.stages(), args.again)

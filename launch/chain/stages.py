@@ -19,6 +19,8 @@ NAMES = ("prepare", "import", "train", "merge", "quantize", "evaluate")
 EXTENDABLE = ("prepare", "quantize", "evaluate")
 """Stages whose script takes more flags than paths; those of training are key=value."""
 TRAIN = "train"
+RECIPE = "recipes/nemotron_lora.py"
+"""The recipe that trains unless another is given."""
 _PACKS = ("layout.", "train.seq_length=", "train.pad_multiple=")
 """The recipe's settings on which the packs of its data depend."""
 
@@ -53,6 +55,10 @@ class Chain:
     """The recipe's key=value."""
     resources: tuple[str, ...] = ()
     """The recipe's flags that say where it runs, such as --local --ranks 2."""
+    script: str = RECIPE
+    """The recipe's file, from this repository's folder or absolute."""
+    asked: tuple[str, ...] = ()
+    """What the recipe said of its settings, as key=value: its own defaults with everything that was given."""
     extra: Mapping[str, str] = field(default_factory=dict)
     """More flags by stage, one string each."""
 
@@ -70,19 +76,21 @@ class Chain:
     def plan(self) -> Plan:
         """Layout and packs of the settings; the recipe itself checks the others."""
         plan = Plan()
-        apply_overrides(plan, [item for item in self.settings if item.startswith(_PACKS)])
+        for settings in (self.asked, self.settings):
+            apply_overrides(plan, [item for item in settings if item.startswith(_PACKS)])
         return plan
 
     def recipe(self, stored: bool = True) -> tuple[str, ...]:
         """The training's command line; without `stored` it names no store, which need not be there then."""
         paths = ["--model", self.model, "--base", self.out / "base", "--out", self.out / "lora"]
         paths += ["--data", self.out / "data"] if stored else []
-        return ("recipes/nemotron_lora.py", *map(str, paths), *self.resources, *self.settings)
+        return (self.script, *map(str, paths), *self.resources, *self.settings)
 
     def stages(self) -> tuple[Stage, ...]:
         """All of them, in order."""
         out, model = self.out, str(self.model)
         config = self.model / "config.json"
+        own = () if self.script == RECIPE else (Path(self.script),)
         merged, scored = str(out / "merged"), out / "scores.json"
         return (
             Stage("prepare", self._prepare(), out / "data", (*self.inputs, self.questions)),
@@ -92,7 +100,7 @@ class Chain:
                 out / "base",
                 (config,),
             ),
-            Stage(TRAIN, (self.recipe(),), out / "lora" / "adapter", gpu=True),
+            Stage(TRAIN, (self.recipe(),), out / "lora" / "adapter", own, gpu=True),
             Stage(
                 "merge",
                 (
@@ -141,6 +149,18 @@ class Chain:
 
     def _more(self, name: str) -> list[str]:
         return shlex.split(self.extra.get(name, ""))
+
+
+def recipe_script(name: str, root: Path) -> str:
+    """The file of a recipe that is given as FILE.py or as `module[:function]`, such as recipes.nemotron_lora.
+
+    Returns a path from `root`, the repository, or an absolute one for a file elsewhere. Raises `UserError` for none.
+    """
+    module, _, _ = name.partition(":")
+    file = (Path(module) if module.endswith(".py") else root.joinpath(*module.split(".")).with_suffix(".py")).resolve()
+    if not file.is_file():
+        raise UserError(f"--recipe {name}: there is no {file}; give a recipe's FILE.py, or module:function")
+    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
 
 
 def model_folder(name: str) -> Path:

@@ -28,6 +28,8 @@ class RunLength:
     global_batch: int
     """Packs of a step."""
     steps: int
+    derived: bool = False
+    """Whether the steps follow from passes over the data."""
 
     @property
     def passes(self) -> float:
@@ -43,7 +45,7 @@ class RunLength:
                 f"warning     {self.passes:.1f} passes: above {MANY_PASSES:g} a set is mostly learned by heart. "
                 f"{self._fewer_passes()}"
             )
-        elif self.steps < FEW_STEPS:
+        elif self.derived and self.steps < FEW_STEPS:
             lines.append(f"warning     only {self.steps} steps: lower train.global_batch for more, or give more data")
         return lines
 
@@ -65,4 +67,4 @@ def steps_of(train: TrainPlan, packs: int) -> int:
 
 def length_of(train: TrainPlan, rows: int, packs: int) -> RunLength:
     """The length of a run over a store with so many rows in so many packs."""
-    return RunLength(rows, packs, train.global_batch, steps_of(train, packs))
+    return RunLength(rows, packs, train.global_batch, steps_of(train, packs), derived=train.steps is None)
