@@ -48,7 +48,6 @@ def build(recipe: Any, base: Path) -> Any:
     state = dist_checkpointing.load(model.sharded_state_dict(prefix="module."), str(base / "weights"))
     model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
     lora = fiddle.build(recipe.peft)
-    lora.freeze_model = lambda module: module.requires_grad_(False)  # NeMo's walks a Lightning module
     config.finalize_model_grads_func = finalize_model_grads
     ddp = fiddle.build(recipe.trainer.strategy.ddp)
     return DistributedDataParallel(config, ddp, lora(model.train()))

@@ -34,7 +34,6 @@ from nano3.lora.lora import Nano3LoRA
 from nano3.lora.parameter_groups import is_b, is_magnitude
 from nano3.pipeline_parallel import pipeline_kwargs
 from nano3.router import RouterGuard
-from nano3.targets import select
 from nano3.training.initial_adapter import InitialAdapter
 from nano3.training.schedule import Schedule
 from nano3.training.validation import Validation
@@ -69,7 +68,7 @@ def lora_recipe(run: Run) -> nemo_run.Partial:
             seq_length=train.seq_length,
             pad_multiple=run.settings.document_multiple,
             global_batch=train.global_batch,
-            steps=train.steps,
+            steps=train.total_steps,
             seed=train.seed,
         ),
         trainer=_trainer(run),
@@ -87,14 +86,8 @@ def _lora(run: Run) -> nemo_run.Config:
     lora = run.settings.lora
     return nemo_run.Config(
         Nano3LoRA,
-        modules=select(Arch.load(run.model), lora.chosen_targets(), lora.experts),
-        dim=lora.rank,
-        alpha=lora.alpha,
-        rank_pattern=lora.rank_pattern,
-        alpha_pattern=lora.alpha_pattern,
-        rslora=lora.rslora,
-        dora=lora.dora,
-        experts=lora.experts,
+        modules=lora.paths(Arch.load(run.model)),
+        **lora.kind(),
         dropout=lora.dropout,
         seed=run.settings.train.seed,
     )
@@ -107,7 +100,7 @@ def _trainer(run: Run) -> nemo_run.Config:
         accelerator="cpu" if run.cpu else "gpu",
         devices=run.ranks_per_node,
         num_nodes=run.nodes,
-        max_steps=train.steps,
+        max_steps=train.total_steps,
         strategy=_strategy(run),
         plugins=_bf16() if run.bf16 else None,
         callbacks=[
@@ -115,7 +108,7 @@ def _trainer(run: Run) -> nemo_run.Config:
             *_initial(run),
             nemo_run.Config(RouterGuard, router=run.settings.router),
             nemo_run.Config(AdapterLiveness),
-            nemo_run.Config(SaveAdapter, out=str(out / "adapter"), facts=_facts(run), base=run.base),
+            nemo_run.Config(SaveAdapter, out=str(out / "adapter"), facts=lora_json(run), base=run.base),
             progress(run),
             nemo_run.Config(
                 Validation,
@@ -126,7 +119,7 @@ def _trainer(run: Run) -> nemo_run.Config:
             memory_advice(run),  # last: see MemoryAdvice
         ],
         limit_val_batches=0 if run.validation is None else 1.0,
-        val_check_interval=None if run.validation is None else train.validate_every or train.steps,
+        val_check_interval=None if run.validation is None else train.validate_every or train.total_steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
@@ -140,7 +133,7 @@ def _trainer(run: Run) -> nemo_run.Config:
 
 def _initial(run: Run) -> list[nemo_run.Config]:
     folder = run.settings.lora.init_from
-    return [nemo_run.Config(InitialAdapter, folder=folder, facts=_facts(run), base=run.base)] if folder else []
+    return [nemo_run.Config(InitialAdapter, folder=folder, facts=lora_json(run), base=run.base)] if folder else []
 
 
 def _checkpoints(run: Run) -> nemo_run.Config:
@@ -213,7 +206,7 @@ def _optimizer(run: Run) -> nemo_run.Config:
         lr_scheduler=nemo_run.Config(
             Schedule,
             kind=train.schedule,
-            steps=train.steps,
+            steps=train.total_steps,
             warmup=train.warmup_steps,
             decay=train.decay,
             floor=train.min_lr / train.lr,
@@ -228,21 +221,15 @@ def _log(run: Run) -> nemo_run.Config:
     )
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def lora_json(run: Run) -> dict[str, Any]:
     """What `lora.json` says, so that a merge can check what it is given."""
     lora = run.settings.lora
     return {
         "format": 2,
-        "rank": lora.rank,
-        "alpha": lora.alpha,
-        "rank_pattern": lora.rank_pattern,
-        "alpha_pattern": lora.alpha_pattern,
-        "rslora": lora.rslora,
-        "dora": lora.dora,
+        **lora.kind(),
         "plus_ratio": lora.plus_ratio,
         "dropout": lora.dropout,
         "targets": lora.chosen_targets(),
-        "experts": lora.experts,
         "router": run.settings.router,
         "base_config": read_config(run.model),
     }

@@ -8,8 +8,7 @@ from pathlib import Path
 from conversion.adapters.lora_json import read_lora_json
 from finetune.settings import LoraSettings
 from nano3.cli import UserError
-
-_KIND = ("rank", "alpha", "rank_pattern", "alpha_pattern", "rslora", "dora", "experts")
+from nano3.lora_settings import KIND
 
 
 def adopt(lora: LoraSettings) -> None:
@@ -20,9 +19,9 @@ def adopt(lora: LoraSettings) -> None:
     folder = Path(lora.init_from).resolve()
     info, defaults = read_lora_json(folder), {field.name: field.default for field in fields(LoraSettings)}
     lora.init_from = str(folder)
-    there = {**{name: getattr(info, name) for name in _KIND}, "targets": info.targets}
-    here = {**{name: getattr(lora, name) for name in _KIND}, "targets": lora.chosen_targets()}
-    given = {name for name in _KIND if here[name] not in (defaults[name], [])}
+    there = {**{name: getattr(info, name) for name in KIND}, "targets": info.targets}
+    here = {**{name: getattr(lora, name) for name in KIND}, "targets": lora.chosen_targets()}
+    given = {name for name in KIND if here[name] not in (defaults[name], [])}
     given |= {"targets"} if lora.targets or lora.preset != defaults["preset"] else set()
     for name in sorted(given):
         if here[name] != there[name]:

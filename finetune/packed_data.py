@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
 from data_prep.epochs import Epochs, Once, logged_sources, validation_plan
 from data_prep.packing import PackedDataset
+from finetune.settings import Run
 from launch.plan.rules import ONE_PACK
 from nano3.cli import UserError
 
@@ -30,6 +32,16 @@ def collate(items: list[dict[str, np.ndarray]], places: np.ndarray) -> dict[str,
     batch = {key: torch.from_numpy(value)[None] for key, value in item.items() if key != "cu_seqlens"}
     boundaries = torch.from_numpy(item["cu_seqlens"])
     return {**batch, "cu_seqlens": boundaries, "max_seqlen": boundaries.diff().max()}
+
+
+def packs_of_rank(run: Run, rank: int, copies: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The micro batches of one of `copies` data-parallel ranks, step after step, in the order of `PackedDataModule`."""
+    train = run.settings.train
+    packs = PackedDataset(run.data, train.seq_length, run.settings.document_multiple)
+    _, places = logged_sources(packs)
+    order = Epochs(packs, train.total_steps * train.global_batch, train.seed, shuffle=True)
+    for sample in range(rank, len(order), copies):
+        yield collate([order[sample]], places)
 
 
 class PackSampler(MegatronDataSampler):

@@ -10,7 +10,6 @@ from finetune.settings import Run
 from nano3.arch import Arch
 from nano3.flops import StepFlops
 from nano3.overrides import flatten
-from nano3.targets import select, sizes
 from nano3.training.memory_advice import MemoryAdvice
 from nano3.training.progress import Progress
 from nano3.training.step_metrics import StepDetails
@@ -39,7 +38,7 @@ def progress(run: Run) -> nemo_run.Config:
         Progress,
         folder=run.out,
         every=log.every,
-        steps=run.settings.train.steps,
+        steps=run.settings.train.total_steps,
         flops=nemo_run.Config(StepFlops, model=run.model, ranks=adapter_ranks(run)),
         divergence=run.settings.train.divergence,
         details=nemo_run.Config(StepDetails),
@@ -49,9 +48,7 @@ def progress(run: Run) -> nemo_run.Config:
 
 def adapter_ranks(run: Run) -> dict[str, int]:
     """The rank of every adapter, by module path."""
-    lora = run.settings.lora
-    paths = select(Arch.load(run.model), lora.chosen_targets(), lora.experts)
-    return {path: size.rank for path, size in sizes(paths, lora.rank, lora.alpha, lora.rank_pattern).items()}
+    return {path: size.rank for path, size in run.settings.lora.adapters(Arch.load(run.model)).items()}
 
 
 def memory_advice(run: Run) -> nemo_run.Config:

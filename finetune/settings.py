@@ -50,10 +50,15 @@ class TrainSettings(TrainPlan):
     """Of weights and activations; auto: bf16 on GPUs, fp32 on CPU ranks. bf16 brings the distributed optimizer."""
 
     @property
+    def total_steps(self) -> int:
+        """`steps`, which must be known."""
+        assert self.steps is not None, "the number of steps is derived before it is used"
+        return self.steps
+
+    @property
     def warmup_steps(self) -> int:
         """`warmup` in steps; the number of steps must be known."""
-        assert self.steps is not None, "the number of steps is derived before it is used"
-        return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
+        return round(self.warmup * self.total_steps) if self.warmup < 1 else int(self.warmup)
 
 
 @dataclass

@@ -34,7 +34,7 @@ class AdapterKind:
         """The fields of this class by name, whatever a subclass adds."""
         return {name: value for name, value in asdict(self).items() if name in KIND}
 
-    def sizes(self, paths: Sequence[str]) -> dict[str, Size]:
+    def sizes_of(self, paths: Sequence[str]) -> dict[str, Size]:
         """Rank and scale of the adapters at these paths. Raises `UserError` for a pattern that cannot be."""
         return sizes(paths, self.rank, self.alpha, self.rank_pattern, self.alpha_pattern, self.rslora)
 
@@ -71,4 +71,4 @@ class LoraSettings(AdapterKind):
 
     def adapters(self, arch: Arch) -> dict[str, Size]:
         """Rank and scale of every adapter by path. Raises `UserError` for targets or patterns that cannot be."""
-        return self.sizes(self.paths(arch))
+        return self.sizes_of(self.paths(arch))

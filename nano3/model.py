@@ -158,17 +158,19 @@ class Nano3Model(GPTModel):
 
 
 def nano3_config(
-    arch: Arch, seq_length: int, bf16: bool, router: str = "frozen", recompute: Sequence[str] = ()
+    arch: Arch, seq_length: int, bf16: bool, router: str = "frozen", recompute: Sequence[str] = (), **layout: Any
 ) -> Nano3Config:
     """The configuration for `arch`, BF16 or FP32, with a `frozen` router or one that goes on to `balance`.
 
-    `recompute`: what the backward pass computes again (`nano3.recompute`).
+    `recompute`: what the backward pass computes again (`nano3.recompute`). `layout`: Megatron-Core's parallel sizes,
+    for who builds the model without NeMo's strategy.
     """
     bias_rate = BALANCE_RATE if router == "balance" else 0.0
     return Nano3Config(
         **{**transformer_kwargs(arch), "moe_router_bias_update_rate": bias_rate},
         **recompute_kwargs(recompute),
         recompute=list(recompute),
+        **layout,
         hybrid_override_pattern=arch.pattern,
         vocab_size=arch.vocab_size,
         seq_length=seq_length,

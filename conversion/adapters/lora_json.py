@@ -19,31 +19,24 @@ from typing import Any
 from conversion.checkpoint.output_folder import require_adapter
 from nano3.arch import Arch
 from nano3.cli import UserError
+from nano3.lora_settings import AdapterKind
 from nano3.sealed_folder import check_seal
 from nano3.targets import EXPERTS, Size, adaptable_modules, is_routed, select, sizes
 
 
-@dataclass(frozen=True)
-class LoraInfo:
+@dataclass(kw_only=True)
+class LoraInfo(AdapterKind):
     """What `lora.json` holds. What is None was not recorded: the base's hashes, and of foreign adapters its config."""
 
-    rank: int
-    alpha: float
     targets: list[str]
-    experts: str
     base_config: dict[str, Any] | None
-    rank_pattern: list[str]
-    alpha_pattern: list[str]
-    rslora: bool
-    dora: bool
     router: str
     router_sha256: str | None
     base_sha256: str | None
 
     def sizes(self, arch: Arch) -> dict[str, Size]:
         """Rank and scale of every adapted module by path. Raises `UserError` when `arch` has no such layers."""
-        paths = select(arch, self.targets, self.experts)
-        return sizes(paths, self.rank, self.alpha, self.rank_pattern, self.alpha_pattern, self.rslora)
+        return self.sizes_of(select(arch, self.targets, self.experts))
 
     def alphas(self, arch: Arch) -> dict[str, float]:
         """Alpha of every adapted module by path: the scale of a rank of 1."""

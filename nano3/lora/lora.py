@@ -35,7 +35,8 @@ from nano3.lora.adapters import (
 from nano3.lora.dropout import seed_dropout
 from nano3.lora.expert_adapters import EachExpertAdapter, SharedExpertsAdapter
 from nano3.lora.vocabulary_adapters import AdaptedEmbedding, AdaptedOutput, EmbeddingAdapter, OutputAdapter
-from nano3.targets import EMBEDDING, OUTPUT, Size, is_routed, sizes
+from nano3.lora_settings import AdapterKind
+from nano3.targets import EMBEDDING, OUTPUT, Size, is_routed
 
 
 def initial_a(name: str, rank: int, in_features: int, seed: int) -> torch.Tensor:
@@ -51,38 +52,31 @@ def initial_a(name: str, rank: int, in_features: int, seed: int) -> torch.Tensor
 
 
 @dataclass
-class Nano3LoRA(PEFT):
-    """LoRA as a NeMo 2 model transform.
+class Nano3LoRA(AdapterKind, PEFT):
+    """LoRA as a NeMo 2 model transform, of the kind that `AdapterKind` describes.
 
     Args:
         modules: paths of the layers to adapt with global layer numbers, from `nano3.targets.select`.
-        dim: rank of the adapters that no pattern names.
-        alpha: scale times rank of the adapters that no pattern names.
-        rank_pattern: `target:rank`, see `nano3.targets.sizes`.
-        alpha_pattern: `target:alpha`, likewise.
-        rslora: scale alpha / sqrt(rank) instead of alpha / rank.
-        dora: a trained magnitude for every output row, see `nano3.lora.dora`.
-        experts: "shared" or "each": what routed experts among `modules` get.
         dropout: probability on the adapters' input while training.
         seed: of the first A, and of dropout.
     """
 
     modules: list[str] = field(default_factory=list)
-    dim: int = 32
-    alpha: float = 32.0
-    rank_pattern: list[str] = field(default_factory=list)
-    alpha_pattern: list[str] = field(default_factory=list)
-    rslora: bool = False
-    dora: bool = False
-    experts: str = "shared"
     dropout: float = 0.0
     seed: int = 1234
+
+    def freeze_model(self, model: nn.Module) -> None:
+        """NeMo's, which walks a Lightning module; a bare model is simply frozen."""
+        if hasattr(model, "freeze"):
+            super().freeze_model(model)
+        else:
+            model.requires_grad_(False)
 
     def __call__(self, model: nn.Module) -> nn.Module:
         """Freezes the model and wraps the chosen layers of this rank's pipeline stage."""
         self.freeze_model(model)
         seed_dropout(self.seed)  # NeMo seeds Megatron with a constant
-        chosen = sizes(self.modules, self.dim, self.alpha, self.rank_pattern, self.alpha_pattern, self.rslora)
+        chosen = self.sizes_of(self.modules)
         missed: list[str] = []
         for core in [module for module in model.modules() if isinstance(module, MambaModel)]:
             found = self._wrap_vocabulary(core, chosen)

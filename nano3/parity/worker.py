@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nano3 import cpu
 
@@ -86,12 +86,11 @@ def adapted(model: torch.nn.Module, case: Case) -> torch.nn.Module:
     """Adapters on every linear layer that the pattern has."""
     from nano3.lora.lora import Nano3LoRA  # imports NeMo, which comparisons of whole models do without
 
-    experts = "each" if case.adapters == "each" else "shared"
+    experts: Literal["each", "shared"] = "each" if case.adapters == "each" else "shared"
     named = {path.rpartition(".")[2] for path in adaptable_modules(case.arch)}
     modules = select(case.arch, [target for target in PRESETS["all"] if target in named], experts)
-    lora = Nano3LoRA(modules, dim=RANK, alpha=ALPHA, experts=experts, dora=case.adapters == "dora")
-    lora.freeze_model = lambda m: m.requires_grad_(False)  # NeMo's walks a Lightning module; here is a bare one
-    return lora(model)
+    dora = case.adapters == "dora"
+    return Nano3LoRA(modules=modules, rank=RANK, alpha=ALPHA, experts=experts, dora=dora)(model)
 
 
 def forward_step(losses: list[torch.Tensor], data: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple:

@@ -42,8 +42,7 @@ def build(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
         model = model.cuda()
     state = dist_checkpointing.load(model.sharded_state_dict(prefix="module."), str(folder / "weights"))
     model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    lora = Nano3LoRA(modules=select(arch, PRESETS["all"], "shared"), dim=16, alpha=32.0)
-    lora.freeze_model = lambda m: m.requires_grad_(False)  # NeMo's walks a Lightning module; here is a bare one
+    lora = Nano3LoRA(modules=select(arch, PRESETS["all"], "shared"), rank=16, alpha=32.0)
     model = lora(model)
     with torch.no_grad():
         for name, parameter in adapters(model).items():

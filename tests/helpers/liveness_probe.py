@@ -44,8 +44,7 @@ def tiny(experts: str) -> Model:
     torch.manual_seed(0)
     arch = Arch.from_config(TINY_CONFIG)
     model = build(arch, TOKENS, torch.float32)
-    lora = Nano3LoRA(modules=select(arch, PRESETS["all"], experts), dim=4, alpha=8.0, experts=experts)
-    lora.freeze_model = lambda m: m.requires_grad_(False)
+    lora = Nano3LoRA(modules=select(arch, PRESETS["all"], experts), rank=4, alpha=8.0, experts=experts)
     return lora(model).train()
 
 

@@ -16,7 +16,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "each dora vocabulary": {"experts": "each", "dora": True, "vocabulary": True},
 }
 VARIANT_LAYOUTS = ["ep8", "tp2.ep4.pp2", "tp4.ep4", "tp2.etp2.ep2"]
-TINY = {"dim": 4, "alpha": 8.0}
+TINY = {"rank": 4, "alpha": 8.0}
 RUNS: dict[str, tuple[str, str, dict[str, Any] | None, tuple[str, ...]]] = {
     "one": ("one", "float32", {}, ()),
     "tp2": ("tp2", "float32", {}, ()),

@@ -61,7 +61,6 @@ def lora(arch: Arch, preset: str = "all", vocabulary: bool = False, **settings: 
     targets = [*PRESETS[preset], *(path.rsplit(".")[-1] for path in VOCABULARY)] if vocabulary else PRESETS[preset]
     experts = settings.get("experts", "shared")
     made = Nano3LoRA(modules=select(arch, list(targets), experts), **settings)
-    made.freeze_model = lambda model: model.requires_grad_(False)
     return made
 
 

@@ -24,7 +24,6 @@ def trainable(arch: Arch, ranks: int, ep: int, experts: str, dora: bool) -> int:
     with rank_of(0, ranks, {"ep": ep}):
         modules = select(arch, PRESETS["all"], experts)
         lora = Nano3LoRA(modules=modules, experts=experts, dora=dora)
-        lora.freeze_model = lambda m: m.requires_grad_(False)
         model = lora(build(arch, 8192, ep=ep))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 

@@ -99,8 +99,7 @@ def main() -> None:
 
 
 def _with_adapter(model: torch.nn.Module, modules: list[str]) -> torch.nn.Module:
-    lora = Nano3LoRA(modules=modules, dim=4, alpha=8.0)
-    lora.freeze_model = lambda m: m.requires_grad_(False)  # NeMo's walks a Lightning module; here is a bare one
+    lora = Nano3LoRA(modules=modules, rank=4, alpha=8.0)
     return lora(model)
 
 

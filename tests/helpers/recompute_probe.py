@@ -73,8 +73,7 @@ def build(arch: Arch, case: dict[str, Any]) -> torch.nn.Module:
     if not case.get("fault"):
         install_recompute(model, recompute)
     modules = select(arch, case.get("targets", TARGETS["all"]), "shared")
-    lora = Nano3LoRA(modules=modules, dim=RANK, alpha=2.0 * RANK, dropout=case.get("dropout", 0.0))
-    lora.freeze_model = lambda m: m.requires_grad_(False)
+    lora = Nano3LoRA(modules=modules, rank=RANK, alpha=2.0 * RANK, dropout=case.get("dropout", 0.0))
     model = lora(model)
     with torch.no_grad():
         for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):

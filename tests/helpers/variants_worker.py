@@ -70,8 +70,7 @@ class Bench:
         model.load_state_dict(self.base)
         modules = select(self.arch, settings.chosen_targets(), settings.experts)
         chosen = {key: getattr(settings, key) for key in ("rank_pattern", "alpha_pattern", "rslora", "dora", "experts")}
-        lora = Nano3LoRA(modules, settings.rank, settings.alpha, **chosen, **changes)
-        lora.freeze_model = lambda m: m.requires_grad_(False)
+        lora = Nano3LoRA(modules=modules, rank=settings.rank, alpha=settings.alpha, **chosen, **changes)
         return lora(model).train()
 
     def start(self, model: Any, initial: Path) -> None:
