@@ -2,9 +2,8 @@
 
     python recipes/flat_loop.py --model pico --data runs/demo/train --local --ranks 2 train.seq_length=1024
 
-Teaches what lies under nemotron_lora.py: model, base, adapters, packs, gradients divided by the tokens of a step, AdamW.
-Data: any token store. Cost: that of nemotron_lora.py, without checkpoints to resume from. Result: the losses of its
-first steps (tests/recipes/test_flat_loop.py), OUT/adapter, metrics.jsonl. On CPU ranks; not verified on a GPU.
+Teaches what lies under nemotron_lora.py, step by step. Data: any token store. Cost: the same, without checkpoints to
+resume from. Result: the losses of its first steps (tests/recipes/test_flat_loop.py), OUT/adapter and metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ from recipes.nemotron_lora import settings
 
 def flat_loop(run: Run) -> Any:
     """The recipe: what every rank calls once to train."""
-    lora, layout = run.settings.lora, run.settings.layout
-    if layout.pp * layout.etp > 1 or run.validation or run.bf16 or lora.dora or lora.plus_ratio != 1 or lora.init_from:
-        raise UserError("flat_loop.py has no pp, etp, validation, BF16, DoRA, LoRA+, init_from; use nemotron_lora.py")
+    lora, layout, router = run.settings.lora, run.settings.layout, run.settings.router
+    other = [layout.pp * layout.etp > 1, router != "frozen", run.bf16, lora.dora, lora.plus_ratio != 1, lora.init_from]
+    if any(other) or run.validation:
+        raise UserError("only nemotron_lora.py has pp, etp, balance, BF16, DoRA, LoRA+, init_from and validation")
     return partial(train, run)
 
 
@@ -43,36 +43,32 @@ def train(run: Run) -> None:
     from nano3.training.rates import factor
 
     # 1. The frozen model with its adapters, AdamW over these alone, and this rank's packs.
-    one, out = run.settings.train, Path(run.out)
+    one, out, steps = run.settings.train, Path(run.out), run.settings.train.total_steps
     model, optimizer, sums = build(run)
     copies, routers = parallel_state.get_data_parallel_world_size(), all_routers(model)
     packs = packs_of_rank(run, parallel_state.get_data_parallel_rank(), copies)
     with (out / "metrics.jsonl").open("w") as metrics:
-        for step in range(one.total_steps):
+        for step in range(steps):
             # 2. The rate of this step; no gradients yet.
-            rate = one.lr * factor(
-                step, one.schedule, one.total_steps, one.warmup_steps, one.decay, one.min_lr / one.lr
-            )
+            rate = one.lr * factor(step, one.schedule, steps, one.warmup_steps, one.decay, one.min_lr / one.lr)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             model.zero_grad_buffer()
             optimizer.zero_grad()
             sums.zero_()
             # 3. Forward and backward, pack by pack; then Megatron-Core adds the ranks up and divides by all tokens.
-            get_forward_backward_func()(
-                forward_step_func=partial(forward, sums), data_iterator=packs, model=[model],
-                num_microbatches=one.global_batch // copies, seq_length=one.seq_length, micro_batch_size=1,
-            )  # fmt: skip
+            get_forward_backward_func()(forward_step_func=partial(forward, sums), data_iterator=packs, model=[model],
+                num_microbatches=one.global_batch // copies, seq_length=one.seq_length, micro_batch_size=1)  # fmt: skip
             # 4. One step of AdamW, and the mean loss over the tokens of all ranks.
             norm = float(optimizer.step()[1])
             dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
             row = {"step": step + 1, "loss": float(sums[0] / sums[1]), "lr": rate, "grad_norm": norm}
             if dist.get_rank() == 0:
                 print(json.dumps(row), file=metrics, flush=True)
-                print(f"step {step + 1}/{one.total_steps}  loss {row['loss']:.4f}", flush=True)
+                print(f"step {step + 1}/{steps}  loss {row['loss']:.4f}", flush=True)
     # 5. The adapter, if the routers are what they were.
     assert all_routers(model) == routers, "training changed a router"
-    facts = {"steps": one.total_steps, "router_sha256": routers[1], "base_sha256": recorded_sha256(Path(run.base))}
+    facts = {"steps": steps, "router_sha256": routers[1], "base_sha256": recorded_sha256(Path(run.base))}
     save_adapter(model, out / "adapter", lora_json(run) | facts)
 
 
@@ -94,7 +90,7 @@ def build(run: Run) -> tuple[Any, Any, Any]:
     parallel_state.initialize_model_parallel(**sizes)
     model_parallel_cuda_manual_seed(one.seed)
     sizes["sequence_parallel"] = layout.sequence_parallel
-    config = nano3_config(arch, one.seq_length, False, run.settings.router, one.recompute, **sizes)
+    config = nano3_config(arch, one.seq_length, False, recompute=one.recompute, **sizes)
     model = config.configure_model(None)
     state = dist_checkpointing.load(model.sharded_state_dict(prefix="module."), f"{run.base}/weights")
     model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
@@ -102,7 +98,7 @@ def build(run: Run) -> tuple[Any, Any, Any]:
     config.finalize_model_grads_func = lambda model, _, **groups: finalize_model_grads(model, sums[1].clone(), **groups)
     adapted = Nano3LoRA(modules=lora.paths(arch), **lora.kind(), dropout=lora.dropout, seed=one.seed)(model.train())
     wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), adapted)
-    adam = OptimizerConfig("adam", lr=one.lr, weight_decay=one.weight_decay, adam_beta2=one.beta2, clip_grad=one.clip)
+    adam = OptimizerConfig(lr=one.lr, weight_decay=one.weight_decay, adam_beta2=one.beta2, clip_grad=one.clip)
     return wrapped, get_megatron_optimizer(adam, [wrapped]), sums
 
 
@@ -110,13 +106,12 @@ def forward(sums: Any, packs: Any, model: Any) -> tuple[Any, Any]:
     """Megatron-Core's forward step: token losses (1, s) of the next pack, and what makes (sum, number, report)."""
     from nano3.model import packed_data_step, packed_forward_step
 
-    batch = packed_data_step(packs)
-
     def loss(losses: Any) -> tuple[Any, Any, dict[str, Any]]:
         total, weight = (losses * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
         sums.add_(sums.new_tensor([float(total), float(weight)]))
         return total, weight.int(), {}
 
+    batch = packed_data_step(packs)
     return packed_forward_step(model, batch), loss
 
 

@@ -175,7 +175,7 @@ def test_an_import_is_used_again_only_while_its_source_is_the_same(base, tmp_pat
 
 
 def task(base: Path, out: Path, **train_settings: object) -> Run:
-    settings = Settings(train=TrainSettings(seq_length=64, **train_settings))  # type: ignore[arg-type]
+    settings = Settings(train=TrainSettings(**{"seq_length": 64, "steps": 300, **train_settings}))  # type: ignore[arg-type]
     return Run(str(base / "hf"), str(base / "nemo"), str(base / "store"), None, str(out), 1, 2, True, settings)
 
 
