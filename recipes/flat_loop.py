@@ -84,7 +84,7 @@ def build(run: Run) -> tuple[Any, Any, Any]:
     from nano3.model import nano3_config
 
     one, lora, layout, arch = run.settings.train, run.settings.lora, run.settings.layout, Arch.load(run.model)
-    sizes = {"tensor_model_parallel_size": layout.tp, "context_parallel_size": layout.cp}
+    sizes: dict[str, Any] = {"tensor_model_parallel_size": layout.tp, "context_parallel_size": layout.cp}
     sizes |= {"expert_model_parallel_size": layout.ep, "expert_tensor_parallel_size": 1}
     torch.distributed.init_process_group("gloo" if run.cpu else "nccl")
     parallel_state.initialize_model_parallel(**sizes)
