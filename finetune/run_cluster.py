@@ -162,7 +162,7 @@ def submit(
         return code
     if code:
         return code
-    if Path(run.data).exists():
+    if run.data and Path(run.data).exists():
         run = with_steps(run)
     tasks = [of_seed(run, seed) for seed in seeds] or [run]
     for folder in dict.fromkeys([out, *(Path(one.out) for one in tasks)]):
