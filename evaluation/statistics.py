@@ -10,6 +10,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
+import numpy as np
+
 Z95 = 1.959963984540054
 """The standard normal's 97.5 % point."""
 Z80 = 0.8416212335729143
@@ -44,9 +46,12 @@ def gain_interval(base: Sequence[bool], tuned: Sequence[bool]) -> tuple[float, f
     """
     if len(base) != len(tuned) or not base:
         raise ValueError(f"need the same questions, at least one: {len(base)} and {len(tuned)} answers")
-    n = len(base)
     both = sum(b and t for b, t in zip(base, tuned, strict=True))
-    right_base, right_tuned = sum(base), sum(tuned)
+    return gain_interval_of_counts(len(base), both, sum(base), sum(tuned))
+
+
+def gain_interval_of_counts(n: int, both: int, right_base: int, right_tuned: int) -> tuple[float, float]:
+    """The same from how many of `n` questions both models got right, and each of them."""
     neither = n - right_base - right_tuned + both
     numerator: float = both * neither - (right_tuned - both) * (right_base - both)
     if numerator > 0:
@@ -113,13 +118,12 @@ def clustered_interval(scores: Sequence[float], clusters: Sequence[Hashable]) ->
     from scipy.stats import t
 
     n, p = len(scores), sum(scores) / len(scores)
-    off: dict[Hashable, float] = {}
-    for score, cluster in zip(scores, clusters, strict=True):
-        off[cluster] = off.get(cluster, 0.0) + score - p
-    count = len(off)
+    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    count = len(places)
     if count == 1 or not 0 < p < 1:
         return _wilson(p, count)
-    variance = count / (count - 1) * sum(value * value for value in off.values()) / n**2
+    off = np.bincount([places[cluster] for cluster in clusters], np.asarray(scores) - p)
+    variance = count / (count - 1) * float(off @ off) / n**2
     independent = p * (1 - p) / variance if variance else float(n)
     return _wilson(p, independent * (Z95 / float(t.ppf(0.975, count - 1))) ** 2)
 

@@ -1,7 +1,7 @@
 r"""150 outputs as models write them, each labelled by hand: what a careful reader would say it answers.
 
-(judge, expected, outcome, output). Fifty for letters of a medical question, fifty of mathematics, fifty of logic; a third
-of each is ambiguous or was cut at the token limit (`CUT` at its end). `right` outputs state the expected answer.
+(judge, expected, outcome, output). Fifty for letters of a medical question, fifty of mathematics, fifty of logic; a
+third is ambiguous or was cut at the token limit (`CUT` at its end). `right` outputs state the expected answer.
 """
 
 CUT = "<cut>"
