@@ -1,119 +1,197 @@
-"""Scores a Hugging Face model folder on held-out questions, with plain transformers and none of our model code.
+"""Scores a model on held-out questions, by the judge of a task, with plain transformers and none of our model code.
 
-    python evaluation/evaluate.py MODEL_DIR --questions held.jsonl --out result.json
+    python evaluation/evaluate.py MODEL --questions held.jsonl --out result.json          # your own questions
+    python evaluation/evaluate.py MODEL --task medmcqa --out result.json                  # a public task
+    python evaluation/evaluate.py BASE --adapter runs/lora/adapter --task gsm8k --out result.json
+    python evaluation/evaluate.py http://localhost:8000 --task gsm8k --out result.json    # a server
 
-Answers are greedy. One is right when it equals the expected answer (see `evaluation.score.normalize`) and ended by
-itself within the tokens allowed.
+MODEL is a Hugging Face folder (an FP8 one too), a preset, or the address of an OpenAI-compatible server. Two results
+are put side by side by evaluation/compare.py, and shown by evaluation/report.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evaluation.questions import Question, load_questions
-from evaluation.score import is_correct, wilson_interval
+from evaluation.comparison import accuracy, interval
+from evaluation.extraction import LETTERS, after_thinking
+from evaluation.generation import GREEDY, Sampling
+from evaluation.judges import OUTCOMES, RIGHT, UNFINISHED, WRONG, Verdict
+from evaluation.models import HFModel, Model, Written, beside, plain_folder, sha256_of
+from evaluation.questions import Question, load_questions, questions_sha256
+from evaluation.statistics import wilson_interval
+from evaluation.tasks import Task, load_task, names
 from nano3.arch import resolve_model
 from nano3.cli import UserError, fresh_file, run
-from nano3.hf_config import FP8_ACTIVATIONS, read_config
+from nano3.hf_config import read_config
 
-THINK_END = "</think>"
+if TYPE_CHECKING:
+    from evaluation.server import ServerModel
+
 KIND = "evaluation-result"
 """Marks our result files: a second run may replace one, and never somebody else's file."""
+METHODS = ("letters", "generate", "both")
+THINKING_ROOM = 2048
+"""Tokens for reasoning that no expected answer shows the length of."""
+
+
+def evaluate(
+    model: Model,
+    task: Task,
+    questions: Sequence[Question],
+    method: str | None = None,
+    max_new_tokens: int | None = None,
+    sampling: Sampling = GREEDY,
+    thinking: bool = False,
+) -> dict[str, Any]:
+    """Asks `model` every question and judges what it says; returns the result that `main` writes.
+
+    Fields: n, correct, accuracy, ci95, outcomes (how many of each of `judges.OUTCOMES`), by_source, by_subject,
+    settings, hashes (what must agree before two results compare), and answers: a row for each question with its text,
+    what was expected, what was said, the answer found in it and by which rule, and the verdict. With method `letters`
+    the likeliest letter is the answer; with `both` the answer is written, and the row has `letter_correct` besides.
+
+    Raises:
+        UserError: letters are asked of questions without choices.
+    """
+    by_letter = model.scores_letters and all(question.choices for question in questions)
+    method = method or (task.method if by_letter else "generate")
+    if method != "generate":
+        _check_choices(questions)
+    limit = max_new_tokens or answer_limit(model, task, questions, thinking)
+    rows = [_row(question) for question in questions]
+    if method != "generate":
+        for row, question, scores in zip(rows, questions, model.letters(questions), strict=True):
+            row |= _letter_fields(question, scores, alone=method == "letters")
+    if method != "letters":
+        for row, question, several in zip(rows, questions, model.answers(questions, limit, sampling), strict=True):
+            row |= _answer_fields(task, question, several)
+    settings = {
+        "task": task.name,
+        "method": method,
+        "max_new_tokens": limit if method != "letters" else None,
+        "sampling": {name: getattr(sampling, name) for name in ("temperature", "top_p", "samples", "seed")},
+    }
+    return _result(model, rows, settings, questions_sha256(questions))
+
+
+def answer_limit(model: Model, task: Task, questions: Sequence[Question], thinking: bool) -> int:
+    """Tokens for an answer: a quarter and eight more than the longest expected one, and at least the task's room."""
+    texts = [question.written + (question.reasoning if thinking else "") for question in questions]
+    longest = max(model.count_tokens(texts), default=0)
+    return max(task.room + (THINKING_ROOM if thinking else 0), math.ceil(1.25 * longest) + 8)
+
+
+def _check_choices(questions: Sequence[Question]) -> None:
+    for question in questions:
+        if not question.choices:
+            raise UserError(
+                f"question {question.id} has no 'choices', so that no letter answers it; say --method generate"
+            )
+
+
+def _row(question: Question) -> dict[str, Any]:
+    row = {"id": question.id, "source": question.source, "question": question.text, "expected": question.answer}
+    return row | ({"subject": question.subject} if question.subject else {})
+
+
+def _letter_fields(question: Question, scores: Sequence[float], alone: bool) -> dict[str, Any]:
+    """The likeliest letter, the first of equals."""
+    letter = LETTERS[max(range(len(scores)), key=lambda place: scores[place])]
+    correct = letter == question.answer
+    fields = {"letter": letter, "letter_correct": correct, "letter_logprobs": [round(score, 6) for score in scores]}
+    if not alone:
+        return fields
+    outcome = RIGHT if correct else WRONG
+    return fields | {
+        "answer": letter,
+        "extracted": letter,
+        "rule": "likeliest letter",
+        "outcome": outcome,
+        "correct": correct,
+        "finished": True,
+    }
+
+
+def _answer_fields(task: Task, question: Question, several: Sequence[Written]) -> dict[str, Any]:
+    """The first sample's answer and verdict; with several samples the share of right ones and their majority."""
+    verdicts = [judge(task, question, written) for written in several]
+    first, verdict = several[0], verdicts[0]
+    fields: dict[str, Any] = {
+        "answer": after_thinking(first.text),
+        "extracted": verdict.answer,
+        "rule": verdict.rule,
+        "outcome": verdict.outcome,
+        "correct": verdict.outcome == RIGHT,
+        "finished": first.finished,
+        "tokens": first.tokens,
+    }
+    if len(several) > 1:
+        share = sum(verdict.outcome == RIGHT for verdict in verdicts) / len(several)
+        samples = [{"answer": one.text, "outcome": v.outcome} for one, v in zip(several, verdicts, strict=True)]
+        fields |= {"share": share, "correct": share > 0.5, "samples": samples}
+    return fields
+
+
+def judge(task: Task, question: Question, written: Written) -> Verdict:
+    """The task's verdict on what follows the thinking; a text that was cut is unfinished, whatever it says."""
+    return task.judge(question, after_thinking(written.text)) if written.finished else UNFINISHED
+
+
+def _result(model: Model, rows: list[dict[str, Any]], settings: dict[str, Any], questions: str) -> dict[str, Any]:
+    result: dict[str, Any] = {"kind": KIND, "format": 2, "model": model.name, "n": len(rows)}
+    counts = Counter(row["outcome"] for row in rows)
+    result |= {
+        "correct": sum(row["correct"] for row in rows),
+        "accuracy": accuracy({"answers": rows}),
+        "ci95": list(interval({"answers": rows})),
+        "outcomes": {outcome: counts[outcome] for outcome in OUTCOMES},
+        "unfinished": counts["unfinished"],
+        "by_source": _by(rows, "source"),
+    }
+    if any(row.get("subject") for row in rows):
+        result["by_subject"] = _by(rows, "subject")
+    text = json.dumps(settings, sort_keys=True)
+    result["settings"] = settings | model.facts()
+    result["hashes"] = {"questions": questions, **model.hashes(), "sampling": sha256_of(text)}
+    return result | {"answers": rows}
+
+
+def _by(rows: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    grouped: dict[str, list[bool]] = {}
+    for row in rows:
+        grouped.setdefault(row.get(key) or "", []).append(row["correct"])
+    return {
+        name: {
+            "n": len(flags),
+            "correct": sum(flags),
+            "accuracy": sum(flags) / len(flags),
+            "ci95": list(wilson_interval(sum(flags), len(flags))),
+        }
+        for name, flags in sorted(grouped.items())
+    }
 
 
 def evaluate_model(
     folder: Path | str,
     questions: Sequence[Question],
-    max_new_tokens: int = 40,
+    max_new_tokens: int | None = None,
     batch_size: int = 128,
     thinking: bool = False,
-    threads: int = 1,
     progress: bool = True,
     prepare: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores the model in `folder` (FP32 on the CPU, BF16 on a GPU) and returns the result that `main` writes.
-
-    Fields: n, correct, accuracy, ci95 (Wilson), unfinished (answers cut at `max_new_tokens`), by_source, seconds,
-    settings, and answers: one row per question with its text, the expected and the given answer. With `thinking` the
-    model reasons first, and what follows its `</think>` is the answer; ask in the mode that was trained. `threads` is
-    PyTorch's number of CPU threads for the whole process; more than one slows small models down. `prepare` is called
-    with the loaded model, to change it first.
-    """
-    import torch
-    from transformers.utils import logging
-
-    from evaluation.generation import encode_prompts, greedy_answers, load_tokenizer
-    from evaluation.hf_model import load_reference
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(threads)
-    start = time.monotonic()
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    tokenizer = load_tokenizer(str(folder))
-    asked, tools = [question.messages for question in questions], [question.tools for question in questions]
-    prompts = encode_prompts(tokenizer, asked, thinking, tools)
-    model = load_reference(folder, dtype).to(device)
-    if prepare is not None:
-        prepare(model)
-    answers = greedy_answers(model, prompts, max_new_tokens, batch_size, progress)
-    rows: list[dict[str, Any]] = []
-    for question, answer in zip(questions, answers, strict=True):
-        text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-        text, finished = final_answer(text, answer.finished, thinking)
-        rows.append(
-            {
-                "id": question.id,
-                "source": question.source,
-                "question": question.text,
-                "expected": question.answer,
-                "answer": text,
-                "correct": finished and is_correct(text, question.answer),
-                "finished": finished,
-            }
-        )
-    correct = sum(row["correct"] for row in rows)
-    return {
-        "kind": KIND,
-        "model": str(folder),
-        **_summary(correct, len(rows)),
-        "unfinished": sum(not row["finished"] for row in rows),
-        "by_source": _by_source(rows),
-        "seconds": round(time.monotonic() - start, 2),
-        "settings": {
-            "max_new_tokens": max_new_tokens,
-            "thinking": thinking,
-            "device": device,
-            "dtype": str(dtype),
-            "greedy": True,
-            "fp8_activations": (Path(folder) / FP8_ACTIVATIONS).exists(),
-        },
-        "answers": rows,
-    }
-
-
-def final_answer(text: str, finished: bool, thinking: bool) -> tuple[str, bool]:
-    """The answer in what the model said, and whether it came to an end: reasoning that never ended gave no answer."""
-    if not thinking:
-        return text, finished
-    _, end, answer = text.rpartition(THINK_END)
-    return answer, finished and bool(end)
-
-
-def _summary(correct: int, n: int) -> dict[str, Any]:
-    return {"n": n, "correct": correct, "accuracy": correct / n, "ci95": list(wilson_interval(correct, n))}
-
-
-def _by_source(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    grouped: dict[str, list[bool]] = {}
-    for row in rows:
-        grouped.setdefault(row["source"], []).append(row["correct"])
-    return {source: _summary(sum(flags), len(flags)) for source, flags in sorted(grouped.items())}
+    """Greedy answers of the model in `folder` to questions of one's own, exact match; see `HFModel` and `evaluate`."""
+    model = HFModel(folder, batch_size, thinking, progress=progress, prepare=prepare)
+    return evaluate(model, load_task("own"), questions, "generate", max_new_tokens, thinking=thinking)
 
 
 def check_result_file(out: Path) -> Path:
@@ -136,37 +214,108 @@ def write_result(result: dict[str, Any], out: Path) -> None:
         temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Scores a Hugging Face model folder on held-out questions: greedy answers, exact match.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder, preset, or a server's http:// address")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="LoRA adapter beside MODEL's weights, not merged")
+    parser.add_argument(
+        "--task", default="own", metavar="NAME", help=f"{', '.join(names())}, or a file of your own (default: own)"
     )
-    parser.add_argument("model", metavar="MODEL_DIR", help="Hugging Face folder, or pico")
-    parser.add_argument("--questions", type=Path, required=True, help="chat JSONL; the last message is the answer")
+    parser.add_argument(
+        "--questions",
+        metavar="FILE",
+        help="rows of chat, or of the task's data set; default: where the task is published",
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file for scores and answers")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
-    parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="longest answer in tokens")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="questions at a time")
+    parser.add_argument(
+        "--method", choices=METHODS, help="likeliest letter, written answer, or both (default: the task's)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: from the longest expected answer)"
+    )
+    parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="likeliest tokens to sample from")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, and of generated questions")
     parser.add_argument("--thinking", action="store_true", help="let the model reason first, as it was trained to")
+    parser.add_argument("--plain", action="store_true", help="prompts without chat format, as base models are asked")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="questions at a time (default: 128)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads; 1 is best for small models")
-    return parser.parse_args()
+    parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at a time, of a server")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for one answer of a server")
+    parser.add_argument("--served-model", metavar="NAME", help="name of the model at a server that has several")
+    return parser
+
+
+def _questions(args: argparse.Namespace, task: Task) -> list[Question]:
+    if args.questions is None and task.make is not None:
+        return list(task.make(args.limit or 500, args.seed))
+    source = args.questions or task.data
+    if not source:
+        raise UserError(f"--task {task.name} needs --questions: a file, a folder or hub:NAME@REVISION")
+    return load_questions(source, args.limit, task.form)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name in ("max_new_tokens", "batch_size", "threads", "concurrency"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+def _completion(args: argparse.Namespace, task: Task) -> Callable[[Question], str] | None:
+    if args.plain and task.completion is None:
+        raise UserError(f"task {task.name} has no prompt without chat format; leave out --plain")
+    return task.completion if args.plain else None
+
+
+def _local_model(args: argparse.Namespace, task: Task, stack: ExitStack) -> Model:
+    folder = resolve_model(args.model)
+    read_config(folder)
+    if args.adapter is not None and not args.adapter.is_dir():
+        raise UserError(f"--adapter {args.adapter} is no folder; give OUT/adapter of a run, or a PEFT adapter")
+    plain = stack.enter_context(plain_folder(folder, args.out.parent))
+    name = f"{args.model} + {args.adapter}" if args.adapter else args.model
+    prepare = beside(args.adapter, plain)
+    return HFModel(
+        plain, args.batch_size, args.thinking, _completion(args, task), args.threads, prepare=prepare, name=name
+    )
+
+
+def _server(args: argparse.Namespace) -> ServerModel:
+    from evaluation.server import ServerModel
+
+    if args.adapter or args.plain:
+        raise UserError("--adapter and --plain are for folders: a server has its own adapters and chat format")
+    answers = args.out.with_name(args.out.name + ".answers.jsonl")
+    return ServerModel(args.model, args.served_model, answers, args.timeout, args.concurrency, args.thinking)
 
 
 def main() -> int:
-    args = _arguments()
-    for name in ("max_new_tokens", "batch_size", "threads"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    folder = resolve_model(args.model)
-    read_config(folder)
-    questions = load_questions(args.questions, args.limit)
+    args = _parser().parse_args()
+    _check_numbers(args)
+    sampling = Sampling(args.temperature, args.top_p, args.samples, args.seed)
+    sampling.check()
+    remote = args.model.startswith(("http://", "https://"))
+    if not remote:
+        read_config(resolve_model(args.model))
+    task = load_task(args.task)
+    questions = _questions(args, task)
     out = check_result_file(args.out)
-    result = evaluate_model(folder, questions, args.max_new_tokens, args.batch_size, args.thinking, args.threads)
+    started = time.monotonic()
+    with ExitStack() as stack:
+        server = _server(args) if remote else None
+        model = server or _local_model(args, task, stack)
+        result = evaluate(model, task, questions, args.method, args.max_new_tokens, sampling, args.thinking)
     write_result(result, out)
+    if server is not None:
+        server.done()
     low, high = result["ci95"]
+    others = ", ".join(f"{count} {name}" for name, count in result["outcomes"].items() if count and name != RIGHT)
     print(
-        f"{result['correct']} of {result['n']} right = {result['accuracy']:.1%} (95 %: {low:.1%} to {high:.1%}); "
-        f"{result['unfinished']} unfinished; {result['seconds']} s; answers in {out}"
+        f"{result['correct']} of {result['n']} right = {result['accuracy']:.1%} (95 %: {low:.1%} to {high:.1%})"
+        f"{'; ' + others if others else ''}; {time.monotonic() - started:.0f} s; answers in {out}"
     )
     return 0
 

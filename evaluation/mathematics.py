@@ -95,9 +95,9 @@ def equal(expected: str, answer: str) -> bool:
     a, b = number(expected), number(answer)
     if a is not None and b is not None:
         return a == b
-    parts = _tuple(expected), _tuple(answer)
-    if parts[0] and parts[1]:
-        return len(parts[0]) == len(parts[1]) and all(map(equal, *parts))
+    ours, theirs = _tuple(expected), _tuple(answer)
+    if ours and theirs:
+        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
     if _text(expected) == _text(answer):
         return True
     if any(len(side) > LONGEST or _UNSAFE.search(side) or _wordy(side) for side in (expected, answer)):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.charts import Series, bar_chart, line_chart, stage_bar
-from evaluation.score import is_correct
 from nano3.cli import fresh_file
 
 REQUIRED = (
@@ -42,7 +41,7 @@ _SHOWN = {
 }
 """Fields that have their own place on the page; all others are listed under "More"."""
 
-Examples = Sequence[Mapping[str, str]]
+Examples = Sequence[Mapping[str, Any]]
 
 
 def write_report(
@@ -51,10 +50,10 @@ def write_report(
     """Writes `report.json` and `report.html` into `folder` and returns their paths.
 
     `report` has the fields of `REQUIRED`, and may have gain, merged_accuracy, fp8_accuracy and ci95_MODEL (see
-    `evaluation.score.compare`), task (a sentence), overlap (name -> count), forgetting (old task -> {MODEL: accuracy,
-    ..., "n": questions}), router_sha256, settings (name -> value), and anything else that JSON can hold. `curve` maps a
-    series' name to its (step, loss) points. For `examples` see `examples_from`. Raises `ValueError` when a required
-    field is missing.
+    `evaluation.comparison.compare`), task (a sentence), overlap (name -> count), forgetting (old task -> {MODEL:
+    accuracy, ..., "n": questions}), router_sha256, settings (name -> value), and anything else that JSON can hold.
+    `curve` maps a series' name to its (step, loss) points. For `examples` see `examples_from`. Raises `ValueError` when
+    a required field is missing.
     """
     missing = [name for name in REQUIRED if name not in report]
     if missing:
@@ -69,10 +68,11 @@ def write_report(
     return paths
 
 
-def examples_from(base: Mapping[str, Any], tuned: Mapping[str, Any], count: int = 10) -> list[dict[str, str]]:
+def examples_from(base: Mapping[str, Any], tuned: Mapping[str, Any], count: int = 10) -> list[dict[str, Any]]:
     """The first `count` questions with both models' answers, from two results of `evaluation.evaluate`.
 
-    Each has question, expected, before and after; an answer that did not end within its tokens ends in `…`.
+    Each has question, expected, before and after, and the verdicts before_right and after_right; an answer that did not
+    end within its tokens ends in `…`.
     """
     after = {row["id"]: row for row in tuned["answers"]}
     return [
@@ -81,6 +81,8 @@ def examples_from(base: Mapping[str, Any], tuned: Mapping[str, Any], count: int 
             "expected": row["expected"],
             "before": _answer(row),
             "after": _answer(after[row["id"]]),
+            "before_right": row["correct"],
+            "after_right": after[row["id"]]["correct"],
         }
         for row in base["answers"][:count]
     ]
@@ -161,8 +163,7 @@ def _examples(examples: Examples) -> str:
     for example in examples:
         cells = [f"<td>{escape(example['question'])}</td><td><code>{escape(example['expected'])}</code></td>"]
         for key in ("before", "after"):
-            right = is_correct(example[key], example["expected"])
-            sort, mark = ("good", "✓") if right else ("bad", "✗")
+            sort, mark = ("good", "✓") if example[f"{key}_right"] else ("bad", "✗")
             cells.append(f"<td class='{sort}'>{mark} <code>{escape(example[key]) or '—'}</code></td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     head = "<tr><th>question</th><th>expected</th><th>before</th><th>after</th></tr>"

@@ -154,9 +154,9 @@ def export_fp8(out: Path, base: Path, merged: Path) -> dict[str, Any]:
 
 def score(out: Path, base: Path, adapter: Path, merged: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Results of the four models on the held-out questions, and their accuracies on the old tasks."""
+    from conversion.adapters.unmerged import with_adapter
     from evaluation.evaluate import evaluate_model, write_result
     from evaluation.questions import load_questions
-    from finetune.unmerged import with_adapter
 
     models = {"base": base, "tuned": base, "merged": merged, "fp8": out / "fp8-plain"}
     results: dict[str, Any] = {}
@@ -191,8 +191,8 @@ def report(
     out: Path, stages: Stages, facts: dict[str, Any], results: dict[str, Any], old: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes report.json and report.html; returns the report."""
+    from evaluation.comparison import compare
     from evaluation.report import examples_from, write_report
-    from evaluation.score import compare
 
     metrics = facts.pop("metrics")
     content = {

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation.evaluate import evaluate_model, final_answer, main
-from evaluation.generation import Answer, _cut, encode_prompts, greedy_answers, load_tokenizer
+from evaluation.evaluate import evaluate_model, main
+from evaluation.generation import Answer, Sampling, _cut, _Noise, encode_prompts, load_tokenizer, write_answers
 from evaluation.hf_model import load_reference
 from evaluation.questions import load_questions
 from nano3.arch import resolve_model
@@ -79,13 +79,37 @@ def write_rows(path: Path, content: list) -> Path:
 
 def test_a_batch_gives_the_answers_that_each_prompt_gets_alone(model):
     questions = prompts(24)
-    together = greedy_answers(model, questions, max_new_tokens=12, batch_size=24, progress=False)
-    alone = [greedy_answers(model, [question], 12, 1, progress=False)[0] for question in questions]
+    together = greedy(model, questions, batch_size=24)
+    alone = [greedy(model, [question], 1)[0] for question in questions]
     assert together == alone
     assert len({answer.tokens for answer in alone}) > 12  # a comparison of empty answers would show nothing
     assert {answer.finished for answer in alone} == {True, False}
-    uneven = greedy_answers(model, questions, max_new_tokens=12, batch_size=7, progress=False)
-    assert uneven == alone
+    assert greedy(model, questions, batch_size=7) == alone
+
+
+def test_samples_are_new_answers_and_depend_on_their_seed_only(model):
+    """A sample's random numbers are its own: other batches give it again; almost no temperature, the greedy ones."""
+    questions, sampling = prompts(6), Sampling(temperature=1.0, top_p=0.9, samples=3, seed=1)
+    found = [write_answers(model, questions, 8, size, False, sampling) for size in (18, 5)]
+    assert found[0] == found[1]
+    assert [len(several) for several in found[0]] == [3] * 6
+    assert sum(len(set(several)) > 1 for several in found[0]) >= 4
+    assert write_answers(model, questions, 8, 18, False, replace(sampling, seed=2)) != found[0]
+    cold = write_answers(model, questions, 8, 18, False, replace(sampling, temperature=1e-4, samples=1))
+    assert [several[0] for several in cold] == greedy(model, questions, 6, 8)
+
+
+def test_sampling_follows_the_probabilities():
+    """Two tokens of log-odds ln 3 and one cut off by top-p: three quarters, one quarter, never."""
+    noise = _Noise(Sampling(temperature=1.0, top_p=0.9, samples=1), (0, 0))
+    scores = torch.tensor([3.0, 1.0, 0.1]).log()
+    picks = [int(noise(scores).argmax()) for _ in range(4000)]
+    assert picks.count(0) / 4000 == pytest.approx(0.75, abs=0.03)
+    assert picks.count(2) == 0
+
+
+def greedy(model, questions, batch_size: int, limit: int = 12) -> list[Answer]:
+    return [several[0] for several in write_answers(model, questions, limit, batch_size, progress=False)]
 
 
 def test_left_padding_is_harmless_only_with_its_mask(model):
@@ -169,19 +193,6 @@ def test_scores_of_a_folder(folder, tmp_path):
     assert first["n"] == second["n"] == 6
     assert first["unfinished"] == sum(not row["finished"] for row in first["answers"])
     assert {source: part["n"] for source, part in first["by_source"].items()} == {"even": 3, "odd": 3}
-
-
-@pytest.mark.parametrize(
-    ("text", "finished", "thinking", "expected"),
-    [
-        ("42", True, False, ("42", True)),
-        ("6 times 7</think>\n42", True, True, ("\n42", True)),
-        ("6 times 7</think>\n4", False, True, ("\n4", False)),
-        ("6 times 7 is 42", True, True, ("6 times 7 is 42", False)),  # never came out of its reasoning
-    ],
-)
-def test_the_answer_is_what_follows_the_reasoning(text, finished, thinking, expected):
-    assert final_answer(text, finished, thinking) == expected
 
 
 def test_the_prompt_opens_or_closes_the_reasoning():

@@ -34,7 +34,16 @@ def test_report_holds_its_fields_and_escapes_what_models_say(tmp_path):
         "settings": {"lora.rank": 16},
         "something": "else",
     }
-    examples = [{"question": "<script>alert(1)</script>", "expected": "1, 2", "before": "", "after": "1,  2"}]
+    examples = [
+        {
+            "question": "<script>alert(1)</script>",
+            "expected": "1, 2",
+            "before": "",
+            "after": "1,  2",
+            "before_right": False,
+            "after_right": True,
+        }
+    ]
     curve = {"training": [(1, 2.0), (2, math.nan), (3, 1.0)], "validation": [(3, 1.1)]}
     data, page = write_report(tmp_path / "demo", REPORT | extra, curve, examples)
     assert json.loads(data.read_text()) == REPORT | extra
@@ -73,14 +82,21 @@ def test_a_report_without_a_required_field_is_an_error(tmp_path, field):
 def test_examples_pair_the_two_results():
     def result(answers: dict[str, tuple[str, bool]]) -> dict:
         rows = [
-            {"id": key, "question": f"{key}?", "expected": "1", "answer": text, "finished": finished}
+            {
+                "id": key,
+                "question": f"{key}?",
+                "expected": "1",
+                "answer": text,
+                "finished": finished,
+                "correct": finished and text == "1",
+            }
             for key, (text, finished) in answers.items()
         ]
         return {"answers": rows}
 
     base, tuned = result({"a": ("0", True), "b": ("1", False)}), result({"b": ("1", True), "a": ("2", True)})
     assert examples_from(base, tuned) == [
-        {"question": "a?", "expected": "1", "before": "0", "after": "2"},
-        {"question": "b?", "expected": "1", "before": "1 …", "after": "1"},
+        {"question": "a?", "expected": "1", "before": "0", "after": "2", "before_right": False, "after_right": False},
+        {"question": "b?", "expected": "1", "before": "1 …", "after": "1", "before_right": False, "after_right": True},
     ]
     assert len(examples_from(base, tuned, count=1)) == 1

@@ -14,6 +14,7 @@ MIDDLE = {"launch", "evaluation", "conversion", "data_prep"}
 MAY_IMPORT = {
     "nano3": set(),
     **{package: {"nano3"} for package in MIDDLE},
+    "evaluation": {"nano3", "conversion", "data_prep"},  # it reads what these two write
     "finetune": MIDDLE | {"nano3"},
     "pico": MIDDLE | {"nano3"},
     "recipes": MIDDLE | {"nano3", "finetune", "pico"},

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from conversion.adapters.unmerged import with_adapter
 from conversion.merge_lora import merge
 from evaluation.hf_model import load_reference
-from finetune.unmerged import with_adapter
 from nano3.cli import UserError
 from nano3.targets import PRESETS
 from tests.conversion.test_merge import TINY_CONFIG, write_adapter

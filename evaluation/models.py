@@ -1,0 +1,198 @@
+"""What is evaluated: one way to ask, whatever holds the weights.
+
+A `Model` answers questions and, where it can, scores letters. `HFModel` is a folder in plain transformers; the model
+behind an OpenAI-compatible server is in `evaluation/server.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from evaluation.extraction import LETTERS, THINK_END
+from evaluation.generation import Sampling
+from evaluation.questions import Question
+from nano3.hf_config import FP8_ACTIVATIONS, read_config
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote: its text, whether it stopped by itself, and how many tokens it took (None: not known)."""
+
+    text: str
+    finished: bool
+    tokens: int | None
+
+
+class Model(Protocol):
+    """Something that answers. `scores_letters`: whether it can be asked for `letters`."""
+
+    name: str
+    scores_letters: bool
+
+    def answers(self, questions: Sequence[Question], limit: int, sampling: Sampling) -> list[list[Written]]:
+        """Answers of at most `limit` tokens, `sampling.samples` to each question, in order."""
+
+    def letters(self, questions: Sequence[Question]) -> list[list[float]]:
+        """For each question the log-probabilities of its choices' letters, in nats."""
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens the texts have, or at most have where the tokenizer is not known."""
+
+    def hashes(self) -> dict[str, str]:
+        """`prompts` and `template` of what was asked so far: results compare only where they agree."""
+
+    def facts(self) -> dict[str, Any]:
+        """What else the result says of it."""
+
+
+def sha256_of(*texts: str) -> str:
+    """One hash over texts, their borders included."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode()
+        digest.update(f"{len(data)}:".encode() + data)
+    return digest.hexdigest()
+
+
+class HFModel:
+    """A Hugging Face folder in plain transformers, FP32 on the CPU and BF16 on a GPU.
+
+    Args:
+        folder: of the model, not quantized (`plain_folder`).
+        batch_size: sequences at a time.
+        thinking: whether prompts open the model's reasoning.
+        completion: prompts without chat format, by question; answers then end at an empty line.
+        threads: PyTorch's, for the whole process; more than one slows small models down.
+        progress: bars on stderr.
+        prepare: called with the loaded model, to change it first.
+        name: what results call it; the folder when empty.
+    """
+
+    scores_letters = True
+
+    def __init__(
+        self,
+        folder: Path | str,
+        batch_size: int = 128,
+        thinking: bool = False,
+        completion: Callable[[Question], str] | None = None,
+        threads: int = 1,
+        progress: bool = True,
+        prepare: Callable[[Any], None] | None = None,
+        name: str = "",
+    ) -> None:
+        import torch
+        from transformers.utils import logging
+
+        from evaluation.generation import load_tokenizer
+        from evaluation.hf_model import load_reference
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        self.folder, self.name = Path(folder), name or str(folder)
+        self.batch_size, self.thinking, self.completion, self.progress = batch_size, thinking, completion, progress
+        self.device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        self.dtype = str(dtype)
+        self.tokenizer = load_tokenizer(str(folder))
+        self.model = load_reference(folder, dtype).to(self.device)
+        if prepare is not None:
+            prepare(self.model)
+        self._prompts: list[str] = []
+
+    def _encoded(self, questions: Sequence[Question], thinking: bool) -> list[list[int]]:
+        from evaluation.generation import encode_prompts
+
+        if self.completion is not None:
+            texts = [self.completion(question) for question in questions]
+            prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        else:
+            asked, tools = [question.messages for question in questions], [question.tools for question in questions]
+            prompts = encode_prompts(self.tokenizer, asked, thinking, tools)
+        self._prompts.append(sha256_of(*(" ".join(map(str, prompt)) for prompt in prompts)))
+        return prompts
+
+    def answers(self, questions: Sequence[Question], limit: int, sampling: Sampling) -> list[list[Written]]:
+        """As `Model.answers`."""
+        from evaluation.generation import write_answers
+
+        prompts = self._encoded(questions, self.thinking)
+        found = write_answers(self.model, prompts, limit, self.batch_size, self.progress, sampling)
+        return [[self._written(answer.tokens, answer.finished) for answer in several] for several in found]
+
+    def _written(self, tokens: Sequence[int], finished: bool) -> Written:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if self.completion is None:
+            return Written(text, finished and (not self.thinking or THINK_END in text), len(tokens))
+        head, end, _ = text.partition("\n\n")
+        return Written(head, finished or bool(end), len(tokens))
+
+    def letters(self, questions: Sequence[Question]) -> list[list[float]]:
+        """As `Model.letters`. In chat format the letter begins the answer, without reasoning before it."""
+        from evaluation.letters import continuation_logprobs, encode_pair
+
+        prompts = self._encoded(questions, thinking=False)
+        pairs = []
+        for question, prompt in zip(questions, prompts, strict=True):
+            names = LETTERS[: len(question.choices)]
+            if self.completion is not None:
+                text = self.completion(question)
+                pairs.append([encode_pair(self.tokenizer, text, f" {name}") for name in names])
+            else:
+                own = self.tokenizer(list(names), add_special_tokens=False)["input_ids"]
+                pairs.append([(prompt, ids) for ids in own])
+        return continuation_logprobs(self.model, pairs, self.batch_size, self.progress)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """As `Model.count_tokens`."""
+        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+
+    def hashes(self) -> dict[str, str]:
+        """As `Model.hashes`."""
+        template = "no chat format" if self.completion is not None else str(self.tokenizer.chat_template)
+        return {"prompts": sha256_of(*self._prompts), "template": sha256_of(template)}
+
+    def facts(self) -> dict[str, Any]:
+        """As `Model.facts`."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "thinking": self.thinking,
+            "chat_format": self.completion is None,
+            "fp8_activations": (self.folder / FP8_ACTIVATIONS).exists(),
+        }
+
+
+@contextmanager
+def plain_folder(folder: Path, near: Path) -> Iterator[Path]:
+    """The folder itself; for a ModelOpt FP8 folder what its values stand for, in a folder in `near` while it is needed.
+
+    conversion/dequantize.py writes it; activations and cache are rounded as a server would.
+    """
+    quantized = read_config(folder).get("quantization_config")
+    if not isinstance(quantized, dict) or quantized.get("quant_method") != "modelopt":
+        yield folder  # other quantizations are refused when the model is loaded
+        return
+    from conversion.dequantize import dequantize
+
+    near.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".dequantized-", dir=near) as temporary:
+        plain = Path(temporary) / "plain"
+        count = dequantize(folder, plain)
+        print(f"{folder}: {count} FP8 matrices read as the values they stand for", flush=True)
+        yield plain
+
+
+def beside(adapter: Path | None, base: Path) -> Callable[[Any], None] | None:
+    """What puts an adapter beside the weights of a loaded base; None without one."""
+    if adapter is None:
+        return None
+    from conversion.adapters.unmerged import with_adapter
+
+    return with_adapter(adapter, base)

@@ -1,0 +1,20 @@
+"""Tool use as the Berkeley Function-Calling Leaderboard asks it (package bfcl-eval 2026.3.23; Apache-2.0).
+
+The expected calls are those of the last message; `data`, where a row has it, lists for each call its function with all
+values that each argument may have. Without either no tool fits, and the right answer calls none.
+"""
+
+from __future__ import annotations
+
+from evaluation.judges import Verdict, tool_calls
+from evaluation.questions import Question
+from evaluation.tasks import Task, no_variant
+
+
+def task(variant: str) -> Task:
+    no_variant("tool-use", variant)
+    return Task("tool-use", "calls of the right tools with right arguments", _judge, form="bfcl", room=256)
+
+
+def _judge(question: Question, answer: str) -> Verdict:
+    return tool_calls(question.data or [], answer)

@@ -1,0 +1,207 @@
+"""A model behind a server that drops, stalls, truncates and repeats: the same result file, each question asked once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from evaluation.evaluate import main
+from evaluation.generation import GREEDY
+from evaluation.questions import Question, load_questions
+from evaluation.server import ServerModel
+from nano3.cli import UserError
+
+FAULTS = ("honest", "drops", "stalls", "truncates", "twice", "half", "two choices", "cut early", "errors", "drips")
+QUESTIONS = 40
+
+
+class Fake:
+    """Answers "N" to "What is N?"; every 7th request it misbehaves in one way. Counts answers that went out whole."""
+
+    def __init__(self, fault: str, wait_after: int | None = None) -> None:
+        self.fault, self.wait_after = fault, wait_after
+        self.asked, self.answered = Counter[str](), Counter[str]()
+        self.requests, self.lock = 0, threading.Lock()
+
+    def reply(self, text: str, reason: str = "stop") -> bytes:
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
+        choices = [choice] * (2 if self.fault == "two choices" and reason == "fault" else 1)
+        return json.dumps({"choices": choices, "usage": {"completion_tokens": 1}}).encode()
+
+
+@contextmanager
+def serving(fake: Fake) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send(json.dumps({"object": "list", "data": [{"id": "pico"}]}).encode())
+
+        def do_POST(self) -> None:
+            question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
+            with fake.lock:
+                fake.requests += 1
+                number = fake.requests
+                fake.asked[question] += 1
+            while fake.wait_after is not None and number > fake.wait_after:
+                time.sleep(0.05)
+            text = question.split()[-1].rstrip("?")
+            if number % 7 == 0 and fake.fault != "honest":
+                self.misbehave(text)
+                return
+            with fake.lock:
+                fake.answered[question] += 1
+            self.send(fake.reply(text))
+
+        def misbehave(self, text: str) -> None:
+            whole = fake.reply(text)
+            if fake.fault == "drops":
+                self.close_connection = True
+            elif fake.fault == "stalls":
+                time.sleep(1.0)
+            elif fake.fault == "truncates":  # fewer bytes than announced
+                self.send(whole[:-9], len(whole))
+                self.close_connection = True
+            elif fake.fault == "twice":  # the document twice in one body
+                self.send(whole + whole)
+            elif fake.fault == "half":  # cut, and announced as such
+                self.send(whole[: len(whole) // 2])
+            elif fake.fault == "two choices":
+                self.send(fake.reply(text, "fault"))
+            elif fake.fault == "cut early":  # "length" after one token of many
+                self.send(fake.reply(text[:1], "length"))
+            elif fake.fault == "errors":
+                self.send(b'{"error": "overloaded"}', status=503)
+            else:  # a byte at a time, beyond the deadline
+                self.send(b"", len(whole))
+                for byte in range(len(whole)):
+                    time.sleep(0.05)
+                    self.wfile.write(whole[byte : byte + 1])
+
+        def send(self, body: bytes, length: int | None = None, status: int = 200) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body) if length is None else length))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def handle_one_request(self) -> None:
+            try:
+                super().handle_one_request()
+            except (BrokenPipeError, ConnectionResetError):
+                self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("questions") / "held.jsonl"
+    rows = [
+        {
+            "id": str(n),
+            "messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": str(n)}],
+        }
+        for n in range(QUESTIONS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def evaluated(url: str, held: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    command = [
+        "evaluate.py",
+        url,
+        "--questions",
+        str(held),
+        "--out",
+        str(out),
+        "--timeout",
+        "0.5",
+        "--concurrency",
+        "4",
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 0
+    result = json.loads(out.read_text())
+    return result | {"model": result["model"].replace(url, "URL")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_misbehaves_gives_the_result_of_an_honest_one(fault, held, tmp_path, monkeypatch):
+    fake = Fake(fault)
+    with serving(fake) as url:
+        result = evaluated(url, held, tmp_path / "result.json", monkeypatch)
+    assert (result["n"], result["correct"], result["unfinished"]) == (QUESTIONS, QUESTIONS, 0)
+    assert [row["answer"] for row in result["answers"]] == [str(n) for n in range(QUESTIONS)]
+    with serving(Fake("honest")) as url:
+        honest = evaluated(url, held, tmp_path / "honest.json", monkeypatch)
+    assert result == honest
+    assert set(fake.answered.values()) == {1}  # what came whole was not asked for again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["honest.json", "result.json"]
+
+
+def test_a_run_that_was_killed_asks_no_answered_question_again(held, tmp_path):
+    """The server answers 15 requests and then nobody; the run is killed; a second run asks for the rest."""
+    fake = Fake("honest", wait_after=15)
+    with serving(fake) as url:
+        script = Path(__file__).parents[2] / "evaluation" / "evaluate.py"
+        command = [sys.executable, str(script), url, "--questions", str(held), "--out", str(tmp_path / "result.json")]
+        first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        kept = tmp_path / "result.json.answers.jsonl"
+        until = time.monotonic() + 30
+        while time.monotonic() < until and not (kept.exists() and kept.read_text().count("\n") == 15):
+            time.sleep(0.02)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        with kept.open("a") as file:
+            file.write('{"key": "half a li')  # what the kill left
+        done, fake.wait_after = fake.answered.copy(), None
+        assert sum(done.values()) == 15
+        time.sleep(0.2)  # requests that the killed run had sent are answered to nobody
+        fake.asked.clear()
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert not set(done) & set(fake.asked)
+    assert len(fake.asked) == QUESTIONS - 15
+    assert json.loads((tmp_path / "result.json").read_text())["correct"] == QUESTIONS
+    assert not kept.exists()
+
+
+def test_equal_requests_are_sent_once_and_a_refusal_is_final(held, tmp_path, monkeypatch):
+    questions = load_questions(held, 3)
+    twin = Question("twin", "s", questions[0].messages, "0")
+    fake = Fake("honest")
+    with serving(fake) as url:
+        model = ServerModel(url, None, tmp_path / "kept", 5.0, 2, False)
+        answers = model.answers([*questions, twin], 40, GREEDY)
+        assert [several[0].text for several in answers] == ["0", "1", "2", "0"]
+        assert sum(fake.asked.values()) == 3
+        with pytest.raises(UserError, match="serves pico; choose with --served-model"):
+            ServerModel(url, "other", tmp_path / "kept", 5.0, 2, False)
+        monkeypatch.setattr(fake, "reply", lambda *_: b"[1]")
+        monkeypatch.setattr("evaluation.server.ATTEMPTS", 2)
+        with pytest.raises(UserError, match="no whole answer in 2 attempts"):
+            model.answers([Question("new", "s", ({"role": "user", "content": "What is 9?"},), "9")], 40, GREEDY)
+    with pytest.raises(UserError, match="no whole answer in 2 attempts"):
+        ServerModel(url, None, tmp_path / "kept", 1.0, 2, False)
