@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.comparison import accuracy, interval
-from evaluation.extraction import LETTERS, after_thinking
 from evaluation.generation import GREEDY, Sampling
-from evaluation.judges import OUTCOMES, RIGHT, UNFINISHED, WRONG, Verdict
+from evaluation.judging.extraction import LETTERS, after_thinking
+from evaluation.judging.judges import OUTCOMES, RIGHT, UNFINISHED, WRONG, Verdict
+from evaluation.judging.questions import Question, load_questions, questions_sha256
 from evaluation.models import HFModel, Model, Written, beside, plain_folder, sha256_of
-from evaluation.questions import Question, load_questions, questions_sha256
 from evaluation.statistics import wilson_interval
 from evaluation.tasks import Task, load_task, names
 from nano3.arch import resolve_model

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from evaluation.extraction import LETTERS, THINK_END
 from evaluation.generation import Sampling
-from evaluation.questions import Question
+from evaluation.judging.extraction import LETTERS, THINK_END
+from evaluation.judging.questions import Question
 from nano3.hf_config import FP8_ACTIVATIONS, read_config
 
 

@@ -25,8 +25,8 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from evaluation.generation import Sampling
+from evaluation.judging.questions import Question
 from evaluation.models import Written, sha256_of
-from evaluation.questions import Question
 from nano3.cli import UserError
 from nano3.documents import Count, Name, json_lines, parse_json
 

@@ -156,7 +156,7 @@ def score(out: Path, base: Path, adapter: Path, merged: Path) -> tuple[dict[str,
     """Results of the four models on the held-out questions, and their accuracies on the old tasks."""
     from conversion.adapters.unmerged import with_adapter
     from evaluation.evaluate import evaluate_model, write_result
-    from evaluation.questions import load_questions
+    from evaluation.judging.questions import load_questions
 
     models = {"base": base, "tuned": base, "merged": merged, "fp8": out / "fp8-plain"}
     results: dict[str, Any] = {}

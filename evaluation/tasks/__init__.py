@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.judges import Verdict
-from evaluation.questions import Question
+from evaluation.judging.judges import Verdict
+from evaluation.judging.questions import Question
 from nano3.cli import UserError
 
 FOLDER = Path(__file__).parent

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from evaluation.judges import Verdict, mathematics
-from evaluation.questions import Question
+from evaluation.judging.judges import Verdict, mathematics
+from evaluation.judging.questions import Question
 from evaluation.tasks import Task, no_variant
 
 

@@ -5,8 +5,8 @@ Everyone scores the 4,183 of the validation split: the test split has no answers
 
 from __future__ import annotations
 
-from evaluation.judges import Verdict, letter
-from evaluation.questions import Question
+from evaluation.judging.judges import Verdict, letter
+from evaluation.judging.questions import Question
 from evaluation.tasks import LETTERS, Task, no_variant
 
 

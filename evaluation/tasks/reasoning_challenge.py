@@ -2,8 +2,8 @@ r"""The public reasoning challenge: puzzles by hidden rules, the answer in `\box
 
 from __future__ import annotations
 
-from evaluation.judges import Verdict, number
-from evaluation.questions import Question
+from evaluation.judging.judges import Verdict, number
+from evaluation.judging.questions import Question
 from evaluation.tasks import Task, no_variant
 
 TOLERANCE = 0.01

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from evaluation.judges import Verdict, scored
-from evaluation.questions import Question
+from evaluation.judging.judges import Verdict, scored
+from evaluation.judging.questions import Question
 from evaluation.tasks import Task
 from nano3.cli import UserError
 

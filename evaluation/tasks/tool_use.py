@@ -6,8 +6,8 @@ values that each argument may have. Without either no tool fits, and the right a
 
 from __future__ import annotations
 
-from evaluation.judges import Verdict, tool_calls
-from evaluation.questions import Question
+from evaluation.judging.judges import Verdict, tool_calls
+from evaluation.judging.questions import Question
 from evaluation.tasks import Task, no_variant
 
 

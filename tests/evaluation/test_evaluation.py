@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from evaluation.evaluate import evaluate_model, main
 from evaluation.generation import Answer, Sampling, _cut, _Noise, encode_prompts, load_tokenizer, write_answers
 from evaluation.hf_model import load_reference
-from evaluation.questions import load_questions
+from evaluation.judging.questions import load_questions
 from nano3.arch import resolve_model
 from nano3.cli import UserError
 from pico.tokenizer import save_tokenizer, vocabulary

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 
-from evaluation import judges
-from evaluation.extraction import after_thinking
-from evaluation.judges import UNFINISHED, Verdict
+from evaluation.judging import judges
+from evaluation.judging.extraction import after_thinking
+from evaluation.judging.judges import UNFINISHED, Verdict
 from tests.evaluation.labelled_outputs import ALL, CUT, LETTERS, LOGIC, LOGICAL, MATHEMATICS, MEDICAL
 
 JUDGES = {

@@ -18,7 +18,7 @@ import pytest
 
 from evaluation.evaluate import main
 from evaluation.generation import GREEDY
-from evaluation.questions import Question, load_questions
+from evaluation.judging.questions import Question, load_questions
 from evaluation.server import ServerModel
 from nano3.cli import UserError
 

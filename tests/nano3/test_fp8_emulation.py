@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from conversion.dequantize import dequantize
 from evaluation.evaluate import evaluate_model
 from evaluation.hf_model import load_reference
-from evaluation.questions import Question
+from evaluation.judging.questions import Question
 from nano3.arch import PRESETS
 from nano3.cli import UserError
 from nano3.fp8_emulation import ActivationScales, rounded

@@ -34,6 +34,7 @@ INSIDE = {
     "nano3": ("cpu", "files", "lora", "checkpoints", "training", "parity"),
     "conversion": ("checkpoint", "fp8", "certificates", "adapters", "files"),
     "launch": ("plan", "slurm", "chain", "files"),
+    "evaluation": ("judging", "tasks", "files"),
     "data_prep": ("forms", "sources", "puzzles", "files"),
 }
 """Package -> the packages inside it, and its own files: each imports only from what stands before it."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.extraction import LETTERS
+from evaluation.judging.extraction import LETTERS
 from nano3.cli import UserError
 from nano3.conversations import Conversation, Conversations
 from nano3.rows import Rows, open_rows

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from evaluation.extraction import Extracted, choice, value
-from evaluation.mathematics import close, equal
+from evaluation.judging.extraction import Extracted, choice, value
+from evaluation.judging.mathematics import close, equal
 from nano3.cli import UserError
 
 RIGHT, WRONG = "right", "wrong"
@@ -68,7 +68,7 @@ def letter(expected: str, answer: str, options: Sequence[str]) -> Verdict:
 
 
 def mathematics(expected: str, answer: str) -> Verdict:
-    """A number or an expression equal to `expected` (`evaluation.mathematics.equal`), by `extraction.value`."""
+    """A number or an expression equal to `expected` (`evaluation.judging.mathematics.equal`), by `extraction.value`."""
     return _verdict(value(answer, equal), partial(equal, expected))
 
 
