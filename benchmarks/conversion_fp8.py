@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from conversion.checkpoint.hf_folder import HFFolder
-from conversion.checkpoint.output_folder import HF_KIND, work_folder
+from conversion.checkpoint.output_folder import HF_KIND, unfinished_output
 from conversion.checkpoint.tensor_digests import scan
 from conversion.fp8.calibrate import Activations
 from conversion.fp8.selection import Selection
@@ -22,7 +22,7 @@ def main(source: Path, out: Path) -> None:
             inputs=dict.fromkeys(selection.chosen, 1.0),
             cache={(number, part): 1.0 for number in selection.kv_layers for part in "kv"},
         )
-        with work_folder(out, HF_KIND, {"source": str(source)}, 0) as work:
+        with unfinished_output(out, HF_KIND, {"source": str(source)}, 0) as work:
             write(hf, before, weight_scales(largest, selection), selection, found, work)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.checkpoint.names import adaptable, adapter_shapes
-from conversion.checkpoint.output_folder import HF_KIND, work_folder
+from conversion.checkpoint.output_folder import HF_KIND, unfinished_output
 from conversion.checkpoint.pieces import PIECE, in_parallel
 from conversion.checkpoint.plan import PREFIX
 from conversion.checkpoint.safetensors_layout import FileLayout
@@ -32,7 +32,7 @@ def write_model(folder: Path, config: dict[str, Any]) -> int:
         {name: (spec.dtype, spec.shape) for name, spec in Arch.from_config(config).tensors().items()}
     )
     shutil.rmtree(folder, ignore_errors=True)
-    with work_folder(folder, HF_KIND, {"tool": "random", "config": config}, layout.total_bytes) as work:
+    with unfinished_output(folder, HF_KIND, {"tool": "random", "config": config}, layout.total_bytes) as work:
         (work.folder / "config.json").write_text(json.dumps(config))
         with SafetensorsWriter(work, layout) as writer:
 

@@ -30,7 +30,7 @@ from conversion.checkpoint.output_folder import (
     refuse_overlap,
     require_adapter,
     require_space,
-    work_folder,
+    unfinished_output,
 )
 from conversion.checkpoint.pieces import in_parallel
 from conversion.checkpoint.safetensors_layout import FileLayout, TensorTable, make_header
@@ -74,7 +74,7 @@ def export(folder: Path, out: Path, consumer: str) -> int:
         bar.update(value.nbytes)
 
     job = {"tool": "export", "for": consumer, "adapter": folder_sha256(folder)}
-    with work_folder(out, PEFT_KIND, job, layout.total_bytes) as work:
+    with unfinished_output(out, PEFT_KIND, job, layout.total_bytes) as work:
         work.hide(CONFIG).write_text(json.dumps(config(adapter, consumer), indent=1) + "\n")
         with SafetensorsWriter(work, layout) as writer, progress(layout.total_bytes, "export") as bar:
             in_parallel(writer.todo, do)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.checkpoint.hf_folder import HFFolder, side_files
-from conversion.checkpoint.output_folder import HF_KIND, copy_files, refuse_overlap, work_folder
+from conversion.checkpoint.output_folder import HF_KIND, copy_files, refuse_overlap, unfinished_output
 from conversion.checkpoint.pieces import STEP_BYTES, row_steps
 from conversion.checkpoint.safetensors_layout import FP8, FileLayout
 from conversion.checkpoint.safetensors_writer import Passage, rewrite
@@ -58,7 +58,7 @@ def dequantize(source: Path, out: Path, activations: bool = True) -> int:
         layout = FileLayout.make({name: (dtypes[name], spec.shape) for name, spec in hf.arch.tensors().items()})
         job: dict[str, Any] = {"tool": "dequantize", "source": str(source.resolve()), "activations": activations}
         job["files"] = source_stamps(weight_files(hf))
-        with work_folder(out, HF_KIND, job | {"layout": layout.to_json()}, layout.total_bytes) as work:
+        with unfinished_output(out, HF_KIND, job | {"layout": layout.to_json()}, layout.total_bytes) as work:
             side = [path for path in side_files(source) if path.name not in ("config.json", QUANT_CONFIG)]
             copy_files(source, side, work.folder)
             if scales is not None:

@@ -23,12 +23,12 @@ from conversion.checkpoint.output_folder import (
     LAYOUT,
     NEMO_KIND,
     SIDE,
-    Work,
+    UnfinishedOutput,
     copy_files,
     progress,
     rate,
     refuse_overlap,
-    work_folder,
+    unfinished_output,
 )
 from conversion.checkpoint.pieces import CHUNK_BYTES
 from conversion.checkpoint.plan import Plan, make_plan
@@ -52,7 +52,7 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
         needed = plan.total_bytes + sum((source / path).stat().st_size for path in side)
         watch, stamps = Watch(hf), source_stamps(weight_files(hf))
         job = {"tool": "import", "source": str(source.resolve()), "files": stamps, "chunk": CHUNK_BYTES}
-        with work_folder(out, NEMO_KIND, job | {"layout": hf.layout.to_json()}, needed) as work:
+        with unfinished_output(out, NEMO_KIND, job | {"layout": hf.layout.to_json()}, needed) as work:
             facts = write_checkpoint(work, hf, plan, context)
             watch.done(content_hash(facts))
             record(work.folder, facts, base_revision(source, content_hash(facts)))
@@ -60,7 +60,7 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
     return plan.total_bytes
 
 
-def write_checkpoint(work: Work, model: ModelFolder, plan: Plan, context: bool) -> dict[str, Fact]:
+def write_checkpoint(work: UnfinishedOutput, model: ModelFolder, plan: Plan, context: bool) -> dict[str, Fact]:
     """Writes all of a NeMo checkpoint but what it says of its origin; returns the facts of its tensors."""
     from conversion.checkpoint.torch_dist_writer import write_weights
 

@@ -27,12 +27,12 @@ from conversion.checkpoint.nemo_folder import named_model, open_model
 from conversion.checkpoint.output_folder import (
     HF_KIND,
     NEMO_KIND,
-    Work,
+    UnfinishedOutput,
     check_room,
     copy_files,
     refuse_overlap,
     require_adapter,
-    work_folder,
+    unfinished_output,
 )
 from conversion.checkpoint.pieces import CHUNK_BYTES
 from conversion.checkpoint.plan import make_plan
@@ -94,7 +94,7 @@ def merge(base: Path, adapter_folder: Path, out: Path, nemo: bool = False, conte
         merged, facts = Merged(model, adapter), _facts(adapter)
         job = {"tool": "merge", "base": {name: fact.sha256 for name, fact in before.items()}, **facts}
         job |= {"layout": model.layout.to_json(), "chunk": CHUNK_BYTES if nemo else None}
-        with work_folder(out, kind, job, needed) as work:
+        with unfinished_output(out, kind, job, needed) as work:
             after, changes = _write_nemo(work, merged, context) if nemo else _write_hf(work, merged)
             certificate = write_certificate(work.folder, base, before, after, Claim("merge", changes, facts))
             if nemo:
@@ -114,7 +114,7 @@ Written = tuple[dict[str, Fact], dict[str, dict[str, Any]]]
 """Facts of all tensors as they were written, and what changed of the targeted ones."""
 
 
-def _write_hf(work: Work, merged: Merged) -> Written:
+def _write_hf(work: UnfinishedOutput, merged: Merged) -> Written:
     base = merged.base
     copy_files(base.side, side_files(base.side), work.folder)
     changes = {name: partial(_adapt, merged) for name in merged.targeted}
@@ -129,7 +129,7 @@ def _adapt(merged: Merged, passage: Passage) -> dict[str, Any]:
     return merged.change(passage.name)
 
 
-def _write_nemo(work: Work, merged: Merged, context: bool) -> Written:
+def _write_nemo(work: UnfinishedOutput, merged: Merged, context: bool) -> Written:
     facts = write_checkpoint(work, merged, make_plan(merged.arch, merged.dtypes), context)
     return facts, {name: merged.change(name) for name in merged.targeted}
 

@@ -24,13 +24,13 @@ from conversion.checkpoint.output_folder import (
     progress,
     rate,
     refuse_overlap,
-    work_folder,
+    unfinished_output,
 )
 from conversion.checkpoint.pieces import PIECE, in_parallel, scratch
 from conversion.checkpoint.plan import Planned
 from conversion.checkpoint.safetensors_writer import SafetensorsWriter
 from conversion.checkpoint.tensor_digests import largest_magnitude, refuse_not_finite
-from conversion.checkpoint.tensor_groups import Unit, names, units
+from conversion.checkpoint.tensor_groups import TensorGroup, tensor_groups, tensor_names
 from conversion.identity import source_stamps
 from conversion.push import add_push, asked_hub, push
 from nano3.arch import resolve_model
@@ -51,7 +51,7 @@ def convert(source: Path, out: Path, hf: Path | None = None) -> int:
         check_room(out, layout.total_bytes)
         job = {"tool": "export", "source": str(source.resolve()), "files": source_stamps(model.reader.files)}
         job |= {"side": str(model.side.resolve()), "layout": layout.to_json()}
-        with work_folder(out, HF_KIND, job, layout.total_bytes) as work:
+        with unfinished_output(out, HF_KIND, job, layout.total_bytes) as work:
             copy_files(model.side, side_files(model.side), work.folder)
             with SafetensorsWriter(work, layout) as writer, progress(layout.total_bytes, "weights") as bar:
                 _write(model, writer, bar)
@@ -60,24 +60,24 @@ def convert(source: Path, out: Path, hf: Path | None = None) -> int:
 
 
 def _write(model: NemoFolder, writer: SafetensorsWriter, bar: Any) -> None:
-    """Copies every tensor to where it belongs, unit by unit, file by file."""
+    """Copies every tensor to where it belongs, group by group, file by file."""
     entries, todo = writer.layout.entries, writer.todo
     order = {name: number for number, name in enumerate(todo)}
     planned = [Planned(tensor, tensor.shape, entries[tensor.blocks[0].name].dtype) for tensor in model.tensors]
     tasks = [
-        unit
-        for unit in units(planned, {name: entry.rows for name, entry in entries.items()})
-        if not order.keys().isdisjoint(names(unit))
+        group
+        for group in tensor_groups(planned, {name: entry.rows for name, entry in entries.items()})
+        if not order.keys().isdisjoint(tensor_names(group))
     ]
     bar.update(sum(entry.stop - entry.start for name, entry in entries.items() if name not in order))
 
-    def do(unit: Unit) -> None:
+    def do(group: TensorGroup) -> None:
         # Of tensors that are one in Megatron, those in a file that is finished already are left out.
-        left = [name for name in names(unit) if name in order]
-        for box in unit:
-            buffer = scratch(box.nbytes)
-            model.reader.read_into(buffer, box.planned.key, *box.tensor.box(box.first, box.count))
-            for begin, part in box.parts():
+        left = [name for name in tensor_names(group) if name in order]
+        for chunk in group:
+            buffer = scratch(chunk.nbytes)
+            model.reader.read_into(buffer, chunk.planned.key, *chunk.tensor.box(chunk.first, chunk.count))
+            for begin, part in chunk.parts():
                 if part.name in left:
                     entry = entries[part.name]
                     end = begin + part.count * entry.row_bytes
@@ -89,7 +89,7 @@ def _write(model: NemoFolder, writer: SafetensorsWriter, bar: Any) -> None:
         for name in left:
             writer.done(name)
 
-    in_parallel(sorted(tasks, key=lambda unit: min(order.get(name, len(order)) for name in names(unit))), do)
+    in_parallel(sorted(tasks, key=lambda group: min(order.get(name, len(order)) for name in tensor_names(group))), do)
 
 
 def main() -> int:

@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from conversion.certificates.certificate import Claim, norm_ratio, previous_certificate, write_certificate
 from conversion.checkpoint.hf_folder import HFFolder, side_files
-from conversion.checkpoint.output_folder import HF_KIND, Work, check_room, copy_files, refuse_overlap, work_folder
+from conversion.checkpoint.output_folder import (
+    HF_KIND,
+    UnfinishedOutput,
+    check_room,
+    copy_files,
+    refuse_overlap,
+    unfinished_output,
+)
 from conversion.checkpoint.pieces import STEP_BYTES, row_steps
 from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.checkpoint.safetensors_writer import Change, Passage, rewrite
@@ -76,7 +83,7 @@ def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) 
         before, largest = scan(hf)
         scales = weight_scales(largest, selection)
         previous_certificate(source, before)
-        with work_folder(out, HF_KIND, _job(before, layout, selection, samples), needed, WAITS) as work:
+        with unfinished_output(out, HF_KIND, _job(before, layout, selection, samples), needed, WAITS) as work:
             with _progress(len(hf.arch.layers) * sum(map(len, samples))) as bar:
                 found = calibrate(hf, selection, samples, work, bar.update)
             write(hf, before, scales, selection, found, work)
@@ -107,7 +114,7 @@ def write(
     scales: dict[str, torch.Tensor],
     selection: Selection,
     found: Activations,
-    work: Work,
+    work: UnfinishedOutput,
 ) -> None:
     """Writes the FP8 checkpoint of `hf`, whose tensors are `before`, with its certificate into `work`."""
     layout, added = FileLayout.make(selection.table(hf.dtypes)), _scalars(selection, scales, found)

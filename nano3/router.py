@@ -77,11 +77,6 @@ def whole_digest(router: TopKRouter) -> str:
     return layer_digest(router.weight, router.expert_bias)
 
 
-def router_digest(model: nn.Module) -> str:
-    """The digest of all routers, as `lora.json` records it of the base; every rank must call it."""
-    return all_routers(model)[1]
-
-
 class RouterGuard(pl.Callback):
     """Hashes the routers before the first step, at every save and after the last step; a difference ends the run.
 

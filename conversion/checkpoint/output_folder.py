@@ -3,10 +3,10 @@
 Of these last: killed, their finished files are used again; never do they look finished.
 
 The work lies in `.NAME.unfinished` beside the output NAME. While it grows, what a reader would open first has `.part`
-behind its name (`Work.hide`): model.safetensors and the index, or `.metadata` of a torch_dist. Only when all is written
-and hashed do those get their names, in that order, and then the folder its own. So a kill at any moment leaves the old
-result or the new one, and beside it at most a hidden folder that nothing loads, which the same command goes on from;
-or, between the last two renamings, one that is the whole result.
+behind its name (`UnfinishedOutput.hide`): model.safetensors and the index, or `.metadata` of a torch_dist. Only when
+all is written and hashed do those get their names, in that order, and then the folder its own. So a kill at any moment
+leaves the old result or the new one, and beside it at most a hidden folder that nothing loads, which the same command
+resumes; or, between the last two renamings, one that is the whole result.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _RECORDS = ".work"
 _JOB = "job.json"
 
 
-class Work:
+class UnfinishedOutput:
     """A work folder. Files are named relative to it."""
 
     def __init__(self, folder: Path) -> None:
@@ -109,9 +109,9 @@ def check_room(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def work_folder(
+def unfinished_output(
     out: Path, kind: str, job: dict[str, Any], needed: int, stays: tuple[type[BaseException], ...] = ()
-) -> Iterator[Work]:
+) -> Iterator[UnfinishedOutput]:
     """Gives the work folder of `out`, which becomes `out` in the end, of `kind` as `nano3.cli.fresh_output` has it.
 
     `job` is what decides the bytes of the output (JSON): the work of a killed run is gone on with when its job was the
@@ -129,7 +129,7 @@ def work_folder(
         folder = _folder(out)
         folder.mkdir(exist_ok=True)
         _begin(folder, json.loads(json.dumps(job)))
-        work = Work(folder)
+        work = UnfinishedOutput(folder)
         try:
             yield work
             mark(folder, kind)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from conversion.checkpoint.hf_folder import ModelFolder, read_exactly, torch_dtype
-from conversion.checkpoint.output_folder import PART, Work, progress
+from conversion.checkpoint.output_folder import PART, UnfinishedOutput, progress
 from conversion.checkpoint.pieces import PIECE, in_parallel, scratch
 from conversion.checkpoint.safetensors_layout import INDEX, PLAIN_BYTES, Entry, FileLayout
 from conversion.checkpoint.tensor_digests import Fact, largest_magnitude, raw_bytes, refuse_not_finite
@@ -34,7 +34,7 @@ class SafetensorsWriter:
     recorded are read again, and taken when they hold what the record says: `todo` is what is left to write.
     """
 
-    def __init__(self, work: Work, layout: FileLayout) -> None:
+    def __init__(self, work: UnfinishedOutput, layout: FileLayout) -> None:
         self.work, self.layout = work, layout
         self.facts: dict[str, Fact] = {}
         self.notes: dict[str, Any] = {}
@@ -188,7 +188,7 @@ Change = Callable[[Passage], Any]
 
 def rewrite(
     hf: ModelFolder,
-    work: Work,
+    work: UnfinishedOutput,
     layout: FileLayout,
     changes: Mapping[str, Change],
     added: Mapping[str, torch.Tensor],

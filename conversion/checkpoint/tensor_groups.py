@@ -14,7 +14,7 @@ from conversion.checkpoint.plan import Planned
 
 
 @dataclass(frozen=True)
-class Box:
+class Chunk:
     """Rows `first` to `first + count` of a Megatron tensor: one chunk of the checkpoint."""
 
     planned: Planned
@@ -30,7 +30,7 @@ class Box:
         return self.count * self.planned.row_bytes
 
     def parts(self) -> Iterator[tuple[int, RowBlock]]:
-        """(byte where it begins in the box, rows of a Hugging Face tensor), from top to bottom. Padding has none."""
+        """(byte where it begins in the chunk, rows of a Hugging Face tensor), from top to bottom. Padding has none."""
         begin = 0
         for block in self.tensor.blocks:
             start, stop = max(self.first, begin), min(self.first + self.count, begin + block.count)
@@ -40,46 +40,46 @@ class Box:
             begin += block.count
 
 
-Unit = tuple[Box, ...]
+TensorGroup = tuple[Chunk, ...]
 
 
-def units(tensors: Iterable[Planned], rows: Mapping[str, int]) -> Iterator[Unit]:
+def tensor_groups(tensors: Iterable[Planned], rows: Mapping[str, int]) -> Iterator[TensorGroup]:
     """All chunks of `tensors` in their order, cut as finely as the rule above permits.
 
     Args:
         rows: Hugging Face tensor name -> its length along axis 0.
     """
-    unit: list[Box] = []
+    group: list[Chunk] = []
     left: dict[str, int] = {}
     for planned in tensors:
         for first, count in planned.chunks():
-            box = Box(planned, first, count)
-            unit.append(box)
-            for _, part in box.parts():
+            chunk = Chunk(planned, first, count)
+            group.append(chunk)
+            for _, part in chunk.parts():
                 left[part.name] = left.get(part.name, rows[part.name]) - part.count
                 if not left[part.name]:
                     del left[part.name]
             if not left:
-                yield tuple(unit)
-                unit = []
-    assert not unit, f"{sorted(left)[:3]} are never complete"
+                yield tuple(group)
+                group = []
+    assert not group, f"{sorted(left)[:3]} are never complete"
 
 
-def files(found: Iterable[Unit], limit: int) -> Iterator[Unit]:
-    """Units put together to about `limit` bytes each; a larger one stands alone."""
-    together: list[Box] = []
+def file_groups(found: Iterable[TensorGroup], limit: int) -> Iterator[TensorGroup]:
+    """Groups put together to about `limit` bytes each; a larger one stands alone."""
+    together: list[Chunk] = []
     size = 0
-    for unit in found:
-        more = sum(box.nbytes for box in unit)
+    for group in found:
+        more = sum(chunk.nbytes for chunk in group)
         if together and size + more > limit:
             yield tuple(together)
             together, size = [], 0
-        together += unit
+        together += group
         size += more
     if together:
         yield tuple(together)
 
 
-def names(unit: Unit) -> list[str]:
-    """The Hugging Face tensors of a unit, in the order in which they come."""
-    return list(dict.fromkeys(part.name for box in unit for _, part in box.parts()))
+def tensor_names(group: TensorGroup) -> list[str]:
+    """The Hugging Face tensors of a group, in the order in which they come."""
+    return list(dict.fromkeys(part.name for chunk in group for _, part in chunk.parts()))

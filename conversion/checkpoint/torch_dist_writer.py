@@ -31,13 +31,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from conversion.checkpoint.hf_folder import ModelFolder, read_exactly, torch_dtype
-from conversion.checkpoint.output_folder import WEIGHTS, Work
+from conversion.checkpoint.output_folder import WEIGHTS, UnfinishedOutput
 from conversion.checkpoint.pieces import PIECE, in_parallel, scratch
 from conversion.checkpoint.plan import Plan, is_native
 from conversion.checkpoint.safetensors_layout import Entry
 from conversion.checkpoint.safetensors_writer import write_all
 from conversion.checkpoint.tensor_digests import Fact, largest_magnitude, refuse_not_finite
-from conversion.checkpoint.tensor_groups import Box, Unit, files, units
+from conversion.checkpoint.tensor_groups import Chunk, TensorGroup, file_groups, tensor_groups
 from conversion.checkpoint.torch_dist import data_begin
 
 FILE_BYTES = 512 << 20
@@ -58,7 +58,9 @@ Place = tuple[int, int]
 """Where a chunk lies in its file: first byte, length."""
 
 
-def write_weights(work: Work, plan: Plan, hf: ModelFolder, advance: Callable[[int], Any]) -> dict[str, Fact]:
+def write_weights(
+    work: UnfinishedOutput, plan: Plan, hf: ModelFolder, advance: Callable[[int], Any]
+) -> dict[str, Fact]:
     """Writes the `weights/` of a checkpoint; returns the facts of all tensors, as they were read and written.
 
     `advance` is told the bytes of every chunk when it is written. Raises `UserError` for NaN or infinity, by name.
@@ -66,8 +68,8 @@ def write_weights(work: Work, plan: Plan, hf: ModelFolder, advance: Callable[[in
     (work.folder / WEIGHTS).mkdir(exist_ok=True)
     rows = {name: entry.rows for name, entry in hf.layout.entries.items()}
     tasks = {
-        f"{WEIGHTS}/__0_{number}.distcp": unit
-        for number, unit in enumerate(files(units(plan.tensors, rows), FILE_BYTES), 1)
+        f"{WEIGHTS}/__0_{number}.distcp": group
+        for number, group in enumerate(file_groups(tensor_groups(plan.tensors, rows), FILE_BYTES), 1)
     }
     facts: dict[str, Fact] = {}
     places: dict[str, list[Place]] = {}
@@ -82,7 +84,7 @@ def write_weights(work: Work, plan: Plan, hf: ModelFolder, advance: Callable[[in
                 syncs.append(syncer.submit(_keep, work, file, found, places[file]))
             else:
                 places[file] = [(begin, length) for begin, length in work.recorded(file)["places"]]  # type: ignore[index]
-                advance(sum(box.nbytes for box in tasks[file]))
+                advance(sum(chunk.nbytes for chunk in tasks[file]))
             for name, digest in found.items():
                 entry = hf.layout.entries[name]
                 facts[name] = Fact(entry.dtype, entry.shape, digest)
@@ -95,32 +97,32 @@ def write_weights(work: Work, plan: Plan, hf: ModelFolder, advance: Callable[[in
 
 
 def _write_file(
-    path: Path, unit: Unit, hf: ModelFolder, advance: Callable[[int], Any]
+    path: Path, group: TensorGroup, hf: ModelFolder, advance: Callable[[int], Any]
 ) -> tuple[dict[str, Any], list[Place]]:
     """Writes one file; returns the digest of every Hugging Face tensor in it and the places of its chunks."""
     digests: dict[str, Any] = {}
     places: list[Place] = []
     position = 0
     with path.open("wb", buffering=0) as file:
-        for box in unit:
-            _, size = box.tensor.box(box.first, box.count)
-            dtype, buffer = torch_dtype(box.planned.dtype), scratch(box.nbytes)
-            values = position + _values_begin(size, dtype) if box.nbytes >= PIECE else None
-            _fill(file.fileno(), values, box, buffer, hf, digests)
+        for chunk in group:
+            _, size = chunk.tensor.box(chunk.first, chunk.count)
+            dtype, buffer = torch_dtype(chunk.planned.dtype), scratch(chunk.nbytes)
+            values = position + _values_begin(size, dtype) if chunk.nbytes >= PIECE else None
+            _fill(file.fileno(), values, chunk, buffer, hf, digests)
             blob: Any = _Blob(file.fileno(), position, values)
             torch.save(torch.frombuffer(buffer, dtype=dtype).view(size), blob)
             places.append((position, blob.position - position))
             position = blob.position
-            advance(box.nbytes)
+            advance(chunk.nbytes)
     return digests, places
 
 
 def _fill(
-    file: int, values: int | None, box: Box, buffer: memoryview, hf: ModelFolder, digests: dict[str, Any]
+    file: int, values: int | None, chunk: Chunk, buffer: memoryview, hf: ModelFolder, digests: dict[str, Any]
 ) -> None:
     """Reads the rows of a chunk; checks, hashes and, from byte `values` of the file on, writes every piece at once."""
     end = 0
-    for begin, part in box.parts():
+    for begin, part in chunk.parts():
         entry = hf.layout.entries[part.name]
         end = begin + part.count * entry.row_bytes
         digest = digests.setdefault(part.name, hashlib.sha256())
@@ -165,7 +167,7 @@ def _values_begin(size: tuple[int, ...], dtype: torch.dtype) -> int:
     return sum(sizes[: sizes.index(max(sizes))])
 
 
-def _keep(work: Work, file: str, digests: dict[str, str], places: list[Place]) -> None:
+def _keep(work: UnfinishedOutput, file: str, digests: dict[str, str], places: list[Place]) -> None:
     """Records a file once it is on the disk."""
     descriptor = os.open(work.folder / file, os.O_RDONLY)
     try:
@@ -175,31 +177,33 @@ def _keep(work: Work, file: str, digests: dict[str, str], places: list[Place]) -
     work.record(file, {"digests": digests, "places": places})
 
 
-def _taken_over(work: Work, file: str, unit: Unit, hf: ModelFolder) -> dict[str, str] | None:
+def _taken_over(work: UnfinishedOutput, file: str, group: TensorGroup, hf: ModelFolder) -> dict[str, str] | None:
     """The digests of a file that a killed run finished, when its chunks still hold them; else None."""
     recorded, path = work.recorded(file), work.folder / file
-    if recorded is None or not path.is_file() or len(recorded["places"]) != len(unit):
+    if recorded is None or not path.is_file() or len(recorded["places"]) != len(group):
         return None
     digests: dict[str, Any] = {}
     with path.open("rb") as raw:
-        for box, (begin, length) in zip(unit, recorded["places"], strict=True):
-            if not _digest_chunk(raw.fileno(), _StorageInfo(file, begin, length), box, hf.layout.entries, digests):
+        for chunk, (begin, length) in zip(group, recorded["places"], strict=True):
+            if not _digest_chunk(raw.fileno(), _StorageInfo(file, begin, length), chunk, hf.layout.entries, digests):
                 return None
     found = {name: digest.hexdigest() for name, digest in digests.items()}
     return found if found == recorded["digests"] else None
 
 
-def _digest_chunk(file: int, place: _StorageInfo, box: Box, entries: dict[str, Entry], digests: dict[str, Any]) -> bool:
+def _digest_chunk(
+    file: int, place: _StorageInfo, chunk: Chunk, entries: dict[str, Entry], digests: dict[str, Any]
+) -> bool:
     """Adds the rows of a chunk to their tensors' digests; False when it is not what `torch.save` makes of them."""
-    dtype = torch_dtype(box.planned.dtype)
-    begin = data_begin(file, place, dtype, box.nbytes // dtype.itemsize)
-    buffer = scratch(box.nbytes)
+    dtype = torch_dtype(chunk.planned.dtype)
+    begin = data_begin(file, place, dtype, chunk.nbytes // dtype.itemsize)
+    buffer = scratch(chunk.nbytes)
     if begin is None or not read_exactly(file, buffer, begin):
         return False
-    for first, part in box.parts():
+    for first, part in chunk.parts():
         piece = buffer[first : first + part.count * entries[part.name].row_bytes]
         digests.setdefault(part.name, hashlib.sha256()).update(piece)
-    _, size = box.tensor.box(box.first, box.count)
+    _, size = chunk.tensor.box(chunk.first, chunk.count)
     there: Any = _Comparing(file, place.offset)
     torch.save(torch.frombuffer(buffer, dtype=dtype).view(size), there)
     return there.same and there.position == place.offset + place.length
@@ -221,15 +225,17 @@ class _Comparing(io.RawIOBase):
         return len(view)
 
 
-def _write_metadata(work: Work, plan: Plan, written: Iterable[tuple[str, Unit, list[Place]]]) -> None:
+def _write_metadata(
+    work: UnfinishedOutput, plan: Plan, written: Iterable[tuple[str, TensorGroup, list[Place]]]
+) -> None:
     """Writes the `_extra_state` objects and what makes the files a checkpoint; `.metadata` appears last of all."""
     found: dict[MetadataIndex, _StorageInfo] = {}
     chunks: dict[str, list[ChunkStorageMetadata]] = {}
-    for file, unit, places in written:
-        for box, (begin, length) in zip(unit, places, strict=True):
-            offset, size = box.tensor.box(box.first, box.count)
-            found[MetadataIndex(box.planned.key, offset)] = _StorageInfo(Path(file).name, begin, length)
-            chunks.setdefault(box.planned.key, []).append(ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
+    for file, group, places in written:
+        for chunk, (begin, length) in zip(group, places, strict=True):
+            offset, size = chunk.tensor.box(chunk.first, chunk.count)
+            found[MetadataIndex(chunk.planned.key, offset)] = _StorageInfo(Path(file).name, begin, length)
+            chunks.setdefault(chunk.planned.key, []).append(ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
         planned.key: TensorStorageMetadata(
             TensorProperties(dtype=torch_dtype(planned.dtype)), torch.Size(planned.shape), chunks[planned.key]

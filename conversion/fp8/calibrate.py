@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from conversion.checkpoint.hf_folder import HFFolder
-from conversion.checkpoint.output_folder import Work
+from conversion.checkpoint.output_folder import UnfinishedOutput
 from conversion.fp8.layerwise import Hidden, build_layer, count_tokens, hidden_bytes
 from conversion.fp8.selection import Selection, matrices
 from nano3.cli import UserError
@@ -72,7 +72,7 @@ def scratch_bytes(hf: HFFolder, samples: list[np.ndarray]) -> int:
 
 
 def calibrate(
-    hf: HFFolder, selection: Selection, samples: list[np.ndarray], work: Work, step: Callable[[int], object]
+    hf: HFFolder, selection: Selection, samples: list[np.ndarray], work: UnfinishedOutput, step: Callable[[int], object]
 ) -> Activations:
     """Runs `samples`, token ids (n,) each, through the model of `hf`, in BF16, as it will be served.
 

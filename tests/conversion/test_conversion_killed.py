@@ -18,7 +18,7 @@ from conversion import hf_to_nemo, nemo_to_hf
 from conversion.certify import verify
 from conversion.checkpoint import safetensors_writer, torch_dist_writer
 from conversion.checkpoint.hf_folder import HFFolder
-from conversion.checkpoint.output_folder import CERTIFICATE, HF_KIND, WEIGHTS, work_folder
+from conversion.checkpoint.output_folder import CERTIFICATE, HF_KIND, WEIGHTS, unfinished_output
 from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.checkpoint.tensor_digests import scan
 from conversion.checkpoint.torch_dist import TorchDistReader
@@ -40,7 +40,7 @@ def quantize(source: Path, out: Path) -> None:
         before, largest = scan(hf)
         cache = {(number, part): 1.0 for number in selection.kv_layers for part in "kv"}
         found = Activations(dict.fromkeys(selection.chosen, 1.0), cache)
-        with work_folder(out, HF_KIND, {"source": str(source)}, 0) as work:
+        with unfinished_output(out, HF_KIND, {"source": str(source)}, 0) as work:
             write(hf, before, weight_scales(largest, selection), selection, found, work)
 
 
@@ -202,8 +202,11 @@ def test_the_work_of_another_job_is_thrown_away(inputs: Path, tmp_path: Path, ca
 
 
 def test_two_processes_do_not_write_one_output(tmp_path: Path):
-    with work_folder(tmp_path / "out", "x", {}, 0) as work:
-        with pytest.raises(UserError, match="another process is writing"), work_folder(tmp_path / "out", "x", {}, 0):
+    with unfinished_output(tmp_path / "out", "x", {}, 0) as work:
+        with (
+            pytest.raises(UserError, match="another process is writing"),
+            unfinished_output(tmp_path / "out", "x", {}, 0),
+        ):
             pass
         work.hide("last").write_text("a")
     assert sorted(os.listdir(tmp_path / "out")) == ["files.json", "last", "nano3.json"]
@@ -213,14 +216,17 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path):
 def test_a_folder_of_somebody_else_under_the_hidden_name_is_refused(tmp_path: Path):
     (tmp_path / ".out.unfinished").mkdir()
     (tmp_path / ".out.unfinished/thesis").write_text("years of work")
-    with pytest.raises(UserError, match="holds files that no tool of this"), work_folder(tmp_path / "out", "x", {}, 0):
+    with (
+        pytest.raises(UserError, match="holds files that no tool of this"),
+        unfinished_output(tmp_path / "out", "x", {}, 0),
+    ):
         pass
     assert (tmp_path / ".out.unfinished/thesis").read_text() == "years of work"
 
 
 def test_what_is_interrupted_stays_and_what_fails_does_not(tmp_path: Path, capsys):
     def stopped_by(error: BaseException) -> None:
-        with work_folder(tmp_path / "out", "x", {}, 0) as work:
+        with unfinished_output(tmp_path / "out", "x", {}, 0) as work:
             work.hide("file").write_text("half")
             raise error
 

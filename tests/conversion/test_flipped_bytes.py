@@ -19,7 +19,7 @@ from conversion.adapters.adapter_folder import Adapter
 from conversion.certificates.certificate_json import read_certificate
 from conversion.checkpoint.hf_folder import HFFolder
 from conversion.checkpoint.nemo_folder import open_model
-from conversion.checkpoint.output_folder import work_folder
+from conversion.checkpoint.output_folder import unfinished_output
 from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.checkpoint.tensor_digests import scan
 from conversion.fp8.golden_file import Golden, Tolerance
@@ -73,7 +73,7 @@ def _quantize(source: Path, out: Path) -> None:
     with HFFolder(source) as hf:
         before, largest = scan(hf)
         layout = FileLayout.make(selection.table(hf.dtypes))
-        with work_folder(out, "hf-model", {}, layout.total_bytes) as work:
+        with unfinished_output(out, "hf-model", {}, layout.total_bytes) as work:
             write(hf, before, weight_scales(largest, selection), selection, found, work)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from conversion import quantize_fp8
 from conversion.checkpoint.hf_folder import HFFolder
-from conversion.checkpoint.output_folder import Work
+from conversion.checkpoint.output_folder import UnfinishedOutput
 from conversion.fp8 import layerwise
 from conversion.fp8.calibrate import Activations, calibrate
 from conversion.fp8.layerwise import hidden_bytes
@@ -77,7 +77,7 @@ def calibrated(model: Path, folder: Path) -> tuple[Activations, list[int]]:
     """A calibration on 3 samples, and the tokens that its steps named."""
     steps: list[int] = []
     with HFFolder(model) as hf:
-        return calibrate(hf, Selection.published(hf.arch), samples(), Work(folder), steps.append), steps
+        return calibrate(hf, Selection.published(hf.arch), samples(), UnfinishedOutput(folder), steps.append), steps
 
 
 def killed_at(moment: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = Killed) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from conversion.checkpoint.hf_folder import HFFolder
-from conversion.checkpoint.output_folder import Work
+from conversion.checkpoint.output_folder import UnfinishedOutput
 from conversion.fp8.calibrate import calibrate
 from conversion.fp8.selection import Selection
 from tests.helpers.calibration_cases import CASES
@@ -38,7 +38,9 @@ def peak(pattern: str, tokens: int, sizes: dict[str, int]) -> int:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             before = resident("VmRSS")
-            calibrate(hf, Selection.published(hf.arch), samples, Work(Path(name) / "out"), lambda _tokens: None)
+            calibrate(
+                hf, Selection.published(hf.arch), samples, UnfinishedOutput(Path(name) / "out"), lambda _tokens: None
+            )
             return resident("VmHWM") - before
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from conversion.checkpoint.hf_folder import HFFolder
-from conversion.checkpoint.output_folder import Work
+from conversion.checkpoint.output_folder import UnfinishedOutput
 from conversion.fp8.calibrate import calibrate
 from conversion.fp8.selection import Selection
 from conversion.golden import logprobs
@@ -35,7 +35,9 @@ def run(folder: Path, beside: Path, what: str) -> int:
     before, samples = status("VmRSS"), [np.arange(5, 37), np.arange(3, 60)]
     with HFFolder(folder) as hf:
         if what == "calibrate":
-            calibrate(hf, Selection.published(hf.arch), samples, Work(beside / folder.name), lambda _tokens: None)
+            calibrate(
+                hf, Selection.published(hf.arch), samples, UnfinishedOutput(beside / folder.name), lambda _tokens: None
+            )
         else:
             logprobs(hf, samples, torch.float32, beside, None)
     return status("VmHWM") - before

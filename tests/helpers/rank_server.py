@@ -60,7 +60,7 @@ class RankServer:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.rank_server"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **CPU_ENVIRONMENT}, cwd=ROOT,
-            start_new_session=True, bufsize=0,
+            start_new_session=True, bufsize=0, preexec_fn=die_with_parent,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -112,7 +112,9 @@ class RankServer:
 
     def _hear(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        assert line, "the process that imports NeMo for all tests has ended; its reason is on stderr"
+        return json.loads(line)
 
 
 def done_by(module: str, *arguments: object, **environment: str) -> str:
