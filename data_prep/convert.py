@@ -128,7 +128,7 @@ def _about(rows: ChatRows, count: int, held: int) -> dict[str, Any]:
     assert rows.form is not None, "rows were read"
     about = {"inputs": rows.facts, "form": rows.form.name, "reason": rows.reason, "rows": count, "held_out": held}
     if isinstance(rows.form, Source):
-        about |= {"terms": rows.form.terms, "evaluation_only": rows.form.evaluation_only}
+        about |= {"terms": rows.form.terms, "evaluation_only": rows.evaluation_rows}
     return about | {"drops": rows.drops.facts(), "unused_keys": dict(rows.unused.most_common())}
 
 
@@ -138,7 +138,10 @@ def print_about(about: dict[str, Any], out: Path, drops: Drops) -> None:
     if about["held_out"]:
         print(f"{held_out_file(out)}: {about['held_out']:,} rows, none of them near one of the others")
     if "terms" in about:
-        print(f"  terms: {about['terms']}" + ("; for evaluation only" if about["evaluation_only"] else ""))
+        print(
+            f"  terms: {about['terms']}"
+            + (f"; {about['evaluation_only']:,} rows are for evaluation only" if about["evaluation_only"] else "")
+        )
     if about["unused_keys"]:
         keys = ", ".join(f"{key} ({count:,})" for key, count in about["unused_keys"].items())
         print(f"  not used, since they change neither prompt nor loss: {keys}")

@@ -20,14 +20,15 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.chat import PARTS, Segment, is_empty, own_texts, render, split_turns, without_reasoning
-from data_prep.chat_rows import read_conversations
+from data_prep.chat_rows import ChatRows, form_named
+from data_prep.forms.form import Form
 from data_prep.own_template import TemplateCheck
 from data_prep.packing import build_packs, check_settings
 from data_prep.store import StoreWriter
 from data_prep.summary import Finds, Turns, print_summary
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError, check_output, fresh_output, run
-from nano3.conversations import Conversation
+from nano3.conversations import Conversation, Conversations
 from nano3.pack_index import Curriculum
 from nano3.rows import open_rows
 from nano3.token_store import KIND, TokenStore, tokenizer_file
@@ -45,6 +46,10 @@ class Options:
         split: one document per user message where earlier turns have reasoning; else these turns are context only.
         no_loss: `data_prep.chat.PARTS` of the turns that are context only.
         drop_null_arguments: whether an argument that is null is left out of its call; else the call says `None`.
+        form: of the rows; None guesses it.
+        ignored: keys that are left out of every row.
+        evaluation_data: whether rows may be used whose publishers allow evaluation only. The store says so, and nothing
+            trains on it.
         order: a row key whose number each document keeps, for packs in that order; `length` needs no keeping.
     """
 
@@ -53,6 +58,9 @@ class Options:
     no_loss: tuple[str, ...] = ()
     drop_null_arguments: bool = False
     order: str | None = None
+    form: Form | None = None
+    ignored: tuple[str, ...] = ()
+    evaluation_data: bool = False
 
     @property
     def kept(self) -> str | None:
@@ -82,15 +90,16 @@ def prepare(
     `packing` are further arguments of `data_prep.packing.build_packs`. Raises `UserError`, and leaves `out` as it was,
     for input that cannot be used; where only the packs cannot be made, the store stays without them.
     """
-    opened = [read_conversations(source) for source in inputs]
+    opened = [ChatRows(source, options.form, options.ignored) for source in inputs]
     encoder, template = ChatTokenizer(tokenizer), TemplateCheck(tokenizer)
     turns, finds = Turns(), Finds()
     with fresh_output(out, KIND) as temporary:
         writer = StoreWriter(temporary, options.kept)
         try:
-            for conversations in opened:
-                with tqdm(conversations, desc=conversations.name, unit="row", disable=None) as rows:
+            for chat in opened:
+                with tqdm(Conversations(chat), desc=chat.name, unit="row", disable=None) as rows:
                     _add(iter(rows), encoder, template, writer, turns, finds, options)
+                finds.take(chat)
             if not writer.documents:
                 raise UserError(f"nothing is left to train on: all {finds.empty_rows} rows have empty answers only")
             writer.finish(
@@ -100,7 +109,7 @@ def prepare(
                 no_loss=list(options.no_loss),
                 turns=vars(turns),
                 finds=finds.facts(),
-                inputs=[fact for conversations in opened for fact in conversations.facts],
+                inputs=[fact for chat in opened for fact in chat.facts],
             )
         finally:
             writer.close()
@@ -149,6 +158,11 @@ def _documents(
 ) -> list[Document]:
     """The documents of one row: one, several where turns are split, none where nothing in it is to be learned."""
     finds.read(row)
+    if row.fields.get("evaluation_only") and not options.evaluation_data:
+        raise UserError(
+            f"{row.where}: {row.source} is for evaluation only ({row.fields.get('terms', 'its terms say so')}); "
+            "--evaluation-data makes a store that validates and is never trained on"
+        )
     if not row.weight:
         raise UserError(f"{row.where}: 'weight' is 0, so there is nothing to learn from it; remove the row")
     messages = row.messages if options.thinking else without_reasoning(row.messages)
@@ -264,6 +278,13 @@ def main() -> int:
         parser.add_argument(
             f"--no-{name}-loss", action="store_true", help=f"{what} are context only: shown, not trained"
         )
+    parser.add_argument("--form", default="auto", help="form of the rows, or a named data set (convert.py --list)")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="KEY", help="a key to leave out of every row; repeatable"
+    )
+    parser.add_argument(
+        "--evaluation-data", action="store_true", help="take rows that are for evaluation only, for a validation store"
+    )
     parser.add_argument("--drop-null-arguments", action="store_true", help="leave null arguments out of tool calls")
     add_packing_options(parser)
     args = parser.parse_args()
@@ -273,7 +294,16 @@ def main() -> int:
     tokenizer_file(args.tokenizer)
     check_output(args.out, KIND)
     no_loss = tuple(part for part, off in zip(PARTS, (args.no_thinking_loss, args.no_tool_loss), strict=True) if off)
-    options = Options(args.thinking, args.split_turns == "auto", no_loss, args.drop_null_arguments, args.order_by)
+    options = Options(
+        args.thinking,
+        args.split_turns == "auto",
+        no_loss,
+        args.drop_null_arguments,
+        args.order_by,
+        form_named(args.form),
+        tuple(args.ignore),
+        args.evaluation_data,
+    )
     store, facts = prepare(args.input, args.tokenizer, args.out, options=options, **packing)
     print_summary(store, facts)
     return 0

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.chat import Segment, is_empty
+from data_prep.chat_rows import ChatRows
 from nano3.conversations import Conversation
+from nano3.row_keys import FACTS
 from nano3.token_store import TokenStore
 
 SHOWN = 3
@@ -47,15 +49,30 @@ class Finds:
     other_keys: Counter[str] = field(default_factory=Counter)
     nulls: dict[str, list[int]] = field(default_factory=dict)
     """`function.argument` -> [calls in which it is null, calls in which it is not]."""
+    forms: list[str] = field(default_factory=list)
+    """Inputs whose rows were no chat rows, and what they were read as."""
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    """What named data sets leave out: reasons, counts, examples."""
+    evaluation_only: Counter[str] = field(default_factory=Counter)
+    """Source -> rows whose publishers' terms allow evaluation only."""
 
     def read(self, row: Conversation) -> None:
         """Takes note of a row's unused keys, empty turns and null arguments."""
-        self.other_keys.update(list(row.fields))
+        self.other_keys.update(row.fields.keys() - set(FACTS))
+        if row.fields.get("evaluation_only"):
+            self.evaluation_only[row.source] += 1
         for message in row.messages:
             self.empty_turns += message["role"] == "assistant" and is_empty(message)
             for call in message.get("tool_calls", ()):
                 for name, value in call["arguments"].items():
                     self.nulls.setdefault(f"{call['name']}.{name}", [0, 0])[value is not None] += 1
+
+    def take(self, rows: ChatRows) -> None:
+        """Takes note, at the end of an input, of the keys that its form did not use."""
+        if rows.form is not None and rows.form.others != "pass":
+            self.other_keys.update(rows.unused)
+            self.forms.append(f"{rows.name}: rows of the form {rows.form.name}, {rows.reason}")
+        self.left_out += rows.drops.facts()
 
     def drop_empty(self, row: Conversation) -> None:
         """Counts a row that has nothing to learn because its answers are empty."""
@@ -91,6 +108,13 @@ def print_summary(store: TokenStore, facts: dict[str, Any]) -> None:
 
 
 def _print_finds(finds: dict[str, Any]) -> None:
+    for line in finds["forms"]:
+        print(f"  {line}")
+    for drop in finds["left_out"]:
+        where = ", ".join(example["where"] for example in drop["examples"])
+        print(f"  left out, {drop['reason']}: {drop['rows']:,} ({where})")
+    if finds["evaluation_only"]:
+        print(f"  for evaluation only, never trained on: {', '.join(finds['evaluation_only'])}")
     if finds["split_rows"]:
         print(f"  {finds['split_rows']:,} rows became {finds['split_documents']:,} documents", end=", ")
         print("one for each user message, since earlier turns have reasoning (off: --split-turns off)")

@@ -121,6 +121,8 @@ def check_data(run: Run, arch: Arch, contents: bool = True) -> None:
         if contents:
             packs.check_contents()
         packs.store.check_tokenizer(run.model)
+        if store == run.data and not run.eval_only:
+            packs.store.check_trainable()
         largest = packs.store.manifest["max_token_id"]
         if largest >= arch.vocab_size:
             raise UserError(f"{store} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}")

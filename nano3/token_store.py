@@ -190,6 +190,15 @@ class TokenStore:
                 f"run data_prep/prepare.py with --tokenizer {folder}"
             )
 
+    def check_trainable(self) -> None:
+        """Refuses a store with rows whose publishers allow evaluation only."""
+        sources = self.manifest.get("finds", {}).get("evaluation_only")
+        if sources:
+            raise UserError(
+                f"{self.folder} holds rows for evaluation only ({', '.join(sources)}); give it as --validation, and "
+                "train on other data"
+            )
+
     def _map(self, name: str) -> np.ndarray:
         return mapped(self.folder / name, DTYPES[name])
 

@@ -26,10 +26,10 @@ def rows_as_they_are(source: Path | str, facts: Facts) -> Iterator[Row]:
 class Source(Form):
     """A published data set.
 
-    `terms` are its licence and what its publishers say about its use. With `evaluation_only` its rows say so and
-    prepare.py makes a store of them only when asked to. `read` gives its rows, one question in each; `drop` says of
-    a row why it is left out, or None. With `distinct` a
-    question with its answer is kept once.
+    `terms` are its licence and what its publishers say about its use. With `evaluation_only` its rows say so, as
+    those of any split but train do, and prepare.py makes a store of them only when asked to. `read` gives its rows, one
+    question in each; `drop` says of a row why it is left out, or None. With `distinct` a question with its answer is
+    kept once.
     """
 
     terms: str = ""

@@ -78,7 +78,7 @@ def test_medmcqa_in_its_three_forms(tmp_path: Path, row: dict, letter: str, thou
     assert said(chat) == (letter, thought)
     assert (chat["answer"], chat["subject"], chat["choices"]) == (letter, subject, list("wxyz"))
     assert (chat["source"], chat["terms"]) == ("medmcqa", "Apache-2.0")
-    assert "evaluation_only" not in chat
+    assert chat.get("evaluation_only", False) == ("input" in row)  # those are of the validation split
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,8 @@ def test_a_cop_that_cannot_be_decided_is_refused(tmp_path: Path, cops: list, rea
 def test_worked_problems(tmp_path: Path) -> None:
     chat = one(tmp_path, "gsm8k", GSM8K, "gsm8k-test.jsonl")
     assert said(chat) == ("\\boxed{1200}", "He has 2*600=1200.")
-    assert (chat["answer"], chat["split"]) == ("1200", "test")
+    assert (chat["answer"], chat["split"], chat["evaluation_only"]) == ("1200", "test", True)
+    assert "evaluation_only" not in one(tmp_path, "gsm8k", GSM8K, "train.jsonl")
     chat = one(tmp_path, "math", MATH)
     assert said(chat) == ("\\boxed{\\frac{1}{2}}", MATH["solution"])
     assert (chat["answer"], chat["level"], chat["subject"]) == ("\\frac{1}{2}", "Level 3", "Algebra")
