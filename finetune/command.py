@@ -50,13 +50,13 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parse.add_argument("--model", help="pico, nano, or a folder (default: nano)")
+    parse.add_argument("--model", help="pico, nano, or a folder (default: cluster.yaml's, or nano)")
     parse.add_argument(
         "--base",
         type=Path,
         help="NeMo checkpoint of MODEL (default: OUT/base, imported from MODEL when the run starts)",
     )
-    parse.add_argument("--data", type=Path, help="token store to train on")
+    parse.add_argument("--data", type=Path, help="token store to train on (default on a cluster: cluster.yaml's)")
     parse.add_argument("--validation", type=Path, help="token store to validate on (default: no validation)")
     parse.add_argument("--out", type=Path, help="folder to write (default: runs/lora)")
     parse.add_argument(
@@ -87,7 +87,7 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     )
     parse.add_argument("--array", metavar="SEEDS", help="on a cluster: a run for each of 1,2,3 in OUT/seed-1 and so on")
     parse.add_argument("--follow", action="store_true", help="on a cluster: show the job's log until it ends")
-    parse.add_argument("--dry-run", action="store_true", help="print the resolved recipe and layout, start nothing")
+    parse.add_argument("--dry-run", action="store_true", help="print recipe, layout and job script, start nothing")
     parse.add_argument(
         "--help-settings",
         nargs="?",
@@ -101,28 +101,32 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
 
 
 def filled(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with what the --config files say of paths and resources, then with the defaults."""
+    """The arguments with what the --config files say of paths and resources, then cluster.yaml, then the defaults."""
     filled = argparse.Namespace(**vars(args))
     for file in reversed(args.config):
         for name, value in read_config(file)[0].items():
             if getattr(filled, name) in (None, False):
                 setattr(filled, name, Path(value) if name in ("base", "data", "validation", "out") else value)
-    filled.model = filled.model or "nano"
     filled.out = filled.out or Path("runs/lora")
     filled.nodes = 1 if filled.nodes is None else filled.nodes
     for flag in ("nodes", "gpus_per_node", "ranks"):
         if (number := getattr(filled, flag)) is not None and not 1 <= number <= MOST_RANKS:
             raise UserError(f"--{flag.replace('_', '-')} {number} must be at least 1 and at most {MOST_RANKS:,}")
+    site = _site(filled)
+    filled.model = filled.model or (site and site.model) or "nano"
+    filled.data = filled.data or (Path(site.data) if site and site.data else None)
     return filled
 
 
 def layered(settings: Settings, args: argparse.Namespace) -> dict[str, str]:
-    """Sets on a recipe's `settings` what the --config files and then the command line give, where the later wins.
+    """Sets on a recipe's `settings` what cluster.yaml, the --config files and the command line give; the later wins.
 
     Returns for every key that one of them gave who it was that won.
     """
     won: dict[str, str] = {}
-    layers = [(str(file), partial(apply_values, settings, read_config(file)[1], str(file))) for file in args.config]
+    site = _site(args)
+    layers = [("cluster.yaml", partial(apply_overrides, settings, site.settings))] if site else []
+    layers += [(str(file), partial(apply_values, settings, read_config(file)[1], str(file))) for file in args.config]
     for where, apply in [*layers, ("command line", partial(apply_overrides, settings, args.settings))]:
         given = apply()
         won |= dict.fromkeys(given, where)
@@ -138,6 +142,7 @@ def resolve(
 ) -> tuple[Run, Arch]:
     """The run that the arguments describe, its settings, layout, targets and paths checked. Raises `UserError`."""
     args = filled(args)
+    site = _site(args)
     model, base = _model(args.model)
     arch = Arch.load(model)
     if args.base is not None:
@@ -150,7 +155,6 @@ def resolve(
         )
     if args.ranks is not None and not args.local:
         raise UserError("--ranks counts CPU ranks; give --local too, or --gpus-per-node for GPUs")
-    site = _site(args)
     cpu = args.local or (site is not None and site.hardware == CPU)
     per_node = args.gpus_per_node or (GPUS_PER_NODE if site is None else site.ranks_per_node)
     ranks = (args.ranks or 1) if args.local else per_node
@@ -185,10 +189,11 @@ def resolve(
 
 
 def _site(args: argparse.Namespace) -> Cluster | None:
-    """The cluster that the run goes to; None for this machine, and for a recipe that is only printed."""
-    if args.cluster is None and (args.nodes == 1 or args.dry_run or args.local):
+    """The cluster that the run goes to, None for this machine; without a site file --dry-run takes the example."""
+    if args.cluster is None and (args.nodes == 1 or args.local):
         return None
-    return run_cluster.site_of(args.cluster or Path("cluster.yaml"), args.nodes, args.gpus_per_node)
+    example = args.dry_run and args.cluster is None
+    return run_cluster.site_of(args.cluster or Path("cluster.yaml"), args.nodes, args.gpus_per_node, example)
 
 
 def _model(name: str) -> tuple[Path, Path | None]:
@@ -263,7 +268,8 @@ def main(description: str | None, defaults: Callable[[], Settings], recipe: Call
         print(help_text(defaults(), args.help_settings))
         return 0
     run, arch = resolve(args, defaults, recipe_of(recipe))
-    won, args = winners(args, defaults(), run), filled(args)
+    args = filled(args)
+    won = winners(args, defaults(), run)
     check_output(run.out, KIND)
     site = _site(args)
     if site is None and (args.after is not None or args.follow or args.array):

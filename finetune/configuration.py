@@ -36,6 +36,7 @@ from nano3.pipeline_parallel import pipeline_kwargs
 from nano3.router import RouterGuard
 from nano3.training.initial_adapter import InitialAdapter
 from nano3.training.schedule import Schedule
+from nano3.training.supervised import Supervision
 from nano3.training.validation import Validation
 
 
@@ -105,6 +106,7 @@ def _trainer(run: Run) -> nemo_run.Config:
         plugins=_bf16() if run.bf16 else None,
         callbacks=[
             _checkpoints(run),
+            nemo_run.Config(Supervision, stuck_minutes=run.settings.supervision.stuck_minutes),
             *_initial(run),
             nemo_run.Config(RouterGuard, router=run.settings.router),
             nemo_run.Config(AdapterLiveness),

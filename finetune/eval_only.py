@@ -90,6 +90,7 @@ def evaluation_recipe(run: Run, recipe: Callable[[Run], Any]) -> Any:
 
     from nano3.checkpoints.adapter_checkpoint import SaveAdapter
     from nano3.training.evaluation import Evaluation
+    from nano3.training.supervised import Supervision
 
     if not isinstance(training, nemo_run.Partial):
         name = run.recipe.name if run.recipe else recipe.__name__
@@ -97,13 +98,14 @@ def evaluation_recipe(run: Run, recipe: Callable[[Run], Any]) -> Any:
     (saver,) = [part for part in training.trainer.callbacks if part.__fn_or_cls__ is SaveAdapter]
     training.data.train = None
     training.trainer.callbacks = [
+        *(part for part in training.trainer.callbacks if part.__fn_or_cls__ is Supervision),
         nemo_run.Config(
             Evaluation,
             results=str(Path(run.out) / RESULTS),
             adapter=run.adapter,
             base=saver.base,
             facts=saver.facts,
-        )
+        ),
     ]
     return nemo_run.Partial(
         llm.validate,

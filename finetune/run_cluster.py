@@ -19,10 +19,11 @@ from launch.plan.hardware import find_gpu
 from launch.plan.mounts import parse_mount
 from launch.plan.preflight_checks import Paths
 from launch.preflight import Request, report, report_cpu
+from launch.slurm.bundle import refuse_stale
 from launch.slurm.cluster import CPU, EXAMPLE, Cluster
 from launch.slurm.job_queue import follow, status
-from launch.slurm.job_queue import submit as hand_over
-from launch.slurm.sbatch import Job, render
+from launch.slurm.sbatch import Job, hand_in, private_note, render
+from launch.slurm.shell import write_private
 from nano3.arch import Arch
 from nano3.checkpoints.checkpoint_folder import clear_unfinished, newest
 from nano3.cli import UserError, fresh_output, owner_of, run
@@ -57,6 +58,7 @@ def job_of(run: Run, after: int | None = None, seeds: tuple[int, ...] = ()) -> J
         seeds=seeds,
         after=after,
         out=out,
+        private=str(Path(run.out) / "job.env"),
     )
 
 
@@ -85,16 +87,24 @@ def preflight(run: Run, cluster: Cluster, after: int | None = None, runs: int = 
     return report(Request(find_gpu(cluster.hardware), run.nodes, run.ranks_per_node, arch, plan, paths), files=True)
 
 
-def site_of(file: Path, nodes: int, per_node: int | None) -> Cluster:
-    """The site in `file`; `UserError` when it cannot be used or its nodes have not `per_node` ranks."""
-    if not file.is_file():
+def site_of(file: Path, nodes: int, per_node: int | None, example: bool = False) -> Cluster:
+    """The site in `file`; where there is none and `example`, the shipped example with its blanks.
+
+    Raises:
+        UserError: it cannot be used, its nodes have not `per_node` ranks, or its bundle is of another state.
+    """
+    if not file.is_file() and not example:
         raise UserError(
             f"--nodes {nodes} needs a cluster, which {file} would describe: copy {EXAMPLE} there and fill in "
             "account and partition; or see what would run with --dry-run"
         )
+    if not file.is_file():
+        return replace(Cluster.example(), **({} if per_node is None else {"gpus_per_node": per_node}))
     cluster = Cluster.load(file)
     if per_node not in (None, cluster.ranks_per_node):
         raise UserError(f"--gpus-per-node {per_node}, but {file} has gpus_per_node: {cluster.gpus_per_node}")
+    if cluster.bundle:
+        refuse_stale(Path(cluster.bundle))
     return cluster
 
 
@@ -153,10 +163,15 @@ def submit(
     Raises:
         UserError: a finished run in OUT, another job for it, too few checkpoints, or Slurm's refusal.
     """
-    out, script = Path(run.out), render(cluster, job_of(run, after, seeds))
+    out, job = Path(run.out), job_of(run, after, seeds)
+    script = render(cluster, job)
     check_progress(run.settings.checkpoint.minutes, cluster)
     code, text = preflight(run, cluster, after, len(seeds) or 1)
     print(text, file=sys.stderr)
+    if cluster.blanks():
+        print(f"no cluster.yaml: the script is that of {EXAMPLE}, with FILL IN where you must", file=sys.stderr)
+    if note := private_note(cluster, job):
+        print(note, file=sys.stderr)
     if dry_run:
         print(script, end="")
         return code
@@ -169,8 +184,8 @@ def submit(
         make_ready(folder)
     for one in tasks:
         write_run(one)
-    (out / "job.sbatch").write_text(script)
-    number = hand_over(script, Path(cluster.logs))
+    write_private(out / "job.sbatch", script)
+    number = hand_in(cluster, job)
     names = [f"{number}_{seed}" for seed in seeds] or [f"{number}"]
     for one, name in zip(tasks, names, strict=True):
         (Path(one.out) / JOB).write_text(f"{name}\n")

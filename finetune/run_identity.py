@@ -1,10 +1,10 @@
 """What makes two attempts the same run, so that the second may go on from the first's checkpoints.
 
 Every setting that has a say in the numbers, the recipe's function and file, and the *contents* of base, stores and the
-adapter that it starts from, by hash. Paths are not part of it: a run may move. Neither are the groups `log` and
-`checkpoint`, when a run counts as diverged, and what is recomputed: an attempt that stopped for one of these must be
-able to go on. Nor are the ranks and their layout, on which only the order of sums depends, and random numbers: what a
-checkpoint says of them decides whether equal bits can be promised.
+adapter that it starts from, by hash. Paths are not part of it: a run may move. Neither are the groups `log`,
+`checkpoint` and `supervision`, when a run counts as diverged, and what is recomputed: an attempt that stopped for one
+of these must be able to go on. Nor are the ranks and their layout, on which only the order of sums depends, and random
+numbers: what a checkpoint says of them decides whether equal bits can be promised.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nano3.overrides import flatten
 from nano3.sealed_folder import SEAL
 from nano3.token_store import MANIFEST
 
-MAY_CHANGE = ("log.", "checkpoint.", "layout.", "train.divergence", "train.recompute")
+MAY_CHANGE = ("log.", "checkpoint.", "supervision.", "layout.", "train.divergence", "train.recompute")
 
 
 def run_identity(text: str) -> dict[str, Any]:

@@ -88,6 +88,18 @@ class LogSettings:
 
 
 @dataclass
+class SupervisionSettings:
+    """When a run that hangs is ended, and who is called slow. All of it may change when a run goes on."""
+
+    silent_seconds: Annotated[float, Range(1, 86400)] = 60.0
+    """Seconds without an answer after which a rank counts as stopped: it is named and the run ends."""
+    stuck_minutes: Annotated[float, Range(0.1, 10080)] = 30.0
+    """Minutes in which a rank must get on: a step, a pack of a validation, a checkpoint, the start."""
+    slow: Annotated[float, Range(1, 1e3, above=True, zero=True)] = 1.5
+    """A rank that works so many times as long as the others is named; 0: none. CPU ranks only."""
+
+
+@dataclass
 class Settings:
     """All groups. Defaults: NVIDIA's published LoRA recipe for this model, in the layout that its evidence favours."""
 
@@ -98,6 +110,7 @@ class Settings:
     """Weight and correction bias stay, verified by hash; or `balance`: the bias goes on moving towards equal load."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    supervision: SupervisionSettings = field(default_factory=SupervisionSettings)
 
     @property
     def document_multiple(self) -> int:
@@ -154,6 +167,7 @@ class Run:
             router=groups["router"],
             checkpoint=CheckpointSettings(**groups["checkpoint"]),
             log=LogSettings(**groups["log"]),
+            supervision=SupervisionSettings(**groups["supervision"]),
         )
         recipe = raw.pop("recipe")
         return cls(**raw, settings=settings, recipe=recipe and Recipe(**recipe))

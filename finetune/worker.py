@@ -12,6 +12,7 @@ from finetune.settings import Run
 from launch.local import die_with_parent
 from nano3.cli import run
 from nano3.quiet import quiet, quiet_imports
+from nano3.training import supervision
 
 
 def main() -> int:
@@ -23,6 +24,8 @@ def main() -> int:
         from nano3 import cpu
 
         cpu.enable()  # before NeMo is imported
+        patience = run.settings.supervision
+        supervisor = supervision.start(patience.silent_seconds, patience.stuck_minutes, patience.slow)
         import fiddle
         from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -35,6 +38,9 @@ def main() -> int:
         fiddle.build(recipe)()
     except SIGTERMException:  # a SystemExit without a code, which would pass for success
         return 128 + signal.SIGTERM
+    finally:
+        if supervisor is not None:
+            supervisor.finish()
     return 0
 
 

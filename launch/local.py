@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -24,7 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from launch.guard import end_processes
 from nano3.cli import UserError
+from nano3.training.supervision import TOLD, VERDICT
 
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.05
@@ -48,8 +51,10 @@ def run_ranks(argv: list[str], ranks: int, log_dir: Path, env: dict[str, str] | 
 
     `env` is added to this process's environment. OMP_NUM_THREADS is this process's CPU cores over ranks if it is unset.
     Returns 0 when all succeed; otherwise ends the rest, prints which rank failed with the tail of its log, and returns
-    its exit code (128 + N after signal N). SIGTERM ends the ranks and returns 143; Ctrl-C ends them and is raised on.
-    No rank outlives the call, nor the death of this process.
+    its exit code (128 + N after signal N). SIGTERM asks the ranks to finish their step and save, and returns 143;
+    Ctrl-C does the same and is raised on, and a second Ctrl-C ends them at once. A run that its ranks ended because one
+    of them no longer answers returns 1, and the rank is named (nano3/training/supervision.py).
+    Nothing that was started outlives the call, nor the death of this process, even by SIGKILL (launch/guard.py).
     """
     if ranks < 1:
         raise UserError(f"the number of ranks is {ranks}; it must be at least 1")
@@ -57,7 +62,9 @@ def run_ranks(argv: list[str], ranks: int, log_dir: Path, env: dict[str, str] | 
     # The ranks' rendezvous store lives here and its port is the kernel's choice, held from the first moment on: a free
     # port that is looked up first and used later may be gone by then.
     store = _rendezvous_store()
-    shared = {**os.environ, "OMP_NUM_THREADS": _threads(ranks), **(env or {}), **_world(ranks, store.port)}
+    world = _world(ranks, store.port)
+    shared = {**os.environ, "OMP_NUM_THREADS": _threads(ranks), **(env or {}), **world}
+    guard = _start_guard(world["TORCHELASTIC_RUN_ID"])
     processes: list[subprocess.Popen[bytes]] = []
     pumps: list[threading.Thread] = []
     patience = GRACE_SECONDS
@@ -68,19 +75,66 @@ def run_ranks(argv: list[str], ranks: int, log_dir: Path, env: dict[str, str] | 
                 processes.append(process)
                 if rank == 0:
                     pumps = _pump_rank_0(process, log_dir)
-            failed = _wait(processes)
+            failed = _wait(processes, guard)
         except _Terminated:
             print("terminated: all ranks finish their step and end", file=sys.stderr)
             patience = FAREWELL_SECONDS
             return 128 + signal.SIGTERM
+        except KeyboardInterrupt:
+            print(
+                "\ninterrupted: all ranks finish their step, save and end; Ctrl-C again ends them now", file=sys.stderr
+            )
+            patience = FAREWELL_SECONDS
+            raise
         finally:
-            _end(processes, patience)
+            try:
+                _end(processes, patience)
+            finally:
+                _end_guard(guard, world["TORCHELASTIC_RUN_ID"])
             for pump in pumps:
                 pump.join(GRACE_SECONDS)
+    if store.check([VERDICT]):
+        _report_verdict(json.loads(store.get(VERDICT)), store.check([TOLD]), log_dir)
+        return 1
     if failed:
         _report(processes, failed, log_dir)
         return _exit_code(processes[failed[0]])
     return 0
+
+
+def run_child(command: list[str], cwd: Path) -> int:
+    """Runs a program that ends when this process does, and returns its exit code as a shell reports it.
+
+    SIGTERM is passed on; Ctrl-C reaches it from the terminal, as it does us: then it is waited for, since a training
+    saves before it ends. A second Ctrl-C ends it at once.
+    """
+    with _termination_as_exception():
+        process = subprocess.Popen(command, cwd=cwd, preexec_fn=die_with_parent)
+        try:
+            process.wait()
+        except _Terminated:
+            process.terminate()
+            process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+        finally:
+            process.kill()  # does nothing to one that has ended
+            process.wait()
+    return _exit_code(process)
+
+
+def _start_guard(run_id: str) -> subprocess.Popen[bytes]:
+    """The process that ends what is left of the run when this one has ended."""
+    command = [sys.executable, "-S", "-E", str(Path(__file__).parent / "guard.py"), run_id]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _end_guard(guard: subprocess.Popen[bytes], run_id: str) -> None:
+    assert guard.stdin is not None
+    guard.stdin.close()
+    if guard.wait():  # it was killed itself
+        end_processes(run_id)
 
 
 def log_file(log_dir: Path, rank: int) -> Path:
@@ -168,10 +222,13 @@ def _pump(source: IO[bytes], sink: IO[str], log: Path) -> None:
             sink.flush()
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+def _wait(processes: list[subprocess.Popen[bytes]], guard: subprocess.Popen[bytes]) -> list[int]:
     """Waits until all ranks ended or one failed; the failed ranks, the one that was seen to fail first in front.
 
     Of those that are seen at once a killed one goes first: the others fail because it no longer answers.
+
+    Raises:
+        ChildProcessError: somebody ended the guard, without which nobody would end the ranks.
     """
     failed: list[int] = []
     deadline = float("inf")
@@ -181,6 +238,8 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
         failed += sorted(new, key=lambda rank: processes[rank].returncode > 0)
         if all(code is not None for code in codes):
             break
+        if guard.poll() is not None:
+            raise ChildProcessError(f"launch/guard.py, which watches over this run, was ended (process {guard.pid})")
         if failed and deadline == float("inf"):
             deadline = time.monotonic() + BLAME_SECONDS
         time.sleep(POLL_SECONDS)
@@ -188,16 +247,18 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def _end(processes: list[subprocess.Popen[bytes]], patience: float) -> None:
-    """Ends every rank and whatever it started: asked first, killed after `patience` seconds."""
+    """Ends every rank and whatever it started: asked first, killed after `patience` seconds or at Ctrl-C."""
     running = [process for process in processes if process.poll() is None]
-    for process in running:
-        _signal(process, signal.SIGTERM)
-    deadline = time.monotonic() + patience
-    while any(process.poll() is None for process in running) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-    for process in processes:
-        _signal(process, signal.SIGKILL)
-        process.wait()
+    try:
+        for process in running:
+            _signal(process, signal.SIGTERM)
+        deadline = time.monotonic() + patience
+        while any(process.poll() is None for process in running) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process in processes:
+            _signal(process, signal.SIGKILL)
+            process.wait()
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
@@ -219,6 +280,13 @@ def _report(processes: list[subprocess.Popen[bytes]], failed: list[int], log_dir
         if rank:
             lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
             print("\n".join(f"  [rank {rank}] {line}" for line in lines), file=sys.stderr)
+
+
+def _report_verdict(verdict: dict[str, Any], told: bool, log_dir: Path) -> None:
+    """Why the ranks ended the run, unless rank 0 has said it here."""
+    if not told:
+        print(f"error: {verdict['text']}. All ranks end; the same command resumes the run", file=sys.stderr)
+    print(f"what each rank was doing stands at the end of its log in {log_dir}", file=sys.stderr)
 
 
 def _signal_in_words(process: subprocess.Popen[bytes]) -> str:

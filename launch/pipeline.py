@@ -26,13 +26,14 @@ from pathlib import Path
 
 from launch.chain.records import KIND, Records
 from launch.chain.stages import NAMES, RECIPE, TRAIN, Chain, Stage, model_folder, recipe_script
+from launch.local import run_child
 from launch.plan.hardware import GIB
 from launch.plan.mounts import parse_mount
 from launch.plan.plan_export import plan_export
 from launch.plan.preflight_checks import unmounted
 from launch.slurm.cluster import Cluster
-from launch.slurm.job_queue import cancel, queue, submit
-from launch.slurm.sbatch import Job, render
+from launch.slurm.job_queue import cancel, queue
+from launch.slurm.sbatch import Job, hand_in, render
 from nano3.arch import Arch
 from nano3.cli import UserError, alone, check_output, free_disk, fresh_output, run
 
@@ -161,17 +162,17 @@ def run_stage(stage: Stage, records: Records) -> int:
     with records.timed(stage) as result:
         for command in stage.commands:
             print(f"$ python {shlex.join(command)}", file=sys.stderr, flush=True)
-            result.code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+            result.code = run_child([sys.executable, *command], ROOT)
             if result.code:
                 break
     return result.code
 
 
-def script_of(stage: Stage, cluster: Cluster, out: Path, after: int | None) -> str:
-    """The sbatch script of a stage but the training, whose script is the recipe's own."""
-    site = cluster.for_one_process(stage.gpu)
+def job_of(stage: Stage, cluster: Cluster, out: Path, after: int | None) -> tuple[Cluster, Job]:
+    """The site and the job of a stage but the training, whose job is the recipe's own."""
     command = ["launch/pipeline.py", "stage", str(out), stage.name]
-    return render(site, Job(f"{out.name}-{stage.name}", command, after=after, ranks=False))
+    job = Job(f"{out.name}-{stage.name}", command, after=after, ranks=False, private=str(out / "job.env"))
+    return cluster.for_one_process(stage.gpu), job
 
 
 def submit_all(
@@ -192,7 +193,7 @@ def submit_all(
         elif stage.name == TRAIN:
             number = _submit_training(stage, site, before)
         else:
-            number = submit(script_of(stage, cluster, records.out, before), Path(cluster.logs))
+            number = hand_in(*job_of(stage, cluster, records.out, before))
         if number not in alive:
             fresh = True
             records.submitted(stage, number)
@@ -219,7 +220,7 @@ def print_scripts(chain: Chain, stages: tuple[Stage, ...], cluster: Cluster, sit
         after = number - 1 or None
         print(f"# ---- job {number}: {stage.name}")
         if stage.name != TRAIN:
-            print(script_of(stage, cluster, chain.out, after))
+            print(render(*job_of(stage, cluster, chain.out, after)))
             continue
         words = [sys.executable, *stage.commands[0], "--cluster", str(site), "--dry-run"]
         words += ["--after", str(after or 1)]

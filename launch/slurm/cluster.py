@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launch.plan.hardware import find_gpu
 from launch.plan.mounts import parse_mount
+from launch.slurm.shell import refuse_unwritable
 from nano3.cli import UserError
+from nano3.documents import read_yaml
 
 FILL_IN = "FILL IN"
 CPU = "cpu"
 """The `hardware` of nodes without GPUs."""
+REQUIRED = ("account", "partition")
+PROJECT, PACKAGES = "project", "packages"
+"""Folders in a bundle (launch/slurm/bundle.py)."""
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = Path(__file__).parents[1] / "cluster.example.yaml"
 
 
@@ -45,11 +50,14 @@ class Cluster:
     setup: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     options: list[str] = field(default_factory=list)
+    bundle: str = ""
+    model: str = ""
+    data: str = ""
+    settings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("account", "partition"):
-            if not getattr(self, name) or getattr(self, name) == FILL_IN:
-                raise UserError(f"cluster.yaml: {name} is not filled in; {EXAMPLE} says how to find it")
+        for name, text in self._texts():
+            refuse_unwritable(f"cluster.yaml: {name}", text)
         if self.hardware != CPU:
             find_gpu(self.hardware)
         if self.mounts and self.container is None:
@@ -61,20 +69,43 @@ class Cluster:
         for text in self.mounts:
             parse_mount(text)
         for option in [*self.options, *self.cpu_options]:
-            if not re.fullmatch(r"[a-z][a-z-]*(=.*)?", option):
+            if not re.fullmatch(r"[a-z][a-z-]*(=.+)?", option):
                 raise UserError(
                     f"cluster.yaml: options has {option!r}; write sbatch's long names without dashes, such as qos=high"
                 )
         for name in self.environment:
-            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
                 raise UserError(f"cluster.yaml: environment has {name!r}, which is no name of a variable; rename it")
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        """Every text in the file, with its key."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            for text in parts if isinstance(parts, list) else [parts]:
+                if isinstance(text, str):
+                    yield item.name, text
+
+    def blanks(self) -> list[str]:
+        """What is still to be filled in."""
+        return [name for name in REQUIRED if getattr(self, name) in ("", FILL_IN)]
+
+    @property
+    def project(self) -> str:
+        """This repository, as the nodes see it: the bundle's copy where there is a bundle."""
+        return f"{self.bundle}/{PROJECT}" if self.bundle and self.workdir == "." else self.workdir
+
+    @property
+    def packages(self) -> str:
+        """The bundle's packages; empty without one."""
+        return f"{self.bundle}/{PACKAGES}" if self.bundle else ""
 
     @property
     def seconds(self) -> int | None:
         """The time limit of a job in seconds, None for no limit. Raises `UserError` for what Slurm cannot read."""
         if self.time.lower() in ("infinite", "unlimited"):
             return None
-        found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", self.time)
+        found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", self.time, re.ASCII)
         if found is None:
             raise UserError(
                 f'cluster.yaml: time: "{self.time}" is not [DAYS-]HOURS:MINUTES:SECONDS, such as "04:00:00"'
@@ -117,16 +148,25 @@ class Cluster:
                 f"no {path}: a cluster is described there. Copy {EXAMPLE} and fill in account and partition, or leave "
                 "submitting out with --dry-run"
             )
-        try:
-            raw = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(raw, dict):
-            raise UserError(f"{path} must hold keys and values; see {EXAMPLE}")
-        lacking = [name for name in ("account", "partition") if name not in raw]
+        site = cls._read(path)
+        if blanks := site.blanks():
+            raise UserError(f"{path}: {' and '.join(blanks)} not filled in; {EXAMPLE} says how to find it")
+        return site
+
+    @classmethod
+    def example(cls) -> Cluster:
+        """The shipped example, its blanks in it: what a script looks like before a site is described."""
+        return cls._read(EXAMPLE)
+
+    @classmethod
+    def _read(cls, path: Path) -> Cluster:
+        raw = read_yaml(path, dict[str, Any], f"see {EXAMPLE}")
+        typed = {key: _typed(path, key, value) for key, value in raw.items()}
+        lacking = [name for name in REQUIRED if name not in raw]
         if lacking:
             raise UserError(f"{path} has no {' and no '.join(lacking)}; see {EXAMPLE}")
-        return cls(**{key: _typed(path, key, value) for key, value in raw.items()})
+        site = cls(**typed)
+        return site if site.bundle or site.workdir != "." else replace(site, workdir=str(ROOT))
 
 
 def _typed(path: Path, key: str, value: Any) -> Any:

@@ -1,10 +1,12 @@
-"""Slurm: one description of a job, rendered as a plain sbatch script or, for NeMo-Run, as its executor.
+"""Slurm: one description of a job, rendered as a plain sbatch script.
 
     python launch/slurm/sbatch.py --cluster cluster.yaml --nodes 2 --dry-run -- -m finetune.worker OUT/run.json
     python launch/slurm/sbatch.py --cluster cluster.yaml status 1234        # or cancel 1234, follow 1234
 
 What is after `--` runs on every GPU under torchrun, one launcher per node; what `--prepare` names runs first, once.
-`launch/slurm_nemo_run.py` makes a NeMo-Run executor from the same two objects. Imports neither torch nor NeMo.
+Before each, launch/slurm/inside.py compares the packages there with the tested ones. All text is quoted by
+launch/slurm/shell.py. The site's `environment` is not in the script: it lies beside it, in a file that is yours alone.
+Imports neither torch nor NeMo.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.slurm.cluster import Cluster
+from launch.slurm.cluster import EXAMPLE, Cluster
 from launch.slurm.job_queue import cancel, follow, status, submit
+from launch.slurm.shell import SEED, option, quote, refuse_unwritable, words, write_private
 from nano3.cli import UserError, run
 
-PORT = "$((20000 + SLURM_JOB_ID % 10000))"
+RENDEZVOUS = '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$MASTER_ADDR:$((20000 + SLURM_JOB_ID % 10000))"'
 """Where rank 0's node listens for the others: another port for every job, below those that the kernel gives away."""
+INSIDE = "launch/slurm/inside.py"
+"""Runs python's arguments where the packages are those that were tested."""
 
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",  # logs as they happen
@@ -52,8 +57,12 @@ class Job:
     """Folder of a run that goes on from its checkpoints when it is started again: its job survives, see survive.sh."""
     ranks: bool = True
     """False: one process of the command, without torch.distributed.run."""
+    private: str = ""
+    """File for the site's `environment`, beside what the job writes; needed where there is one."""
 
     def __post_init__(self) -> None:
+        for text in [self.name, *self.command, *(self.prepare or []), self.out or "", self.private]:
+            refuse_unwritable(f"{text!r}", text)
         if self.nodes < 1:
             raise UserError(f"--nodes {self.nodes} must be at least 1")
         if not self.name.isprintable() or not self.name or set("/%") & set(self.name):
@@ -63,7 +72,7 @@ class Job:
                 "no command: write what runs on every rank after --, such as -- -m finetune.worker RUN.json"
             )
         text = " ".join([*self.command, *(self.prepare or []), self.out or ""])
-        if bool(self.seeds) != ("{seed}" in text):
+        if bool(self.seeds) != (SEED in text):
             raise UserError("an array of seeds wants {seed} in the command, and {seed} wants --array SEEDS")
 
 
@@ -76,7 +85,7 @@ def sbatch_options(cluster: Cluster, job: Job) -> dict[str, str]:
         "time": cluster.time,
         "nodes": str(job.nodes),
         "ntasks-per-node": "1",
-        "output": f"{cluster.logs}/{job.name}-%{'A_%a' if job.seeds else 'j'}.log",
+        "output": f"{cluster.logs.replace('%', '%%')}/{job.name}-%{'A_%a' if job.seeds else 'j'}.log",
         "open-mode": "append",
         "requeue": "",
     }
@@ -98,20 +107,20 @@ def sbatch_options(cluster: Cluster, job: Job) -> dict[str, str]:
     return options
 
 
-def srun_options(cluster: Cluster) -> list[str]:
-    """srun's options: the container and its mounts (Pyxis), that a step ends when one of its tasks does, and that the
-    ranks of a launcher share the cores of their node."""
+def srun_command(cluster: Cluster) -> str:
+    """srun with the container and its mounts (Pyxis); a step ends when one of its tasks does, and the ranks of a
+    launcher share the cores of their node."""
     options = ["--kill-on-bad-exit=1", "--cpu-bind=none"]
     if cluster.cpus_per_task:  # which a step does not have from its job, since Slurm 22.05
         options.append(f"--cpus-per-task={cluster.cpus_per_task}")
     if cluster.container is not None:
-        options += [f"--container-image={cluster.container}", f"--container-workdir={cluster.workdir}"]
+        options += [f"--container-image={cluster.container}", f"--container-workdir={cluster.project}"]
         options += [f"--container-mounts={','.join(cluster.mounts)}"] if cluster.mounts else []
-    return options
+    return words(["srun", *options])
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
-    """Variables of every process: ours on GPUs, how long the ranks may take to save, then the site's.
+    """Variables of every process that are ours: what GPUs need, and how long the ranks may take to save.
 
     torch.distributed.run passes SIGTERM on to its ranks and kills them 30 s later unless it is told how long to wait:
     three quarters of the time before Slurm ends the job, which leaves the script some to have it requeued.
@@ -119,20 +128,22 @@ def environment(cluster: Cluster) -> dict[str, str]:
     own = ENVIRONMENT if cluster.gpus else {"PYTHONUNBUFFERED": "1"}
     if cluster.signal_seconds:
         own = own | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, cluster.signal_seconds * 3 // 4))}
-    return own | cluster.environment
+    return own
+
+
+def private_environment(cluster: Cluster) -> str:
+    """What the file `Job.private` holds: the site's variables, for bash."""
+    return "".join(f"export {name}={quote(value)}\n" for name, value in cluster.environment.items())
 
 
 def render(cluster: Cluster, job: Job) -> str:
     """The sbatch script, whole."""
     lines = ["#!/bin/bash", "# Made by launch/slurm/sbatch.py: change cluster.yaml or the command line, not this file."]
-    lines += [
-        f"#SBATCH --{name}{f'={shlex.quote(value)}' if value else ''}"
-        for name, value in sbatch_options(cluster, job).items()
-    ]
-    # -u after the site's lines: conda's and modules' own scripts read variables that are not set.
-    lines += ["", "set -eo pipefail", f"cd {shlex.quote(cluster.workdir)}", *cluster.setup, "set -u"]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in environment(cluster).items()]
-    srun = shlex.join(["srun", *srun_options(cluster)])
+    if blanks := cluster.blanks():
+        lines.append(f"# FILL IN what says so below ({', '.join(blanks)}): in cluster.yaml, a copy of {EXAMPLE.name}.")
+    lines += [option(name, value) for name, value in sbatch_options(cluster, job).items()]
+    lines += ["", *_settings(cluster, job)]
+    srun = srun_command(cluster)
     if not job.ranks:
         return "\n".join([*lines, "", f"exec {srun} --nodes=1 --ntasks=1 {_python(cluster, job.command)}"]) + "\n"
     lines += _RENDEZVOUS
@@ -141,18 +152,30 @@ def render(cluster: Cluster, job: Job) -> str:
         # One job of an array has the array's own number, which means all of them. Not for the shell to find out: a job
         # that is submitted from within an array's has these variables too.
         name = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.seeds else "$SLURM_JOB_ID"
-        lines += [f"OUT={_arguments([job.out])}", f'JOB="{name}"', "source launch/slurm/survive.sh"]
+        lines += [f"OUT={words([job.out])}", f'JOB="{name}"', "source launch/slurm/survive.sh"]
     if job.prepare is not None:
         lines += ["", "# Once, before the ranks start."]
         before = "survive " if job.out is not None else ""
         lines += [f"{before}{srun} --nodes=1 --ntasks=1 {_python(cluster, job.prepare)}"]
     torchrun = ["-m", "torch.distributed.run", f"--nnodes={job.nodes}", f"--nproc-per-node={cluster.ranks_per_node}"]
-    torchrun += ["--rdzv-backend=c10d", "--rdzv-id=$SLURM_JOB_ID", f"--rdzv-endpoint=$MASTER_ADDR:{PORT}"]
     # exec: signals reach srun, and its exit code is the job's.
     start, end = ("survive ", ["finished"]) if job.out is not None else ("exec ", [])
     lines += ["", f"# One launcher per node, {'one rank per GPU' if cluster.gpus else 'which starts its ranks'}."]
-    lines += [f"{start}{srun} {_python(cluster, torchrun)} \\", f"    {_arguments(job.command)}", *end]
-    return "\n".join(lines) + "\n"
+    lines += [f"{start}{srun} {_python(cluster, torchrun)} --rdzv-backend=c10d {RENDEZVOUS} \\"]
+    return "\n".join([*lines, f"    {words(job.command)}", *end]) + "\n"
+
+
+def _settings(cluster: Cluster, job: Job) -> list[str]:
+    """Where the job runs, and its variables."""
+    # -u after the site's lines: conda's and modules' own scripts read variables that are not set.
+    lines = ["set -eo pipefail", f"cd -- {quote(cluster.project)}", *cluster.setup, "set -u"]
+    lines += [f"export {name}={quote(value)}" for name, value in environment(cluster).items()]
+    if cluster.environment:
+        assert job.private
+        lines += ["# The site's variables; the file is yours alone (mode 0600).", f"source {quote(job.private)}"]
+    # The project is not installed in a container, and what is installed there is not what was tested.
+    packages = f'":{quote(cluster.packages)}"' if cluster.packages else ""
+    return [*lines, f'export PYTHONPATH="$PWD{packages}${{PYTHONPATH:+:$PYTHONPATH}}"']
 
 
 _RENDEZVOUS = [
@@ -168,18 +191,21 @@ _RENDEZVOUS = [
 
 
 def _python(cluster: Cluster, arguments: list[str]) -> str:
-    return f"{shlex.quote(cluster.python)} {_arguments(arguments)}"
+    return words([cluster.python, INSIDE, *arguments])
 
 
-def _arguments(arguments: list[str]) -> str:
-    """Arguments for the shell; Slurm's and our own variables stay variables."""
-    return " ".join(_quoted(argument.replace("{seed}", "$SLURM_ARRAY_TASK_ID")) for argument in arguments)
+def hand_in(cluster: Cluster, job: Job) -> int:
+    """Submits a job, its private file written before; its number. `UserError` with sbatch's words when it refuses."""
+    if cluster.environment:
+        write_private(Path(job.private), private_environment(cluster))
+    return submit(render(cluster, job), Path(cluster.logs))
 
 
-def _quoted(argument: str) -> str:
-    if any(name in argument for name in ("$SLURM_", "$MASTER_ADDR")):
-        return '"' + argument.replace('"', '\\"') + '"'
-    return shlex.quote(argument)
+def private_note(cluster: Cluster, job: Job) -> str:
+    """For people who look at a script: where the site's variables will be; empty when there are none."""
+    if not cluster.environment:
+        return ""
+    return f"environment of cluster.yaml: not in the script; it goes to {job.private}, which only you can read (0600)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -220,11 +246,14 @@ def main() -> int:
     cluster = Cluster.load(args.cluster)
     seeds = read_seeds(args.array) if args.array else ()
     prepare = shlex.split(args.prepare) if args.prepare else None
-    script = render(cluster, Job(args.name, command, args.nodes, prepare, seeds, args.after, args.survive))
+    private = str(Path(cluster.logs).resolve() / f"{args.name}.env")
+    job = Job(args.name, command, args.nodes, prepare, seeds, args.after, args.survive, private=private)
     if args.dry_run:
-        print(script, end="")
+        print(render(cluster, job), end="")
+        if note := private_note(cluster, job):
+            print(note, file=sys.stderr)
     else:
-        print(f"submitted job {submit(script, Path(cluster.logs))}; logs in {cluster.logs}")
+        print(f"submitted job {hand_in(cluster, job)}; logs in {cluster.logs}")
     return 0
 
 

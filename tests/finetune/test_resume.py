@@ -113,6 +113,31 @@ def test_the_same_in_other_precisions_and_layouts(folder, ranks, name, layout, p
     assert_same(folder / name, reference)
 
 
+def test_a_rank_that_is_stopped_is_named_and_the_run_resumes(folder, ranks):
+    """SIGSTOP of one of four ranks (TP2, EP2): the rank that watches it ends the run, and nothing is lost."""
+    run = settings(Layout(tp=2, ep=2), "fp32", steps=6, every=2)
+    run.supervision.silent_seconds = 20.0
+    reference = write_run(folder, "stopped-reference", 4, run, validate=True)
+    assert ranks.run(reference) == [0, 0, 0, 0], log(folder / "stopped-reference")[-3000:]
+    path = write_run(folder, "stopped", 4, run, validate=True)
+    assert ranks.run(path, FAULT="stop:3") == [1, 1, -signal.SIGKILL, 1], log(folder / "stopped")[-3000:]
+    assert "error: no answer for 20 s from rank 2 (process " in log(folder / "stopped")
+    assert "the same command resumes the run" in log(folder / "stopped")
+    assert ranks.run(path) == [0, 0, 0, 0], log(folder / "stopped")[-3000:]
+    assert "resumed at step 2 from" in log(folder / "stopped")
+    assert_same(folder / "stopped", folder / "stopped-reference")
+
+
+def test_a_slow_rank_is_named(folder, ranks):
+    """Rank 1 works 2 s longer in every step; rank 0, which waits for it, says so."""
+    run = settings(Layout(ep=2), "fp32", steps=12, every=12)
+    run.supervision.silent_seconds = 12.0
+    path = write_run(folder, "slow", 2, run)
+    assert ranks.run(path, FAULT="delay:2") == [0, 0], log(folder / "slow")[-3000:]
+    assert "note: rank 1 (process " in log(folder / "slow")
+    assert "note: rank 0" not in log(folder / "slow")
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [

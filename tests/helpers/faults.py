@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from nano3.checkpoints import adapter_checkpoint, checkpoint_folder, run_checkpoint
 from nano3.checkpoints.run_checkpoint import RunCheckpoints
+from nano3.training.supervised import Supervision
 
 
 def die() -> None:
@@ -80,6 +82,23 @@ def kill_in_pruning(step: int) -> None:
 def terminate_one(step: int) -> None:
     """SIGTERM to rank 1 alone after the step: all ranks must end together."""
     _after_step(step, lambda _: dist.get_rank() == 1 and os.kill(os.getpid(), signal.SIGTERM))
+
+
+def stop_one(step: int) -> None:
+    """SIGSTOP to rank 2 after the step: it says nothing more, and all others wait for it."""
+    _after_step(step, lambda _: dist.get_rank() == 2 and os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def delay_one(seconds: int) -> None:
+    """Rank 1 works so many seconds longer in every step."""
+    start = Supervision.on_train_batch_start
+
+    def start_and_work(self: Supervision, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        start(self, trainer, pl_module, *rest)
+        if dist.get_rank() == 1:
+            time.sleep(seconds)
+
+    Supervision.on_train_batch_start = start_and_work  # type: ignore[method-assign]
 
 
 def terminate_in_save(step: int) -> None:
@@ -200,6 +219,8 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "save": kill_in_save,
     "pruning": kill_in_pruning,
     "term": terminate_one,
+    "stop": stop_one,
+    "delay": delay_one,
     "term-in-save": terminate_in_save,
     "replica": perturb_replica,
     "router": nudge_router,

@@ -12,7 +12,7 @@ from nano3.cli import UserError
     ("text", "message"),
     [
         (None, "Copy .*cluster.example.yaml and fill in"),
-        (EXAMPLE.read_text(), "account is not filled in"),
+        (EXAMPLE.read_text(), "account and partition not filled in"),
         ("partition: x", "has no account"),
         ("account: a\npartition: b\nnods: 2", "unknown key nods; did you mean"),
         ("account: a\npartition: b\ngres: maybe", "gres must be bool, but it is 'maybe'"),
@@ -28,8 +28,11 @@ from nano3.cli import UserError
         ("account: a\npartition: b\nenvironment: {A-B: x}", "'A-B', which is no name of a variable"),
         ("account: a\npartition: b\nsetup: [1]", 'setup holds 1, .*write "1" there'),
         ("account: a\npartition: b\noptions: ['--qos=high']", "without dashes, such as qos=high"),
-        ("account: [", "is not valid YAML"),
-        ("just words", "must hold keys and values"),
+        ("account: [", "not valid YAML"),
+        ("just words", "holds text; it must be an object"),
+        ("acount: a\npartition: b", "unknown key acount; did you mean account"),  # the typo, not what it leaves missing
+        ('account: "a\\nb"\npartition: b', r"account has '\\n' at position 1"),
+        ("account: a\npartition: b\nenvironment: {Ä: x}", "'Ä', which is no name of a variable"),
     ],
 )
 def test_a_site_file_is_checked(tmp_path, text, message):

@@ -121,11 +121,59 @@ def test_no_rank_outlives_the_launcher(tmp_path, number, code):
     launcher.send_signal(number)
     assert launcher.wait(20) == code
     assert wait_until(lambda: not any(alive(rank) for rank, _ in pids))
-    children = [child for _, child in pids]
-    if number == signal.SIGKILL:  # nobody is left to end a rank's own children: the kernel ends only the ranks
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-    assert wait_until(lambda: not any(alive(child) for child in children))
+    assert wait_until(lambda: not any(alive(child) for _, child in pids))
+
+
+def guards_of(launcher: int) -> list[int]:
+    """The guards that a launcher has started (proc(5): the children of its main thread)."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(pid) for pid in children if b"guard.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.full
+def test_whoever_is_killed_nothing_is_left(tmp_path):
+    """Launcher, guard, a rank: SIGKILL of any ends all, and what the ranks had started in sessions of their own."""
+    for victim in ("launcher", "guard", "rank"):
+        folder = tmp_path / victim
+        folder.mkdir()
+        job = script(folder, SLEEP.replace('600)"])', '600)"], start_new_session=True)'))
+        launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, job, str(folder / "logs")])
+        notes = [folder / f"job.{rank}" for rank in (0, 1)]
+        assert wait_until(lambda: all(note.exists() and len(note.read_text().split()) == 2 for note in notes))  # noqa: B023
+        pids = [int(pid) for note in notes for pid in note.read_text().split()]
+        (guard,) = guards_of(launcher.pid)
+        os.kill({"launcher": launcher.pid, "guard": guard, "rank": pids[0]}[victim], signal.SIGKILL)
+        assert launcher.wait(30) != 0
+        assert wait_until(lambda: not any(map(alive, [guard, *pids])), 30), victim  # noqa: B023
+
+
+# Ranks that save when they are asked to end, which takes a while.
+SAVE = """
+import os, signal, sys, time
+from pathlib import Path
+here = Path(__file__).parent
+def save(*_):
+    (here / f"asked.{os.environ['RANK']}").touch()
+    time.sleep(float(sys.argv[1]))
+    (here / f"saved.{os.environ['RANK']}").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+(here / f"job.{os.environ['RANK']}").touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("seconds", "times", "saved"), [("6", 1, 2), ("60", 2, 0)], ids=["once", "twice"])
+def test_ctrl_c_lets_the_ranks_save_and_a_second_one_does_not(tmp_path, seconds, times, saved):
+    launch = LAUNCH.replace("[sys.argv[1]]", f"[sys.argv[1], '{seconds}']")
+    launcher = subprocess.Popen([sys.executable, "-c", launch, script(tmp_path, SAVE), str(tmp_path / "logs")])
+    assert wait_until(lambda: len(list(tmp_path.glob("job.[01]"))) == 2)
+    for _ in range(times):
+        launcher.send_signal(signal.SIGINT)
+        assert wait_until(lambda: len(list(tmp_path.glob("asked.*"))) == 2)
+    assert launcher.wait(20) == 130
+    assert len(list(tmp_path.glob("saved.*"))) == saved
 
 
 def test_no_ranks_is_a_users_mistake(tmp_path):

@@ -19,7 +19,7 @@ from finetune import run_cluster as cluster_run
 from finetune.run_cluster import check_progress, job_of
 from finetune.settings import Run
 from launch.slurm.cluster import Cluster
-from launch.slurm.sbatch import ENVIRONMENT, Job, read_seeds, render
+from launch.slurm.sbatch import Job, read_seeds, render
 from nano3.cli import UserError
 from nano3.token_store import TokenStore, tokenizer_sha256
 from tests.helpers.tiny import tiny_hf_folder
@@ -29,9 +29,13 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES, GOLDEN = ROOT / "launch" / "examples", ROOT / "tests" / "golden"
 SITE = Cluster("my_account", "batch")
 RUN = Job(
-    "lora", ["-m", "finetune.worker", "runs/lora/run.json"], 2, ["-m", "finetune.run_cluster", "runs/lora/run.json"]
+    "lora",
+    ["-m", "finetune.worker", "runs/lora/run.json"],
+    2,
+    ["-m", "finetune.run_cluster", "runs/lora/run.json"],
+    private="runs/lora/job.env",
 )
-LASTING = replace(RUN, out="runs/lora")
+LASTING = replace(RUN, out="runs/lora", private="/lustre/me/nano3/runs/slurm/lora.env")
 """As `finetune/run_cluster.py` describes a run."""
 
 RESUMED = Run("/hf", "/nemo", "/store", None, "/runs/lora", 2, 2, True)
@@ -102,7 +106,7 @@ def test_a_job_prepares_once_and_starts_a_launcher_that_finds_the_first_node(tmp
     done = subprocess.run(["bash"], input=script, text=True, capture_output=True, env=fake_slurm(tmp_path), check=False)
     assert done.returncode == 0, done.stderr
     prepare, ranks = (tmp_path / "ran").read_text().splitlines()
-    assert prepare == "-m|finetune.run_cluster|runs/lora/run.json|"
+    assert prepare == "launch/slurm/inside.py|-m|finetune.run_cluster|runs/lora/run.json|"
     assert "--rdzv-endpoint=10.0.0.7:24711|" in ranks  # nothing knows the name node7 here
     assert "--rdzv-id=4711|" in ranks
     assert "--nnodes=2|--nproc-per-node=8|" in ranks
@@ -176,9 +180,14 @@ def test_the_command_line_renders_submits_looks_and_cancels(tmp_path):
     environment, site = fake_slurm(tmp_path), str(EXAMPLES / "h100-2x8.yaml")
     job = ["--cluster", site, "--nodes", "2", "--name", "lora", "--prepare", shlex.join(RUN.prepare or [])]
     dry = script(*job, "--dry-run", "--", *RUN.command, env=environment)
-    assert dry.stdout == render(example("h100-2x8"), RUN)
+    named = replace(RUN, private="/lustre/me/nano3/runs/slurm/lora.env")
+    assert dry.stdout == render(example("h100-2x8"), named)
     lasting = script(*job, "--survive", "runs/lora", "--dry-run", "--", *RUN.command, env=environment)
     assert lasting.stdout == (EXAMPLES / "h100-2x8.sbatch").read_text()
+    assert (
+        "environment of cluster.yaml: not in the script; it goes to /lustre/me/nano3/runs/slurm/lora.env" in dry.stderr
+    )
+    assert "/lustre/me/hf" not in dry.stdout + dry.stderr
     assert not (tmp_path / "submitted").exists()
     (tmp_path / "cluster.yaml").write_text(f"account: me\npartition: batch\nlogs: {tmp_path}/logs\n")
     sent = script("--name", "x", "--", "-m", "finetune.worker", "r.json", env=environment, cwd=tmp_path)
@@ -319,8 +328,8 @@ def test_the_recipe_looks_first_and_submits_what_fits(tmp_path):
     assert " GiB for 2 runs and its disk has " in sent.stderr
     text = (tmp_path / "submitted").read_text()
     assert "#SBATCH --array=3,5\n" in text
-    assert f'OUT="{many}/seed-$SLURM_ARRAY_TASK_ID"\n' in text
-    assert f'-m finetune.worker "{many}/seed-$SLURM_ARRAY_TASK_ID/run.json"' in text
+    assert f'OUT={many}/seed-"$SLURM_ARRAY_TASK_ID"\n' in text
+    assert f'-m finetune.worker {many}/seed-"$SLURM_ARRAY_TASK_ID"/run.json' in text
     for seed in (3, 5):
         run = Run.from_json((many / f"seed-{seed}" / "run.json").read_text())
         assert (run.settings.train.seed, run.out) == (seed, f"{many}/seed-{seed}")
@@ -335,16 +344,3 @@ def test_the_recipe_looks_first_and_submits_what_fits(tmp_path):
     local = recipe(*arguments, "--overwrite", env=environment, cwd=tmp_path)
     assert "--overwrite is for runs on this machine" in local.stderr
     assert not (tmp_path / "submitted").exists()
-
-
-@pytest.mark.full
-def test_nemo_run_gets_the_same_settings():
-    from launch.slurm_nemo_run import executor
-
-    site = replace(example("h100-2x8"), options=["qos=high"])
-    made = executor(site, RUN)
-    assert (made.account, made.partition, made.time, made.nodes) == ("my_account", "batch", "04:00:00", 2)
-    assert (made.container_image, made.container_mounts) == (site.container, site.mounts)
-    assert (made.gres, made.signal, made.exclusive) == ("gpu:8", "TERM@300", True)
-    assert made.additional_parameters == {"qos": "high"}
-    assert made.env_vars == ENVIRONMENT | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "225", "HF_HOME": "/lustre/me/hf"}
