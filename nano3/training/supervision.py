@@ -292,19 +292,25 @@ class Supervisor:
         self._obey(verdict)
 
     def _obey(self, verdict: str) -> None:
-        """Ends this rank, and the silent ones of this machine, which end no other way. Rank 0 says why for all; where
-        it is the silent one, the rank that noticed."""
+        """Ends this rank, and the silent ones of this machine, which end no other way.
+
+        Rank 0 says why for all; where it is the silent one, the rank that noticed. The others wait for that: once one
+        of them is gone, those that wait for it in a collective fail with words of their own.
+        """
         facts = json.loads(verdict)
         store = self.reach()
+        tell = self.rank == (facts["by"] if 0 in facts["silent"] else 0)
+        if tell and self.rank == 0:
+            store.write(TOLD, "")
+        if not tell:
+            self._stop.wait(2 * self.interval)
         for rank in facts["silent"]:
             beat = Beat.load(store.read(self._key(rank)))
             if beat and beat.host == socket.gethostname() and beat.began == process_began(beat.pid) != "":
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(beat.pid, signal.SIGKILL)
-        tell = self.rank == (facts["by"] if 0 in facts["silent"] else 0)
-        if tell and self.rank == 0:
-            store.write(TOLD, "")
-        self._leave(facts["text"], tell)
+        if tell or not self._stop.is_set():  # set: it has ended by itself meanwhile
+            self._leave(facts["text"], tell)
 
     def _leave(self, text: str, tell: bool) -> None:
         if tell:

@@ -132,7 +132,7 @@ def test_a_slow_rank_is_named(folder, ranks):
     """Rank 1 works 2 s longer in every step; rank 0, which waits for it, says so."""
     run = settings(Layout(ep=2), "fp32", steps=12, every=12)
     run.supervision.silent_seconds = 12.0
-    path = write_run(folder, "slow", 2, run)
+    path = write_run(folder, "slow", 2, run, validate=True)
     assert ranks.run(path, FAULT="delay:2") == [0, 0], log(folder / "slow")[-3000:]
     assert "note: rank 1 (process " in log(folder / "slow")
     assert "note: rank 0" not in log(folder / "slow")
