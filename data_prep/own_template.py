@@ -140,7 +140,7 @@ class TemplateCheck:
 
         try:
             if self._template is None:
-                self._template = _environment().from_string(self._text)
+                self._template = compiled(str(self._text))
             return self._template.render(
                 messages=probe.messages,
                 tools=list(probe.tools) or None,
@@ -193,8 +193,8 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _environment() -> Any:
-    """Jinja as transformers sets it up for chat templates: sandboxed, with its few additions, and bounded."""
+def compiled(text: str) -> Any:
+    """A chat template, ready to render, with Jinja as transformers sets it up: sandboxed, a few additions; bounded."""
     from jinja2 import TemplateError
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
@@ -225,7 +225,7 @@ def _environment() -> Any:
     environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
-    return environment
+    return environment.from_string(text)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:

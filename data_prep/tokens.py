@@ -27,6 +27,13 @@ _HEAD = 32
 """Characters after a boundary that settle how text splits there: pre-tokenizers look at one word or blank run."""
 
 
+_SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _SHOWN} | {
+    chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_SHOWN)))
+}
+"""Byte-level tokenizers write each byte as one character: itself where it can be seen, else one from 256 on."""
+
+
 class Encoded(NamedTuple):
     """One document: `tokens` (n,) int32, `mask` (n,) float32, each token's weight in the loss, and `stages` (n,) uint8.
 
@@ -58,8 +65,9 @@ class ChatTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.post_processor = None  # it may shorten the places of tokens by the blanks in them
-        added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
-        self._reserved = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        added = sorted((token.content for token in self._added.values()), key=len, reverse=True)
+        self._reserved = re.compile("|".join(map(re.escape, added)))
         self._check_control_tokens()
         self._check_boundaries()
 
@@ -77,6 +85,15 @@ class ChatTokenizer:
                     f"{text[max(0, found.start() - 20) : found.end() + 20]!r} contains {found.group()}, "
                     "which this tokenizer reads as a token of its own kind; remove it or write it differently"
                 )
+
+    def bytes_of(self, token: int) -> bytes:
+        """The UTF-8 bytes that a token stands for; those of one character may be spread over several tokens."""
+        text = self._tokenizer.id_to_token(token)
+        if text is None:
+            return b""
+        if token in self._added or not all(character in _BYTES for character in text):
+            return text.encode()
+        return bytes(_BYTES[character] for character in text)
 
     def encode(self, documents: Sequence[Sequence[Segment]], places: Sequence[str] | None = None) -> list[Encoded]:
         """Token ids, mask and stages of each document, in order; one batch call for all segments of all documents.

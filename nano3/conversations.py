@@ -343,9 +343,13 @@ def _checked_tool(where: str, tool: object) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """A JSON value without keys whose value is null, `default` and `const` excepted."""
+    """A JSON schema without keys whose value is null; the values that it gives, such as a default, stay as they are."""
     if isinstance(value, Mapping):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None or k in ("default", "const")}
+        return {
+            key: inner if key in ("default", "const", "enum", "examples") else without_nulls(inner)
+            for key, inner in value.items()
+            if inner is not None or key in ("default", "const")
+        }
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
