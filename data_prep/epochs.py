@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import numpy as np
 
 from data_prep.packing import PackedDataset
@@ -15,11 +18,12 @@ class Epochs:
     """`samples` packs epoch after epoch, each in a seeded order of its own, or in the packs' own without `shuffle`.
 
     Which pack sample i is depends on i and the seed alone, not on ranks or workers: a run that goes on at sample i
-    sees what it would have seen.
+    sees what it would have seen. Where the packs have the blocks of a curriculum, the order is drawn inside each.
     """
 
-    def __init__(self, packs: PackedDataset, samples: int, seed: int, shuffle: bool) -> None:
-        self.packs, self.samples, self.seed, self.shuffle = packs, samples, seed, shuffle
+    def __init__(self, packs: PackedDataset, samples: int, seed: int | Sequence[int], shuffle: bool) -> None:
+        self.packs, self.samples, self.shuffle = packs, samples, shuffle
+        self.seed = [seed] if isinstance(seed, int) else list(seed)
         self._epoch, self._order = -1, np.arange(len(packs))
 
     def __len__(self) -> int:
@@ -29,7 +33,13 @@ class Epochs:
         """Number of the pack that is sample `sample`."""
         epoch, place = divmod(sample, len(self.packs))
         if self.shuffle and epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.packs))
+            drawn = np.random.default_rng([*self.seed, epoch])
+            starts = accumulate(self.packs.blocks[:-1], initial=0)
+            blocks = zip(starts, self.packs.blocks, strict=True)
+            self._epoch, self._order = (
+                epoch,
+                np.concatenate([start + drawn.permutation(size) for start, size in blocks]),
+            )
         return int(self._order[place])
 
     def __getitem__(self, sample: int) -> dict[str, np.ndarray]:
@@ -63,12 +73,19 @@ def validation_plan(packs: int, ranks: int, most: int) -> tuple[int, int]:
     return steps, -(-per_rank // steps)
 
 
-def logged_sources(packs: PackedDataset) -> tuple[list[str], np.ndarray]:
-    """Names for the logs, and the place among them of every source number; the last entry is padding's, -1."""
-    names, counts = packs.store.source_names, packs.store.manifest["sources"]
-    kept = names
-    if len(names) > LOGGED_SOURCES:
-        largest = sorted(names, key=lambda name: counts[name]["supervised_tokens"], reverse=True)
+def logged_sources(packs: Sequence[PackedDataset]) -> tuple[list[str], np.ndarray]:
+    """Names for the logs, and the place among them of every source number, counted through the stores of all `packs`.
+
+    Sources of one name are one. The last entry is padding's, -1.
+    """
+    names = [name for one in packs for name in one.store.source_names]
+    counts: dict[str, int] = {}
+    for one in packs:
+        for name, facts in one.store.manifest["sources"].items():
+            counts[name] = counts.get(name, 0) + facts["supervised_tokens"]
+    kept = list(counts)
+    if len(kept) > LOGGED_SOURCES:
+        largest = sorted(counts, key=lambda name: counts[name], reverse=True)
         kept = [*largest[: LOGGED_SOURCES - 1], OTHER_SOURCES]
     place = {name: number for number, name in enumerate(kept)}
     return kept, np.array([*(place.get(name, len(kept) - 1) for name in names), -1], dtype=np.int32)

@@ -28,6 +28,7 @@ from launch.slurm.cluster import CPU, Cluster
 from launch.slurm.sbatch import read_seeds
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError, check_output
+from nano3.mixture import is_mixture, read_mixture
 from nano3.overrides import apply_overrides, apply_values, flatten
 
 GPUS_PER_NODE = 8
@@ -56,7 +57,11 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
         type=Path,
         help="NeMo checkpoint of MODEL (default: OUT/base, imported from MODEL when the run starts)",
     )
-    parse.add_argument("--data", type=Path, help="token store to train on (default on a cluster: cluster.yaml's)")
+    parse.add_argument(
+        "--data",
+        type=Path,
+        help="token store to train on, or a mixture of several (YAML) (default on a cluster: cluster.yaml's)",
+    )
     parse.add_argument("--validation", type=Path, help="token store to validate on (default: no validation)")
     parse.add_argument("--out", type=Path, help="folder to write (default: runs/lora)")
     parse.add_argument(
@@ -183,7 +188,8 @@ def resolve(
     elif args.adapter:
         raise UserError("--adapter is what --eval-only evaluates; give that too")
     check_run(run, arch)
-    sources = [model, base, args.data, args.validation, settings.lora.init_from or None]
+    stores = read_mixture(args.data).stores if args.data and is_mixture(args.data) else ()
+    sources = [model, base, args.data, *stores, args.validation, settings.lora.init_from or None]
     refuse_overlap(args.out, *(Path(source) for source in sources if source is not None))
     return run, arch
 

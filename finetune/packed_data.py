@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 from nemo.lightning.data import WrappedDataLoader, add_megatron_sampler
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
-from data_prep.epochs import Epochs, Once, logged_sources, validation_plan
+from data_prep.epochs import Once, logged_sources, validation_plan
+from data_prep.mixture import TrainingSamples
 from data_prep.packing import PackedDataset
 from finetune.settings import Run
 from launch.plan.rules import ONE_PACK
@@ -37,9 +38,9 @@ def collate(items: list[dict[str, np.ndarray]], places: np.ndarray) -> dict[str,
 def packs_of_rank(run: Run, rank: int, copies: int) -> Iterator[dict[str, torch.Tensor]]:
     """The micro batches of one of `copies` data-parallel ranks, step after step, in the order of `PackedDataModule`."""
     train = run.settings.train
-    packs = PackedDataset(run.data, train.seq_length, run.settings.document_multiple)
-    _, places = logged_sources(packs)
-    order = Epochs(packs, train.total_steps * train.global_batch, train.seed, shuffle=True)
+    samples = train.total_steps * train.global_batch
+    order = TrainingSamples(run.data, train.seq_length, run.settings.document_multiple, samples, train.seed)
+    _, places = logged_sources(order.packs)
     for sample in range(rank, len(order), copies):
         yield collate([order[sample]], places)
 
@@ -80,7 +81,7 @@ class PackedDataModule(pl.LightningDataModule):
     """Packs of a token store, one to a micro batch.
 
     Args:
-        train: folder of the token store to train on; None when there is nothing but validation.
+        train: the token store to train on, or a mixture's YAML file; None when there is nothing but validation.
         validation: folder of the one to validate on, or None.
         seq_length: length of a pack.
         pad_multiple: what each document in a pack is padded to a multiple of (context parallelism wants 2 * cp).
@@ -111,22 +112,19 @@ class PackedDataModule(pl.LightningDataModule):
     def setup(self, stage: str = "") -> None:
         del stage
         if self.train is not None:
-            packs = PackedDataset(self.train, self.seq_length, self.pad_multiple)
-            self.train_sources, self._train_places = logged_sources(packs)
-            self._train = Epochs(packs, self.steps * self.global_batch_size, self.seed, shuffle=True)
+            samples = self.steps * self.global_batch_size
+            self._train = TrainingSamples(self.train, self.seq_length, self.pad_multiple, samples, self.seed)
+            self.train_sources, self._train_places = logged_sources(self._train.packs)
         if self.validation is not None:
             self._held = PackedDataset(self.validation, self.seq_length, self.pad_multiple)
             self.validation_packs = len(self._held)
-            self.validation_sources, self._held_places = logged_sources(self._held)
+            self.validation_sources, self._held_places = logged_sources([self._held])
 
     def documents_in_step(self, step: int) -> list[int]:
         """Tokens of each document (no padding) in the global batch of `step`, counted from 0."""
-        first, packs = step * self.global_batch_size, self._train.packs
-        lengths: list[int] = []
-        for sample in range(first, first + self.global_batch_size):
-            documents = packs.documents(self._train.pack_of(sample))
-            lengths += (packs.store.offsets[documents + 1] - packs.store.offsets[documents] - 1).tolist()
-        return lengths
+        first = step * self.global_batch_size
+        samples = range(first, first + self.global_batch_size)
+        return [length for sample in samples for length in self._train.lengths(sample)]
 
     def _loader(self, dataset: Any, mode: str, places: np.ndarray) -> Any:
         return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=0, collate_fn=partial(collate, places=places))

@@ -19,7 +19,9 @@ from data_prep.packing import PackedDataset
 from finetune.settings import Run
 from launch.plan.layout import AXES
 from nano3.checkpoints.base_identity import recorded_sha256
+from nano3.mixture import is_mixture, read_mixture
 from nano3.overrides import flatten
+from nano3.pack_index import Curriculum
 from nano3.sealed_folder import SEAL
 from nano3.token_store import MANIFEST
 
@@ -34,8 +36,8 @@ def run_identity(text: str) -> dict[str, Any]:
     identity = {
         "train.pad_multiple": run.settings.document_multiple,
         "base": recorded_sha256(Path(run.base))[:16],
-        "data": _store_sha256(run.data, run),
-        "validation": _store_sha256(run.validation, run) if run.validation else None,
+        "data": _data_sha256(run),
+        "validation": _store_sha256(Path(run.validation), run, None) if run.validation else None,
         "initial adapter": folder_sha256(Path(initial))[:16] if initial else None,
         "bf16": run.bf16,
         **_recipe(run),
@@ -59,9 +61,19 @@ def run_layout(run: Run) -> dict[str, int]:
     return {"ranks": run.ranks, **sizes, "sp": int(layout.sequence_parallel)}
 
 
-def _store_sha256(store: str, run: Run) -> str:
+def _data_sha256(run: Run) -> str:
+    """The hash of the store to train on, or of what a mixture says and of all its stores."""
+    mixture = read_mixture(run.data)
+    hashes = [_store_sha256(store, run, mixture.curriculum) for store in mixture.stores]
+    if not is_mixture(run.data):
+        return hashes[0]
+    says = [hashes, list(map(str, mixture.amounts)), mixture.by_epochs, mixture.curriculum]
+    return hashlib.sha256(json.dumps(says).encode()).hexdigest()[:16]
+
+
+def _store_sha256(store: Path, run: Run, curriculum: Curriculum | None) -> str:
     """The hash of a store's manifest and of the seal of the packs that this run uses: both have their files' hashes."""
-    packs = PackedDataset(store, run.settings.train.seq_length, run.settings.document_multiple)
-    digest = hashlib.sha256((Path(store) / MANIFEST).read_bytes())
+    packs = PackedDataset(store, run.settings.train.seq_length, run.settings.document_multiple, curriculum)
+    digest = hashlib.sha256((store / MANIFEST).read_bytes())
     digest.update((packs.index / SEAL).read_bytes())
     return digest.hexdigest()[:16]

@@ -14,6 +14,7 @@ from finetune.settings import Run
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.checkpoints.checkpoint_folder import FOLDER, checkpoints, clear_unfinished, newest, refuse_other_run, step_of
 from nano3.cli import UserError, alone, fresh_output, owner_of
+from nano3.mixture import read_mixture
 from nano3.sealed_folder import check_seal
 
 KIND = "lora-run"
@@ -111,13 +112,19 @@ def check_data(run: Run, arch: Arch, contents: bool = True) -> None:
     `contents`: everything in them is what was written. On the machine that trains, not where a job is only submitted:
     what is not known there to be unchanged is read.
     """
+    from data_prep.mixture import check_length
     from data_prep.packing import PackedDataset
 
     check_base(run, contents)
     if not run.data and not run.eval_only:
         raise UserError("no data: give --data STORE, a token store made by data_prep/prepare.py")
-    for store in filter(None, (run.data, run.validation)):
-        packs = PackedDataset(store, run.settings.train.seq_length, run.settings.document_multiple)
+    train, multiple = run.settings.train, run.settings.document_multiple
+    mixture = read_mixture(run.data) if run.data else None
+    stores = [(store, mixture.curriculum) for store in mixture.stores] if mixture else []
+    if run.validation:
+        stores.append((Path(run.validation), None))
+    for store, curriculum in stores:
+        packs = PackedDataset(store, train.seq_length, multiple, curriculum)
         if contents:
             packs.check_contents()
         packs.store.check_tokenizer(run.model)
@@ -126,6 +133,8 @@ def check_data(run: Run, arch: Arch, contents: bool = True) -> None:
         largest = packs.store.manifest["max_token_id"]
         if largest >= arch.vocab_size:
             raise UserError(f"{store} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}")
+    if run.data and train.steps is not None:
+        check_length(run.data, train.seq_length, multiple, train.steps, train.global_batch)
 
 
 def last_checkpoint(run: Run) -> Path | None:

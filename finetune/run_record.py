@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.packing import PackedDataset
+from data_prep.mixture import size_of
 from finetune.checks import check_run
 from finetune.config_file import config_text
 from finetune.recipe_file import keep
 from finetune.settings import Run
 from launch.plan.run_length import RunLength, length_of
 from nano3.arch import Arch
-from nano3.cli import fresh_file
+from nano3.cli import UserError, fresh_file
 
 RUN, CONFIG = "run.json", "config.yaml"
 
@@ -37,8 +37,13 @@ def write_settings(run: Run) -> None:
 
 def length_of_run(run: Run) -> RunLength:
     """Rows, packs, passes and steps of a run whose store is there. Raises `UserError` for a store without its packs."""
-    packs = PackedDataset(run.data, run.settings.train.seq_length, run.settings.document_multiple)
-    return length_of(run.settings.train, packs.facts["documents"], len(packs))
+    train = run.settings.train
+    size = size_of(run.data, train.seq_length, run.settings.document_multiple)
+    if size.by_epochs and train.steps is None:
+        if train.epochs is not None:
+            raise UserError(f"{run.data} says epochs of its stores: leave train.epochs={train.epochs:g} out")
+        train = replace(train, epochs=1.0)
+    return length_of(train, size.rows, size.packs)
 
 
 def with_steps(run: Run) -> Run:

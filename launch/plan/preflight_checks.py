@@ -21,6 +21,7 @@ from launch.plan.run_length import length_of
 from launch.plan.weights import adapter_weights
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.cli import UserError, free_disk, owner_of
+from nano3.mixture import is_mixture, read_mixture
 from nano3.pack_index import read_index
 from nano3.token_store import TokenStore
 
@@ -62,17 +63,24 @@ def check_store(plan: Plan, arch: Arch, paths: Paths) -> tuple[list[Finding], in
     """The token store: whole, of the model's tokenizer, with packs of this length and padding; and how many packs."""
     if paths.data is None:
         return [Finding(False, "no --data: the token store was not looked at")], None
+    rows = packs = 0
     try:
-        store = TokenStore(paths.data)
-        if (paths.model / "tokenizer.json").is_file():
-            store.check_tokenizer(paths.model)
+        mixture = read_mixture(paths.data)
+        for folder in mixture.stores:
+            store = TokenStore(folder)
+            if (paths.model / "tokenizer.json").is_file():
+                store.check_tokenizer(paths.model)
+            largest = store.manifest["max_token_id"]
+            if largest >= arch.vocab_size:
+                text = f"{folder} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}"
+                return [Finding(True, text)], None
+            facts = read_index(store, plan.train.seq_length, plan.document_multiple, mixture.curriculum)[1]
+            rows, packs = rows + facts["documents"], packs + facts["packs"]
     except UserError as error:
         return [Finding(True, str(error))], None
-    largest = store.manifest["max_token_id"]
-    if largest >= arch.vocab_size:
-        text = f"{paths.data} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}"
-        return [Finding(True, text)], None
-    return _packs(plan, store)
+    length = length_of(plan.train, rows, packs)
+    text = f"{length.rows} rows in {packs} packs: {length.steps} steps are {length.passes:.1f} passes over them"
+    return [Finding(False, text)], packs
 
 
 def check_validation(plan: Plan, arch: Arch, paths: Paths) -> list[Finding]:
@@ -83,17 +91,6 @@ def check_validation(plan: Plan, arch: Arch, paths: Paths) -> list[Finding]:
     if packs is None:
         return [Finding(True, f"--validation: {finding.text}") for finding in found]
     return [Finding(False, f"{packs} packs to validate on, all of them every time")]
-
-
-def _packs(plan: Plan, store: TokenStore) -> tuple[list[Finding], int | None]:
-    try:
-        _, facts = read_index(store, plan.train.seq_length, plan.document_multiple)
-    except UserError as error:
-        return [Finding(True, str(error))], None
-    packs = facts["packs"]
-    length = length_of(plan.train, facts["documents"], packs)
-    text = f"{length.rows} rows in {packs} packs: {length.steps} steps are {length.passes:.1f} passes over them"
-    return [Finding(False, text)], packs
 
 
 def check_model(paths: Paths) -> list[Finding]:
@@ -185,6 +182,9 @@ def check_mounts(paths: Paths) -> list[Finding]:
         return []
     named = {"--model": paths.model, "--data": paths.data, "--validation": paths.validation, "--out": paths.out}
     seen = {what: path for what, path in named.items() if path is not None}
+    if paths.data is not None and is_mixture(paths.data):
+        stores = read_mixture(paths.data).stores
+        seen |= {f"--data {paths.data.name}: store {number}": store for number, store in enumerate(stores, 1)}
     return unmounted(seen | dict(paths.also), paths.mounts)
 
 

@@ -42,7 +42,7 @@ def rendered_by_template(
 
 def check_text(row: Conversation) -> list[list[chat.Segment]]:
     """Our text is the template's; every supervised turn continues the prompt that the template makes of what precedes
-    it, up to and including the end of the turn, and every turn that can be supervised is, once. Returns the documents."""
+    it, up to and including its end; every turn that can be supervised is, once. Returns the documents."""
     documents, trained = [], []
     for messages, start in chat.split_turns(row.messages):
         segments = chat.render(messages, True, tools=row.tools, trained_from=start)

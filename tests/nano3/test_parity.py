@@ -111,6 +111,8 @@ def test_a_recipe_rebuilt_in_a_fresh_process_is_equal(runs):
 
 def test_packs_without_a_gap_are_what_one_rank_sees():
     class Packs:
+        blocks = (5,)
+
         def __len__(self) -> int:
             return 5
 

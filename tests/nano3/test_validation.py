@@ -146,7 +146,7 @@ def test_every_pack_once_then_padding(folder):
 def test_many_sources_share_the_last_name():
     counts = {f"s{number}": {"supervised_tokens": number} for number in range(40)}
     packs = SimpleNamespace(store=SimpleNamespace(source_names=list(counts), manifest={"sources": counts}))
-    names, places = logged_sources(packs)
+    names, places = logged_sources([packs])
     assert len(names) == LOGGED_SOURCES
     assert names[:2] == ["s39", "s38"]
     assert [names[places[number]] for number in (39, 9, 8, 0)] == ["s39", "s9", OTHER_SOURCES, OTHER_SOURCES]

@@ -1,0 +1,105 @@
+"""Mixtures of token stores: a YAML file that names them, with their shares, and the order in which a run meets them.
+
+    stores:
+      - {path: runs/data/medical, weight: 0.7}     # paths count from this file's folder
+      - {path: runs/data/chat, weight: 0.3}
+    curriculum: {order: level, blocks: 4}          # optional
+
+`weight` is a store's share of the packs, `epochs` how often the run meets each of its packs; all stores have the one or
+all the other. With a curriculum, every pass over a store goes through the blocks of its documents in ascending order.
+Nothing is copied: another weight is another line here. data_prep/mixture.py draws from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, NotRequired
+
+from annotated_types import Ge, MinLen
+from typing_extensions import TypedDict
+
+from nano3.cli import UserError
+from nano3.documents import AboveZero, Name, Positive, read_yaml
+from nano3.pack_index import Curriculum
+
+SMALLEST_SHARE = Fraction(1, 500_000)
+"""Of the packs; a store that a run would meet less often is a mistake."""
+
+
+class StoreEntry(TypedDict):
+    """One line of `stores`."""
+
+    path: Annotated[str, MinLen(1)]
+    weight: NotRequired[AboveZero]
+    epochs: NotRequired[AboveZero]
+
+
+class CurriculumEntry(TypedDict):
+    """Documents in ascending order of `order`, a row key that the stores keep or `length`, in `blocks` blocks."""
+
+    order: Name
+    blocks: Annotated[Positive, Ge(2)]
+
+
+class MixtureEntry(TypedDict):
+    """The file."""
+
+    stores: Annotated[list[StoreEntry], MinLen(1)]
+    curriculum: NotRequired[CurriculumEntry]
+
+
+@dataclass(frozen=True)
+class MixtureFile:
+    """A mixture: `amounts` are weights, or epochs with `by_epochs`, one for each of `stores`."""
+
+    stores: tuple[Path, ...]
+    amounts: tuple[Fraction, ...]
+    by_epochs: bool = False
+    curriculum: Curriculum | None = None
+
+
+def is_mixture(data: Path | str) -> bool:
+    """Whether a run's `data` is a mixture's file and not a token store's folder."""
+    return Path(data).suffix in (".yaml", ".yml")
+
+
+def read_mixture(data: Path | str) -> MixtureFile:
+    """The mixture in a YAML file; a token store's folder is a mixture of one.
+
+    Raises:
+        UserError: a field that is not what it must be, a key that means nothing, a store given twice.
+    """
+    path = Path(data)
+    if not is_mixture(path):
+        return MixtureFile((path,), (Fraction(1),))
+    entry = read_yaml(path, MixtureEntry)
+    _check_keys(path, entry)
+    keys = {key for store in entry["stores"] for key in ("weight", "epochs") if key in store}
+    if len(keys) != 1 or any(len(store) != 2 for store in entry["stores"]):
+        raise UserError(f"{path}: every store needs a weight, or every store epochs; they cannot be mixed")
+    (key,) = keys
+    stores = tuple((path.parent / store["path"]).resolve() for store in entry["stores"])
+    twice = next((store for store in stores if stores.count(store) > 1), None)
+    if twice:
+        raise UserError(f"{path}: the store {twice} is given twice; add its {key} up")
+    given = entry.get("curriculum")
+    curriculum = Curriculum(given["order"], given["blocks"]) if given else None
+    amounts = tuple(Fraction(str(store[key])) for store in entry["stores"])  # type: ignore[literal-required]
+    if key == "weight" and min(amounts) < SMALLEST_SHARE * sum(amounts):
+        raise UserError(
+            f"{path}: the smallest weight is less than {float(SMALLEST_SHARE):g} of all; leave that store out"
+        )
+    return MixtureFile(stores, amounts, key == "epochs", curriculum)
+
+
+def _check_keys(path: Path, entry: MixtureEntry) -> None:
+    """Refuses keys that nobody reads: a curriculum that is spelled wrong would be none."""
+    known = {"": ({"stores", "curriculum"}, [entry])}
+    known["stores: "] = ({"path", "weight", "epochs"}, entry["stores"])
+    known["curriculum: "] = ({"order", "blocks"}, [entry.get("curriculum", {})])
+    for where, (keys, values) in known.items():
+        unknown = sorted({key for value in values for key in value} - keys)
+        if unknown:
+            raise UserError(f"{path}: {where}{unknown[0]!r} means nothing; it can say {', '.join(sorted(keys))}")
