@@ -198,7 +198,13 @@ def test_a_store_is_checked_for_packs_and_tokenizer(world, tmp_path):
     cut.layout.cp = 2
     assert "has no packs-64-pad4" in wrong(check_store(cut, arch, world)[0])[0]
     other = shutil.copytree(world.model, tmp_path / "other")
-    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    written = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(written, indent=5))  # written again: still the same
+    assert not wrong(check_store(plan_of(64), arch, Paths(other, world.data))[0])
+    vocabulary = written["model"]["vocab"]
+    one, two = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(written))
     assert "another tokenizer" in wrong(check_store(plan_of(64), arch, Paths(other, world.data))[0])[0]
     assert "is not a token store" in wrong(check_store(plan_of(64), arch, Paths(world.model, tmp_path))[0])[0]
 
