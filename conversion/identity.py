@@ -97,13 +97,18 @@ def refuse_other_base(where: Path, facts: Facts, recorded: str | None, adapter: 
         )
 
 
+def model_sha256(folder: Path) -> str:
+    """Content hash of a Hugging Face folder, an FP8 one too, or of a NeMo checkpoint."""
+    with open_model(folder, quantized=True) as model:
+        return content_hash(facts_of(model))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model", metavar="MODEL", help="Hugging Face folder, NeMo checkpoint, or a preset such as pico")
-    with open_model(named_model(parser.parse_args().model), quantized=True) as model:
-        print(content_hash(facts_of(model)))
+    print(model_sha256(named_model(parser.parse_args().model)))
     return 0
 
 

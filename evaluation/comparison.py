@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.statistics import (
+from evaluation.significance import (
     SMALL_GROUP,
     Group,
     by_group,

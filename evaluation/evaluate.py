@@ -26,8 +26,8 @@ from evaluation.generation import GREEDY, Sampling
 from evaluation.judging.extraction import LETTERS, after_thinking
 from evaluation.judging.judges import OUTCOMES, RIGHT, UNFINISHED, WRONG, Verdict
 from evaluation.judging.questions import Question, load_questions, questions_sha256
-from evaluation.models import HFModel, Model, Written, beside, plain_folder, sha256_of
-from evaluation.statistics import wilson_interval
+from evaluation.models import HFModel, Model, Written, beside, identity_of, plain_folder, sha256_of
+from evaluation.significance import wilson_interval
 from evaluation.tasks import Task, load_task, names
 from nano3.arch import resolve_model
 from nano3.cli import UserError, fresh_file, run
@@ -147,7 +147,7 @@ def judge(task: Task, question: Question, written: Written) -> Verdict:
 
 
 def _result(model: Model, rows: list[dict[str, Any]], settings: dict[str, Any], questions: str) -> dict[str, Any]:
-    result: dict[str, Any] = {"kind": KIND, "format": 2, "model": model.name, "n": len(rows)}
+    result: dict[str, Any] = {"kind": KIND, "format": 2, "model": model.name, **model.identity, "n": len(rows)}
     counts = Counter(row["outcome"] for row in rows)
     result |= {
         "correct": sum(row["correct"] for row in rows),
@@ -278,9 +278,11 @@ def _local_model(args: argparse.Namespace, task: Task, stack: ExitStack) -> Mode
     plain = stack.enter_context(plain_folder(folder, args.out.parent))
     name = f"{args.model} + {args.adapter}" if args.adapter else args.model
     prepare = beside(args.adapter, plain)
-    return HFModel(
+    model = HFModel(
         plain, args.batch_size, args.thinking, _completion(args, task), args.threads, prepare=prepare, name=name
     )
+    model.identity = identity_of(folder, args.adapter)
+    return model
 
 
 def _server(args: argparse.Namespace) -> ServerModel:

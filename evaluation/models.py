@@ -30,10 +30,11 @@ class Written:
 
 
 class Model(Protocol):
-    """Something that answers. `scores_letters`: whether it can be asked for `letters`."""
+    """Something that answers. `scores_letters`: whether `letters` can be asked; `identity`: hashes of its files."""
 
     name: str
     scores_letters: bool
+    identity: dict[str, str]
 
     def answers(self, questions: Sequence[Question], limit: int, sampling: Sampling) -> list[list[Written]]:
         """Answers of at most `limit` tokens, `sampling.samples` to each question, in order."""
@@ -97,6 +98,7 @@ class HFModel:
         logging.disable_progress_bar()
         torch.set_num_threads(threads)
         self.folder, self.name = Path(folder), name or str(folder)
+        self.identity: dict[str, str] = {}
         self.batch_size, self.thinking, self.completion, self.progress = batch_size, thinking, completion, progress
         self.device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         self.dtype = str(dtype)
@@ -196,3 +198,12 @@ def beside(adapter: Path | None, base: Path) -> Callable[[Any], None] | None:
     from conversion.adapters.unmerged import with_adapter
 
     return with_adapter(adapter, base)
+
+
+def identity_of(folder: Path, adapter: Path | None) -> dict[str, str]:
+    """Content hashes that evaluation/lineage.py finds the model by; one pass over its files."""
+    from conversion.certificates.certificate import folder_sha256
+    from conversion.identity import model_sha256
+
+    found = {"model_sha256": model_sha256(folder)}
+    return found | ({"adapter_sha256": folder_sha256(adapter)} if adapter else {})

