@@ -363,3 +363,30 @@ def test_generate_stays_clear_of_held_out_questions(tmp_path: Path) -> None:
     assert "gave only" in message
     assert train.read_bytes() == before  # a failed run leaves the old file
     assert sorted(path.name for path in tmp_path.iterdir()) == ["careless.jsonl", "held.jsonl", "train.jsonl"]
+
+
+def test_other_forms_are_read_too_and_named(tmp_path: Path, tokenizer: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("instruction,output,url\na,b,x\nc,d,y\n")
+    out = tmp_path / "store"
+    arguments = ["--input", table, "--tokenizer", tokenizer, "--out", out, "--seq-length", 128]
+    result = script("prepare.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "table: rows of the form alpaca, it has 'instruction' and 'output'" in result.stdout
+    assert "url (2)" in result.stdout
+    assert TokenStore(out).manifest["supervised_tokens"] == 4
+    table.write_text("instruction,output,system_note\na,b,Be brief.\n")
+    assert "table.csv:2: 'system_note' may change prompt or loss" in refused("prepare.py", *arguments)
+    assert script("prepare.py", *arguments, "--ignore", "system_note").returncode == 0
+    assert "no form is called 'x'" in refused("prepare.py", *arguments, "--form", "x")
+
+
+def test_rows_for_evaluation_only_never_train(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [row("a", "b"), row("c", "d") | {"evaluation_only": True, "terms": "NC"}])
+    with pytest.raises(UserError, match=r"x\.jsonl:2: test is for evaluation only \(NC\); --evaluation-data"):
+        prepare([path], tokenizer, tmp_path / "store", 128)
+    store, _ = prepare([path], tokenizer, tmp_path / "store", 128, Options(evaluation_data=True))
+    assert len(store) == 2
+    with pytest.raises(UserError, match=r"holds rows for evaluation only \(test\); give it as --validation"):
+        store.check_trainable()
+    prepare([write_jsonl(path, [row("a", "b")])], tokenizer, tmp_path / "store", 128)[0].check_trainable()

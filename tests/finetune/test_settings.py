@@ -6,6 +6,7 @@ import dataclasses
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError
 from nano3.overrides import apply_overrides, flatten, ranges
 from nano3.synonyms import FLAGS, SYNONYMS
+from tests.helpers.data_fixtures import row, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 PICO = Arch.load(resolve_model("pico"))
@@ -229,3 +231,27 @@ def test_layers_are_applied_to_the_settings_that_they_are_given():
     args = parser().parse_args(["layout.ep=2", "lora.rank=4"])
     assert layered(settings, args) == {"layout.ep": "command line", "lora.rank": "command line"}
     assert (settings.layout, settings.lora.rank) == (Layout(ep=2), 4)
+
+
+def test_a_run_trains_on_nothing_that_is_for_evaluation_only(tmp_path, monkeypatch):
+    """As training data it is refused, as validation data it is what it is for."""
+    from data_prep.prepare import Options, prepare
+    from finetune import run_local
+
+    pico, stores = resolve_model("pico"), {}
+    for name, more in (("training", {}), ("evaluation", {"evaluation_only": True})):
+        file = write_jsonl(tmp_path / f"{name}.jsonl", [row("a", "b") | more])
+        stores[name] = prepare([file], pico, tmp_path / name, 128, Options(evaluation_data=True))[0].folder
+    monkeypatch.setattr(run_local, "check_base", lambda *_: None)
+    settings = SimpleNamespace(train=SimpleNamespace(seq_length=128), document_multiple=1)
+    arch = SimpleNamespace(vocab_size=1 << 20)
+
+    def check(data, validation, eval_only=False):
+        run = SimpleNamespace(data=stores[data], model=pico, settings=settings, eval_only=eval_only)
+        run.validation = stores[validation]
+        run_local.check_data(run, arch)
+
+    check("training", "evaluation")
+    check("evaluation", "training", eval_only=True)
+    with pytest.raises(UserError, match="evaluation holds rows for evaluation only"):
+        check("evaluation", "training")
