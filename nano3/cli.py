@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nano3.errors import UserError
 from nano3.lock import LOCK, locked
-from nano3.sealed_folder import mark, owner_of, seal
+from nano3.sealed_folder import came_later, mark, owner_of, seal
 
 _LOOP = "Symlink loop"
 """How pathlib's error begins for symbolic links that lead to each other."""
@@ -83,6 +83,12 @@ def check_output(out: Path | str, kind: str) -> Path:
         raise UserError(
             f"output folder {out} exists and holds files that are not a {kind} of this project; "
             "choose another folder or remove it"
+        )
+    later = came_later(out)
+    if later:
+        raise UserError(
+            f"output folder {out} holds {later[0]}, which its tool did not write and would remove; move it, or choose "
+            "another folder"
         )
     return out
 

@@ -105,6 +105,16 @@ def sealed(folder: Path) -> dict[str, dict[str, Any]] | None:
     return lines
 
 
+def came_later(folder: Path) -> list[str]:
+    """Files in a folder of ours that it was not written with, but for `PROSE` and folders with a seal of their own;
+    none where no seal can tell."""
+    try:
+        lines = sealed(folder)
+    except UserError:
+        return []
+    return [name for path in _files(folder) if (name := str(path.relative_to(folder))) not in lines] if lines else []
+
+
 def require_inside(folder: Path, path: Path) -> None:
     """Raises `UserError` for a path of a model folder that leads out of it through a symbolic link.
 

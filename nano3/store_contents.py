@@ -117,8 +117,8 @@ def _token_problems(store: TokenStore) -> Iterator[tuple[str, str]]:
     if store.loss_mask[store.offsets[:-1]].any():
         yield "loss_mask.bin", "the first token of a document counts, and nothing predicts it"
     longest = int(np.diff(store.offsets).max(initial=0))
-    if longest != manifest["longest_document"]:
-        yield MANIFEST, f"longest_document is {manifest['longest_document']}, and the longest has {longest} tokens"
+    if longest != manifest.get("longest_document"):
+        yield MANIFEST, f"longest_document is {manifest.get('longest_document')}, and the longest has {longest} tokens"
 
 
 def _source_problems(store: TokenStore) -> Iterator[tuple[str, str]]:
@@ -138,7 +138,7 @@ def _origin_problems(store: TokenStore) -> Iterator[tuple[str, str]]:
     """Every document comes from a row of one of the manifest's files."""
     if "origins.bin" in store.manifest["files"]:
         origins = mapped(store.folder / "origins.bin", DTYPES["origins.bin"]).reshape(-1, 2)
-        files = len(store.manifest["origins"])
+        files = len(store.manifest.get("origins") or ())
         if len(origins) and not (origins.min() >= 0 and origins[:, 0].max() < files):
             yield "origins.bin", f"a document comes from another file than the manifest's {files}, or from no row"
 
@@ -165,8 +165,8 @@ def _index_problems(
             "most_documents_in_a_pack": int(np.diff(offsets).max()),
         }
         for name, value in found.items():
-            if facts[name] != value:
-                yield f"{FACTS} says {name} {facts[name]}, and its packs make {value}"
+            if facts.get(name) != value:
+                yield f"{FACTS} says {name} {facts.get(name)}, and its packs make {value}"
 
 
 def _extremes(values: np.ndarray) -> tuple[int, int]:

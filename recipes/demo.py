@@ -219,7 +219,7 @@ def demo(out: Path, ranks: int, held_out: int, training: int, old_training: int)
     from conversion.merge_lora import merge
 
     base, stages = resolve_model("pico"), Stages()
-    with fresh_output(out, KIND):
+    with fresh_output(out, KIND, grows=True):
         pass
     with stages.stage("data"):
         overlap = prepare_data(out, held_out, training, old_training)

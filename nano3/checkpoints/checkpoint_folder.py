@@ -24,6 +24,8 @@ STATE = "state.json"
 FORMAT = 2
 """Of `training/`. In format 1 everything but the optimizer's tensors was stored rank by rank."""
 _STEP = re.compile(r"step-(\d{6,})")
+_LEFT = re.compile(r"\.step-\d{6,}\.(removed|lock|(partial|old)-\d+-[0-9a-f]{8})")
+"""What a killed run leaves beside its checkpoints."""
 
 
 def step_folder(out: Path | str, step: int) -> Path:
@@ -113,7 +115,7 @@ def prune(out: Path | str, keep: int) -> None:
 
 def clear_unfinished(out: Path | str) -> None:
     """Removes what a killed run left half-written or half-removed. Only while no other run writes to `out`."""
-    for hidden in (Path(out) / FOLDER).glob(".step-*"):
+    for hidden in [path for path in (Path(out) / FOLDER).glob(".step-*") if _LEFT.fullmatch(path.name)]:
         hidden.unlink() if hidden.is_file() else shutil.rmtree(hidden, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,11 +65,12 @@ def test_the_newest_by_number_not_by_name(tmp_path):
 
 def test_what_a_kill_leaves_is_neither_read_nor_kept(tmp_path):
     checkpoint(tmp_path, 2)
-    half = step_folder(tmp_path, 4).with_name(".step-000004.partial-1-abc")
-    (half / "weights").mkdir(parents=True)
+    for left in (".step-000004.partial-1-0123abcd", ".step-000004.removed", ".step-notes"):
+        (tmp_path / "checkpoints" / left / "weights").mkdir(parents=True)
+    (tmp_path / "checkpoints/.step-000004.lock").touch()
     assert newest(tmp_path) == step_folder(tmp_path, 2)
     clear_unfinished(tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [".step-notes", "step-000002"]
 
 
 def test_pruning_keeps_the_newest(tmp_path):

@@ -106,13 +106,16 @@ def test_links_that_lead_to_each_other_end_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: Symlink loop")
 
 
-@pytest.mark.parametrize("make", ["file", "stranger", "other kind"])
+@pytest.mark.parametrize("make", ["file", "stranger", "other kind", "later"])
 def test_what_is_not_ours_is_refused_and_kept(tmp_path, make):
     out = tmp_path / "out"
     if make == "file":
         out.write_text("mine")
     elif make == "stranger":
         out.mkdir()
+        (out / "thesis").write_text("mine")
+    elif make == "later":
+        write(out, "old")
         (out / "thesis").write_text("mine")
     else:
         with fresh_output(out, "another") as folder:
