@@ -1,27 +1,28 @@
 """From raw questions to a merged Hugging Face checkpoint and its FP8 form, on two CPU ranks, in minutes.
 
     python recipes/demo.py
+    python recipes/demo.py --model pico --data STORE --local --ranks 2      # as a recipe like the others: training only
 
-Teaches pico, the small model of this repository, a task that its pretraining did not contain: held-out and training
-questions from reasoning-gym, an overlap check, packed stores, HF -> NeMo, the LoRA recipe with expert parallel 2, merge
-into a Hugging Face folder, FP8 by the published recipe, and greedy answers by plain transformers: of the base, of the
-tuned model (the adapter beside the base's weights), of the merged one and of the FP8 one, whose weights, activations
-and cache are rounded as a server would. Writes OUT/report.json and OUT/report.html. Exit code 1 for a broken promise.
+Teaches pico, the small model of this repository, a task that its pretraining did not contain. Data: held-out and
+training questions from reasoning-gym, an overlap check, packed stores. Cost: about six minutes on 2 CPU cores.
+Result: greedy answers by plain transformers of the base, of the tuned model (the adapter beside the base's weights), of
+the merged one and of the FP8 one, whose weights, activations and cache are rounded as a server would; OUT/report.json
+and OUT/report.html. Exit code 1 for a broken promise.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune import command
+from finetune.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
+from finetune.whole_path import Stages, broken_promises, train, whole_path
+from launch.plan.layout import Layout
 from nano3.arch import resolve_model
 from nano3.cli import UserError, check_output, fresh_output, run
 from pico.tasks import DEMO, PRETRAINING
@@ -32,37 +33,25 @@ TITLE = "Teach pico to sort 8 to 10 numbers"
 OLD_QUESTIONS = 60
 """Held-out questions of each old task, for what the tuning made the model forget."""
 HELD_OUT_SEED, TRAINING_SEED = 101, 202
-CALIBRATION_SAMPLES = 256
-"""Training documents that set FP8's scales."""
-LEAST_GAIN, LEAST_LOW = 0.30, 0.15
-"""What the demo promises: below this it fails, since then something on the path is broken."""
-RECIPE = [
-    "layout.ep=2",
-    "lora.rank=16",
-    "lora.alpha=32",
-    "train.steps=300",
-    "train.warmup=10",
-    "train.lr=4e-3",
-    "train.weight_decay=0.0",
-    "train.global_batch=2",
-    "train.seq_length=1024",
-    "log.every=20",
-]
-"""The run's settings; everything else is the recipe's default."""
+OWN_DATA = ("--model", "--data", "--config", "--help-settings")
+"""With one of these it is a recipe as the others, which makes no data of its own."""
 
 
-class Stages:
-    """Seconds by stage, each announced when it starts."""
+def settings() -> Settings:
+    """A hot, short run of a small model; everything else is the published recipe's."""
+    return Settings(
+        layout=Layout(ep=2),
+        lora=LoraSettings(rank=16, alpha=32.0),
+        train=TrainSettings(steps=300, warmup=10, lr=4e-3, weight_decay=0.0, global_batch=2, seq_length=1024),
+        log=LogSettings(every=20),
+    )
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        print(f"== {name}", flush=True)
-        started = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - started, 1)
+def pico_number_sorting(run: Run) -> Any:
+    """The recipe: the published one, with the settings above."""
+    from finetune.configuration import lora_recipe
+
+    return lora_recipe(run)
 
 
 def prepare_data(out: Path, held_out: int, training: int, old_training: int) -> dict[str, int]:
@@ -91,173 +80,6 @@ def prepare_data(out: Path, held_out: int, training: int, old_training: int) -> 
     return {"exact": len(overlap.exact), "near": len(overlap.near)}
 
 
-def train(out: Path, ranks: int) -> dict[str, Any]:
-    """Runs the LoRA recipe on CPU ranks; returns what the report says about it."""
-    from finetune import command as recipe
-
-    flags = ["--model", "pico", "--local", "--ranks", str(ranks), "--out", str(out / "lora")]
-    flags += ["--data", str(out / "train"), "--validation", str(out / "validation"), *RECIPE]
-    task, arch = recipe.resolve(recipe.parser().parse_args(flags))
-    code = recipe.train(task, arch)
-    if code:
-        raise SystemExit(code)
-    metrics = [json.loads(line) for line in (out / "lora" / "metrics.jsonl").read_text().splitlines()]
-    layout = task.settings.layout
-    return {
-        "metrics": metrics,
-        "train_tokens": sum(row.get("tokens", 0) for row in metrics),
-        "layout": {name: getattr(layout, name) for name in ("tp", "pp", "cp", "ep", "etp")} | {"ranks": ranks},
-        "adapter_parameters": recipe.trainable_parameters(task, arch),
-        "settings": dict(item.split("=", 1) for item in RECIPE),
-    }
-
-
-def router_unchanged(adapter: Path, *folders: Path) -> bool:
-    """Whether the routers of these Hugging Face folders are, bit for bit, those that training hashed at its end."""
-    from conversion.adapters.adapter_folder import Adapter
-    from conversion.checkpoint.hf_folder import HFFolder
-
-    unchanged = True
-    for folder in folders:
-        with HFFolder(folder) as hf:
-            try:
-                unchanged &= Adapter(adapter, hf.arch).check_base(hf.rows)
-            except UserError as error:
-                print(f"router: {error}", flush=True)
-                unchanged = False
-    return unchanged
-
-
-def export_fp8(out: Path, base: Path, merged: Path) -> dict[str, Any]:
-    """Writes OUT/fp8, checks it and reads it back to OUT/fp8-plain; returns what the report says about it."""
-    from conversion.certify import verify
-    from conversion.dequantize import dequantize
-    from conversion.fp8.selection import Selection
-    from conversion.lint_export import lint
-    from conversion.quantize_fp8 import calibration_samples, quantize
-    from nano3.arch import Arch
-    from nano3.token_store import TokenStore
-
-    samples = calibration_samples(TokenStore(out / "train"), CALIBRATION_SAMPLES)
-    found = quantize(merged, out / "fp8", Selection.published(Arch.load(merged)), samples)
-    problems = [f"{reader}: {problem}" for reader, problem in lint(out / "fp8")]
-    problems += verify(merged, base) + verify(out / "fp8", merged)
-    for problem in problems:
-        print(problem, flush=True)
-    return {
-        "matrices": dequantize(out / "fp8", out / "fp8-plain"),
-        "calibration tokens": found.tokens,
-        "experts without tokens": sum(found.idle.values()),
-        "problems": problems,
-    }
-
-
-def score(out: Path, base: Path, adapter: Path, merged: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Results of the four models on the held-out questions, and their accuracies on the old tasks."""
-    from conversion.adapters.unmerged import with_adapter
-    from evaluation.evaluate import evaluate_model, write_result
-    from evaluation.judging.questions import load_questions
-
-    models = {"base": base, "tuned": base, "merged": merged, "fp8": out / "fp8-plain"}
-    results: dict[str, Any] = {}
-    old: dict[str, Any] = {}
-    for name, folder in models.items():
-        prepare = with_adapter(adapter, base) if name == "tuned" else None
-        for questions in ("held_out", "old_tasks"):
-            result = evaluate_model(folder, load_questions(out / f"{questions}.jsonl"), prepare=prepare)
-            write_result(result, out / f"{name}_{questions}.json")
-            if questions == "held_out":
-                results[name] = result
-            else:
-                for task, part in result["by_source"].items():
-                    old.setdefault(task, {"n": part["n"]})[name] = part["accuracy"]
-    return results, old
-
-
-def git_commit() -> str:
-    """The commit that ran, `unknown` outside a git checkout; `+changes` when files differ from it."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        commit, changes = (
-            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+changes" if changes else "")
-
-
-def report(
-    out: Path, stages: Stages, facts: dict[str, Any], results: dict[str, Any], old: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes report.json and report.html; returns the report."""
-    from evaluation.comparison import compare
-    from evaluation.report import examples_from, write_report
-
-    metrics = facts.pop("metrics")
-    content = {
-        "task": TITLE,
-        **compare(**results),
-        **facts,
-        "seconds": stages.seconds,
-        "git_commit": git_commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}",
-        "command": "make demo",
-        "forgetting": old,
-    }
-    curve = {
-        "training": [(row["step"], row["loss"]) for row in metrics if "loss" in row],
-        "validation": [(row["step"], row["validation_loss"]) for row in metrics if "validation_loss" in row],
-    }
-    write_report(out, content, curve, examples_from(results["base"], results["tuned"]))
-    return content
-
-
-def demo(out: Path, ranks: int, held_out: int, training: int, old_training: int) -> dict[str, Any]:
-    """The whole path from questions to the report; `out` is replaced when it is a demo's."""
-    from conversion.merge_lora import merge
-
-    base, stages = resolve_model("pico"), Stages()
-    with fresh_output(out, KIND, grows=True):
-        pass
-    with stages.stage("data"):
-        overlap = prepare_data(out, held_out, training, old_training)
-    with stages.stage("train"):
-        facts = train(out, ranks)
-    adapter, merged = out / "lora" / "adapter", out / "merged"
-    with stages.stage("merge"):
-        print(merge(base, adapter, merged))
-    with stages.stage("FP8"):
-        facts["fp8"] = export_fp8(out, base, merged)
-    with stages.stage("score"):
-        results, old = score(out, base, adapter, merged)
-    facts |= {
-        "overlap": overlap,
-        "router_sha256": json.loads((adapter / "lora.json").read_text())["router_sha256"],
-        "router_unchanged": router_unchanged(adapter, base, merged),
-    }
-    return report(out, stages, facts, results, old)
-
-
-def broken_promises(result: dict[str, Any]) -> list[str]:
-    """What the demo promises and this result does not keep."""
-
-    def within(model: str, other: str) -> bool:
-        low, high = result[f"ci95_{other}"]
-        return low <= result[f"{model}_accuracy"] <= high
-
-    kept = {
-        "the router is what it was": result["router_unchanged"],
-        f"the gain is at least {LEAST_GAIN:.0%}": result["gain"] >= LEAST_GAIN,
-        f"the lower end of its 95 % interval is above {LEAST_LOW:.0%}": result["ci95_gain"][0] > LEAST_LOW,
-        "the merged model's accuracy lies within the tuned one's interval": within("merged", "tuned"),
-        "the FP8 model's accuracy lies within the merged one's interval": within("fp8", "merged"),
-        "every reader reads the FP8 folder right, and the certificates hold": not result["fp8"]["problems"],
-    }
-    return [promise for promise, holds in kept.items() if not holds]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -269,21 +91,25 @@ def main() -> int:
     parser.add_argument("--old-training", type=int, default=1500, metavar="N", help="old questions mixed in")
     args = parser.parse_args()
     check_output(args.out, KIND)
-    started = time.monotonic()
-    result = demo(args.out.resolve(), args.ranks, args.held_out, args.training, args.old_training)
+    out, stages, started = args.out.resolve(), Stages(), time.monotonic()
+    with fresh_output(out, KIND, grows=True):
+        pass
+    with stages.stage("data"):
+        overlap = prepare_data(out, args.held_out, args.training, args.old_training)
+    tune = partial(train, out, args.ranks, settings, pico_number_sorting)
+    result = whole_path(out, resolve_model("pico"), TITLE, stages, tune, {"overlap": overlap})
     low, high = result["ci95_gain"]
     print(
-        f"\n{result['task']}: {result['base_accuracy']:.1%} -> {result['tuned_accuracy']:.1%} on {result['n']} "
-        f"held-out questions (95 % interval of the gain {low:+.1%} to {high:+.1%}), "
-        f"merged {result['merged_accuracy']:.1%}, FP8 {result['fp8_accuracy']:.1%}, "
-        f"{time.monotonic() - started:.0f} s\n"
-        f"{args.out / 'report.json'}\n{args.out / 'report.html'}"
+        f"\n{TITLE}: {result['base_accuracy']:.1%} -> {result['tuned_accuracy']:.1%} on {result['n']} held-out "
+        f"questions (95 % interval of the gain {low:+.1%} to {high:+.1%}), merged {result['merged_accuracy']:.1%}, "
+        f"FP8 {result['fp8_accuracy']:.1%}, {time.monotonic() - started:.0f} s"
     )
+    print(out / "report.json", out / "report.html", sep="\n")
     broken = broken_promises(result)
-    for promise in broken:
-        print(f"FAILED: {promise}")
+    print("".join(f"FAILED: {promise}\n" for promise in broken), end="")
     return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    run(main)
+    trains_only = any(word.partition("=")[0] in OWN_DATA for word in sys.argv)
+    run(partial(command.main, __doc__, settings, pico_number_sorting) if trains_only else main)

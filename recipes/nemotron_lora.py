@@ -3,12 +3,14 @@
     python recipes/nemotron_lora.py --nodes 2 --model /models/nano --data /data/store
     python recipes/nemotron_lora.py --model pico --data runs/demo/train --local --ranks 2 layout.ep=2
 
-MODEL is a preset (pico, nano), a Hugging Face folder or a NeMo checkpoint; DATA a token store (data_prep/prepare.py).
-Everything else is key=value in the groups layout, lora, train, router, checkpoint and log: --dry-run prints them all.
-OUT/adapter is what conversion/merge_lora.py merges; OUT also has metrics.jsonl, TensorBoard events and checkpoints. A
-run that was interrupted goes on when the same command is given again.
+Teaches the published LoRA recipe of this model: rank 32 on every linear layer, one adapter for a layer's experts.
+Data: a token store of your own conversations (data_prep/prepare.py). Cost: 8 GPUs of 80 GB hold it
+(launch/preflight.py says so for yours); speed on a GPU is not measured. Result: OUT/adapter, which
+conversion/merge_lora.py merges, metrics.jsonl, TensorBoard events and checkpoints.
 
-To make a recipe of your own, copy recipes/medical_lora.py.
+MODEL is a preset (pico, nano), a Hugging Face folder or a NeMo checkpoint. Everything else is key=value;
+--help-settings explains each. A run that was interrupted resumes when you give the same command again. To make a
+recipe of your own, copy this file anywhere and change the two functions: recipes/README.md.
 """
 
 from __future__ import annotations

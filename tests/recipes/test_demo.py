@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from recipes.demo import broken_promises, prepare_data
+from finetune.whole_path import broken_promises
+from recipes.demo import prepare_data
 
 GOOD = {
     "router_unchanged": True,
