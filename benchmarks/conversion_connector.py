@@ -14,8 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from conversion.checkpoint.hf_folder import HFFolder, torch_dtype
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.plan import make_plan
+from conversion.checkpoint.safetensors_layout import torch_dtype
 
 
 def main(source: Path, out: Path) -> None:

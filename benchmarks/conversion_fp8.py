@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.output_folder import HF_KIND, unfinished_output
 from conversion.checkpoint.tensor_digests import scan
 from conversion.fp8.calibrate import Activations

@@ -23,7 +23,7 @@ from conversion.adapters.lora_json import read_lora_json
 from conversion.adapters.peft_names import CONFIG, CONSUMERS, FACTS, check_consumer
 from conversion.adapters.peft_names import WEIGHTS as PEFT_WEIGHTS
 from conversion.certificates.certificate import folder_sha256
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.output_folder import (
     WEIGHTS,
     progress,
@@ -36,7 +36,6 @@ from conversion.checkpoint.pieces import in_parallel
 from conversion.checkpoint.safetensors_layout import FileLayout, TensorTable, make_header
 from conversion.checkpoint.safetensors_writer import SafetensorsWriter
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
-from conversion.identity import refuse_other_base
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError, check_output, fresh_output, run
 from nano3.sealed_folder import MARKER, seal, sealed
@@ -93,7 +92,7 @@ def import_peft(folder: Path, base: Path, out: Path) -> Adapter:
         adapter = Adapter(folder, hf.arch)
         adapter.check_base(hf.rows)
         found = facts_of(hf)
-        refuse_other_base(base, found, adapter.info.base_sha256, folder)
+        adapter.info.refuse_other_base(base, content_hash(found), folder)
         facts = adapter.facts or {
             "format": 2,
             **asdict(adapter.info),

@@ -32,8 +32,7 @@ from conversion.certificates.certificate_json import (
 from conversion.certificates.consistency import contradictions
 from conversion.certificates.model_card import model_card, read_readme
 from conversion.certificates.recompute import wrong_numbers, wrong_scales
-from conversion.checkpoint.hf_folder import FOREIGN_WEIGHTS
-from conversion.checkpoint.nemo_folder import NemoFolder, named_model, open_model
+from conversion.checkpoint.model_folder import FOREIGN_WEIGHTS, NemoFolder, named_model, open_model
 from conversion.checkpoint.output_folder import CERTIFICATE, side_folder
 from conversion.checkpoint.tensor_digests import Facts, facts_of
 from nano3.arch import Arch, is_nemo_checkpoint

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.checkpoint.hf_folder import HFFolder, side_files
+from conversion.checkpoint.model_folder import HFFolder, side_files
 from conversion.checkpoint.output_folder import HF_KIND, copy_files, refuse_overlap, unfinished_output
 from conversion.checkpoint.pieces import STEP_BYTES, row_steps
 from conversion.checkpoint.safetensors_layout import FP8, FileLayout

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conversion.certificates.certificate_json import read_certificate
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.output_folder import CERTIFICATE
 from conversion.checkpoint.safetensors_layout import FP8
 from conversion.checkpoint.tensor_digests import content_hash, facts_of

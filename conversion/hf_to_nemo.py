@@ -17,7 +17,7 @@ from pathlib import Path
 
 from conversion.certificates.certificate import Claim, write_certificate
 from conversion.certificates.revision import base_revision
-from conversion.checkpoint.hf_folder import HFFolder, ModelFolder, side_files
+from conversion.checkpoint.model_folder import HFFolder, ModelFolder, side_files
 from conversion.checkpoint.output_folder import (
     CONTEXT,
     LAYOUT,

@@ -16,8 +16,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from conversion.checkpoint.hf_folder import HFFolder, side_files
-from conversion.checkpoint.nemo_folder import named_model, open_model
+from conversion.checkpoint.model_folder import HFFolder, named_model, open_model, side_files
 from conversion.checkpoint.output_folder import SIDE
 from conversion.checkpoint.tensor_digests import Facts, content_hash, facts_of
 from nano3.checkpoints.base_identity import FILE, recorded_sha256
@@ -85,16 +84,6 @@ def holds(checkpoint: Path, source: Path) -> bool:
 
 def _side(folder: Path) -> dict[str, str]:
     return {str(path): file_sha256(folder / path) for path in side_files(folder) if path.name not in PROSE}
-
-
-def refuse_other_base(where: Path, facts: Facts, recorded: str | None, adapter: Path) -> None:
-    """Raises `UserError` when the base in `where` has not the content hash that the adapter records."""
-    found = content_hash(facts)
-    if recorded is not None and found != recorded:
-        raise UserError(
-            f"adapter {adapter} was trained on another base than {where}: that one's content hash begins with "
-            f"{recorded[:16]}, this one's with {found[:16]}; give the base that was tuned"
-        )
 
 
 def model_sha256(folder: Path) -> str:

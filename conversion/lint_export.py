@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.pieces import row_steps
 from conversion.checkpoint.safetensors_layout import FP8
 from conversion.fp8.readers import READERS, loaded_modules, vllm_cache_scale

@@ -18,12 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.adapters.merged import Merged
 from conversion.adapters.peft_names import CONFIG as PEFT_CONFIG
 from conversion.adapters.training_run import training_facts
 from conversion.certificates.certificate import Claim, previous_certificate, write_certificate
-from conversion.checkpoint.hf_folder import side_files
-from conversion.checkpoint.nemo_folder import named_model, open_model
+from conversion.checkpoint.model_folder import named_model, open_model, side_files
 from conversion.checkpoint.output_folder import (
     HF_KIND,
     NEMO_KIND,
@@ -37,14 +35,14 @@ from conversion.checkpoint.output_folder import (
 from conversion.checkpoint.pieces import CHUNK_BYTES
 from conversion.checkpoint.plan import make_plan
 from conversion.checkpoint.safetensors_writer import Passage, rewrite
-from conversion.checkpoint.tensor_digests import Fact, scan
+from conversion.checkpoint.tensor_digests import Fact, content_hash, scan
 from conversion.hf_to_nemo import write_checkpoint
-from conversion.identity import record, refuse_other_base
+from conversion.identity import record
 from conversion.push import add_push, asked_hub, push
 from nano3.cli import UserError, check_output, run
 
 if TYPE_CHECKING:
-    from conversion.adapters.adapter_folder import Adapter
+    from conversion.adapters.adapter_folder import Adapter, Merged
 
 
 @dataclass
@@ -81,7 +79,7 @@ def merge(base: Path, adapter_folder: Path, out: Path, nemo: bool = False, conte
     if not (adapter_folder / PEFT_CONFIG).is_file():
         require_adapter(adapter_folder)
     with open_model(base) as model:
-        from conversion.adapters.adapter_folder import Adapter
+        from conversion.adapters.adapter_folder import Adapter, Merged
 
         adapter = Adapter(adapter_folder, model.arch)
         same_routers = adapter.check_base(model.rows)
@@ -89,7 +87,7 @@ def merge(base: Path, adapter_folder: Path, out: Path, nemo: bool = False, conte
         needed = model.layout.total_bytes + sum((model.side / path).stat().st_size for path in side)
         check_room(out, needed)
         before, _ = scan(model)
-        refuse_other_base(base, before, adapter.info.base_sha256, adapter_folder)
+        adapter.info.refuse_other_base(base, content_hash(before), adapter_folder)
         previous_certificate(base, before)
         merged, facts = Merged(model, adapter), _facts(adapter)
         job = {"tool": "merge", "base": {name: fact.sha256 for name, fact in before.items()}, **facts}

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.certificates.certificate import Claim, write_certificate
-from conversion.checkpoint.hf_folder import side_files
-from conversion.checkpoint.nemo_folder import NemoFolder
+from conversion.checkpoint.model_folder import NemoFolder, side_files
 from conversion.checkpoint.output_folder import (
     HF_KIND,
     check_room,

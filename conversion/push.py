@@ -17,7 +17,7 @@ from typing import Any
 from conversion.certificates.certificate_json import read_certificate
 from conversion.certificates.model_card import model_card, read_readme
 from conversion.certify import verify
-from conversion.checkpoint.hf_folder import WEIGHT_ENDS, side_files
+from conversion.checkpoint.model_folder import WEIGHT_ENDS, side_files
 from conversion.checkpoint.output_folder import CARD, CERTIFICATE
 from conversion.checkpoint.safetensors_layout import INDEX, FileLayout
 from nano3.arch import is_nemo_checkpoint

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversion.certificates.certificate import Claim, norm_ratio, previous_certificate, write_certificate
-from conversion.checkpoint.hf_folder import HFFolder, side_files
+from conversion.checkpoint.model_folder import HFFolder, side_files
 from conversion.checkpoint.output_folder import (
     HF_KIND,
     UnfinishedOutput,

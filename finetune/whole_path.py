@@ -63,7 +63,7 @@ def train(out: Path, ranks: int, defaults: Callable[[], Settings], recipe: Calla
 def router_unchanged(adapter: Path, *folders: Path) -> bool:
     """Whether the routers of these Hugging Face folders are, bit for bit, those that training hashed at its end."""
     from conversion.adapters.adapter_folder import Adapter
-    from conversion.checkpoint.hf_folder import HFFolder
+    from conversion.checkpoint.model_folder import HFFolder
 
     unchanged = True
     for folder in folders:

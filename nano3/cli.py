@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nano3.errors import UserError
-from nano3.lock import LOCK, locked
+from nano3.file_system import LOCK, locked
 from nano3.sealed_folder import came_later, mark, owner_of, seal
 
 _LOOP = "Symlink loop"
@@ -157,8 +157,9 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def only_writer(out: Path) -> Iterator[None]:
-    """Nobody else writes the output `out` meanwhile, on this host or on others that share the disk (`nano3.lock`), and
-    what a killed writer left beside it is put back or removed.
+    """Nobody else writes the output `out` meanwhile, on this host or on others that share the disk.
+
+    What a killed writer left beside it is put back or removed. The lock: `nano3.file_system`.
 
     The lock is a hidden file `.NAME.lock` beside it. `UserError` while another process holds it.
     """

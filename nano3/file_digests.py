@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nano3.mount import mount_of
+from nano3.file_system import mount_of
 
 RECENT_NS = 3 * 10**9
 """A file that changed less than this before it was looked at may change again and keep its times: the clock of a kernel

@@ -43,6 +43,15 @@ class LoraInfo(AdapterKind):
         paths = select(arch, self.targets, self.experts)
         return {path: size.scale for path, size in sizes(paths, 1, self.alpha, (), self.alpha_pattern).items()}
 
+    def refuse_other_base(self, where: Path, found: str, adapter: Path) -> None:
+        """Raises `UserError` when the base in `where`, of content hash `found`, is not the one that is recorded."""
+        recorded = self.base_sha256
+        if recorded is not None and found != recorded:
+            raise UserError(
+                f"adapter {adapter} was trained on another base than {where}: that one's content hash begins with "
+                f"{recorded[:16]}, this one's with {found[:16]}; give the base that was tuned"
+            )
+
 
 def _words(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)

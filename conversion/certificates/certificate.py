@@ -40,7 +40,7 @@ from conversion.certificates.certificate_json import (
 )
 from conversion.certificates.model_card import model_card, read_readme
 from conversion.certificates.revision import base_revision
-from conversion.checkpoint.hf_folder import side_files
+from conversion.checkpoint.model_folder import side_files
 from conversion.checkpoint.output_folder import CARD, CERTIFICATE, PART, side_folder
 from conversion.checkpoint.tensor_digests import Facts, content_hash
 from nano3.cli import UserError

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from conversion.certificates.certificate import norm_ratio
-from conversion.checkpoint.hf_folder import ModelFolder
+from conversion.checkpoint.model_folder import ModelFolder
 from conversion.checkpoint.output_folder import progress
 from conversion.checkpoint.pieces import row_steps
 

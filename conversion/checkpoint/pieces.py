@@ -63,3 +63,20 @@ def row_steps(rows: int, row_bytes: int, limit: int | None = None) -> Iterator[t
     step = max(1, (limit or CHUNK_BYTES) // row_bytes)
     for start in range(0, rows, step):
         yield start, min(step, rows - start)
+
+
+def read_exactly(file: int, buffer: memoryview, position: int) -> bool:
+    """Fills `buffer` from `position` of an open file on; False when the file ends before."""
+    while buffer:
+        got = os.preadv(file, [buffer], position)
+        if got == 0:
+            return False
+        buffer, position = buffer[got:], position + got
+    return True
+
+
+def write_all(file: int, data: memoryview, position: int) -> None:
+    """Writes all of `data` at `position` of an open file."""
+    while data:
+        put = os.pwrite(file, data, position)
+        data, position = data[put:], position + put

@@ -1,4 +1,4 @@
-"""How safetensors files are laid out: headers, index, and where every tensor lies. Torch-free.
+"""How safetensors files are laid out: headers, index, and where every tensor lies. Torch-free but for `torch_dtype`.
 
 The header of every file is kept as the bytes that it is, so that a folder which went through another format and back
 has the same files, not only the same tensors.
@@ -12,10 +12,13 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nano3.cli import UserError
 from nano3.sealed_folder import require_inside
+
+if TYPE_CHECKING:
+    import torch
 
 TensorTable = Mapping[str, tuple[str, tuple[int, ...]]]
 """Tensor name -> (dtype in safetensors' word, shape)."""
@@ -31,6 +34,13 @@ ITEM_BYTES = PLAIN_BYTES | {FP8: 1}
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of a layout that we make ourselves (Hugging Face's own limit for uploads)."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for a safetensors word."""
+    import torch
+
+    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, FP8: torch.float8_e4m3fn}[name]
 
 
 @dataclass(frozen=True)

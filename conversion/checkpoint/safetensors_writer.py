@@ -14,10 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from conversion.checkpoint.hf_folder import ModelFolder, read_exactly, torch_dtype
+from conversion.checkpoint.model_folder import ModelFolder
 from conversion.checkpoint.output_folder import PART, UnfinishedOutput, progress
-from conversion.checkpoint.pieces import PIECE, in_parallel, scratch
-from conversion.checkpoint.safetensors_layout import INDEX, PLAIN_BYTES, Entry, FileLayout
+from conversion.checkpoint.pieces import PIECE, in_parallel, read_exactly, scratch, write_all
+from conversion.checkpoint.safetensors_layout import INDEX, PLAIN_BYTES, Entry, FileLayout, torch_dtype
 from conversion.checkpoint.tensor_digests import Fact, largest_magnitude, raw_bytes, refuse_not_finite
 
 if TYPE_CHECKING:
@@ -148,13 +148,6 @@ class SafetensorsWriter:
                 return None
             digest.update(piece)
         return digest.hexdigest()
-
-
-def write_all(file: int, data: memoryview, position: int) -> None:
-    """Writes all of `data` at `position` of an open file."""
-    while data:
-        put = os.pwrite(file, data, position)
-        data, position = data[put:], position + put
 
 
 @dataclass(frozen=True)

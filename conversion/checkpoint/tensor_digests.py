@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from conversion.checkpoint.hf_folder import ModelFolder
+from conversion.checkpoint.model_folder import ModelFolder
 from conversion.checkpoint.output_folder import progress
 from conversion.checkpoint.pieces import PIECE, in_parallel, row_steps, scratch
 from nano3.cli import UserError

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from conversion.checkpoint.hf_folder import read_exactly
+from conversion.checkpoint.pieces import read_exactly
 from conversion.checkpoint.safetensors_layout import some
 from nano3.cli import UserError
 

@@ -30,12 +30,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from conversion.checkpoint.hf_folder import ModelFolder, read_exactly, torch_dtype
+from conversion.checkpoint.model_folder import ModelFolder
 from conversion.checkpoint.output_folder import WEIGHTS, UnfinishedOutput
-from conversion.checkpoint.pieces import PIECE, in_parallel, scratch
+from conversion.checkpoint.pieces import PIECE, in_parallel, read_exactly, scratch, write_all
 from conversion.checkpoint.plan import Plan, is_native
-from conversion.checkpoint.safetensors_layout import Entry
-from conversion.checkpoint.safetensors_writer import write_all
+from conversion.checkpoint.safetensors_layout import Entry, torch_dtype
 from conversion.checkpoint.tensor_digests import Fact, largest_magnitude, refuse_not_finite
 from conversion.checkpoint.tensor_groups import Chunk, TensorGroup, file_groups, tensor_groups
 from conversion.checkpoint.torch_dist import data_begin

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.output_folder import UnfinishedOutput
 from conversion.fp8.layerwise import Hidden, build_layer, count_tokens, hidden_bytes
 from conversion.fp8.selection import Selection, matrices

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.safetensors_layout import FP8
 from nano3.hf_config import BLOCK_TYPES, DT_RANGE
 

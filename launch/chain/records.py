@@ -18,7 +18,7 @@ from typing import Any
 from launch.chain.stages import NAMES, TRAIN, Stage
 from nano3.cli import UserError, alone, fresh_file
 from nano3.file_digests import remembered_sha256
-from nano3.lock import LOCK
+from nano3.file_system import LOCK
 
 KIND = "pipeline"
 """Of the folder (see `nano3.cli.fresh_output`)."""

@@ -18,7 +18,7 @@ from conversion.certificates.certificate import Claim, write_certificate
 from conversion.certificates.certificate_json import certificate_text, count_lines, read_certificate, sealed
 from conversion.certificates.certificate_json import said as lines_of
 from conversion.certify import main, verify
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.fp8.selection import Selection
 from conversion.merge_lora import merge

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from conversion.certificates.certificate import Claim, write_certificate
 from conversion.certify import verify
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder, NemoFolder
 from conversion.checkpoint.names import VOCABULARY_KEYS
-from conversion.checkpoint.nemo_folder import NemoFolder
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.hf_to_nemo import convert
 from tests.conversion.test_certificate import BIAS, ROUTER, Tensors, nudge, swap

@@ -17,7 +17,7 @@ import pytest
 from conversion import hf_to_nemo, nemo_to_hf
 from conversion.certify import verify
 from conversion.checkpoint import safetensors_writer, torch_dist_writer
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.output_folder import CERTIFICATE, HF_KIND, WEIGHTS, unfinished_output
 from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.checkpoint.tensor_digests import scan

@@ -17,8 +17,7 @@ import pytest
 from conversion.adapter import export
 from conversion.adapters.adapter_folder import Adapter
 from conversion.certificates.certificate_json import read_certificate
-from conversion.checkpoint.hf_folder import HFFolder
-from conversion.checkpoint.nemo_folder import open_model
+from conversion.checkpoint.model_folder import HFFolder, open_model
 from conversion.checkpoint.output_folder import unfinished_output
 from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.checkpoint.tensor_digests import scan

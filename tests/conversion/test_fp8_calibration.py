@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conversion import quantize_fp8
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.output_folder import UnfinishedOutput
 from conversion.fp8 import layerwise
 from conversion.fp8.calibrate import Activations, calibrate

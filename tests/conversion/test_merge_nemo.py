@@ -13,7 +13,7 @@ from conversion import hf_to_nemo, merge_lora, nemo_to_hf
 from conversion.certificates.certificate_json import read_certificate
 from conversion.certify import verify
 from conversion.checkpoint import pieces, torch_dist_writer
-from conversion.checkpoint.nemo_folder import NemoFolder
+from conversion.checkpoint.model_folder import NemoFolder
 from conversion.merge_lora import merge
 from nano3.checkpoints.base_identity import recorded_sha256
 from tests.conversion.test_conversion import tree

@@ -11,7 +11,7 @@ import yaml
 from conversion.certificates.certificate import Claim, write_certificate
 from conversion.certificates.certificate_json import read_certificate
 from conversion.certificates.model_card import model_card
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.tensor_digests import Fact, facts_of
 from conversion.merge_lora import merge
 from finetune.settings import LoraSettings, Run, Settings

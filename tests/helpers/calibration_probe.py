@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.output_folder import UnfinishedOutput
 from conversion.fp8.calibrate import calibrate
 from conversion.fp8.selection import Selection

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.hf_to_nemo import convert
 from conversion.identity import holds

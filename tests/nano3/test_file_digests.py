@@ -12,7 +12,7 @@ import pytest
 from nano3 import file_digests
 from nano3.cli import UserError
 from nano3.file_digests import recall, remember, remembered_sha256, stamp
-from nano3.mount import Mount
+from nano3.file_system import Mount
 from nano3.sealed_folder import SEAL, check_seal, require_inside, seal
 from tests.helpers.damage import change_keeping_size_and_time
 

@@ -8,9 +8,9 @@ import os
 
 import pytest
 
-from nano3 import lock
+from nano3 import file_system
 from nano3.cli import UserError, alone
-from nano3.mount import Mount
+from nano3.file_system import Mount
 
 
 def test_the_second_is_refused_until_the_first_has_left(tmp_path, capsys):
@@ -22,13 +22,13 @@ def test_the_second_is_refused_until_the_first_has_left(tmp_path, capsys):
 
 
 def test_a_helper_that_was_forked_meanwhile_does_not_keep_it(tmp_path):
-    with lock.locked(tmp_path / "lock", remove=True) as mine:
+    with file_system.locked(tmp_path / "lock", remove=True) as mine:
         assert mine
         helper = multiprocessing.get_context("fork").Process(target=lambda: __import__("time").sleep(60))
         helper.start()
     assert not (tmp_path / "lock").exists()
     try:
-        with lock.locked(tmp_path / "lock") as mine:
+        with file_system.locked(tmp_path / "lock") as mine:
             assert mine
     finally:
         helper.kill()
@@ -39,14 +39,14 @@ def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch, capsy
     def flock(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    monkeypatch.setattr(file_system.fcntl, "flock", flock)
     with alone(tmp_path, "wait"):
         pass
     assert "cannot be locked (Function not implemented): see to it" in capsys.readouterr().err
 
 
 def test_a_lock_that_other_hosts_do_not_see_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lock, "mount_of", lambda _: Mount("/", "lustre", "mgs:/fs", ("rw", "localflock")))
+    monkeypatch.setattr(file_system, "mount_of", lambda _: Mount("/", "lustre", "mgs:/fs", ("rw", "localflock")))
     with alone(tmp_path, "wait"):
         pass
     assert f"{tmp_path} is locked on this host only (mounted with localflock)" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from conversion.checkpoint.hf_folder import HFFolder
+from conversion.checkpoint.model_folder import HFFolder
 from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -1,6 +1,6 @@
 """What a model on disk is to its readers: tensors by Hugging Face's names, any bytes of them, in flat memory.
 
-`HFFolder` reads Hugging Face's form, checked when it is opened; `nemo_folder.py` has NeMo's. Only `rows` touches torch:
+`HFFolder` reads Hugging Face's form, `NemoFolder` NeMo's, both checked when they are opened. Only `rows` touches torch:
 bad input is refused before it loads.
 """
 
@@ -12,9 +12,12 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conversion.checkpoint.output_folder import CARD, CERTIFICATE
-from conversion.checkpoint.safetensors_layout import FP8, INDEX, FileLayout, check_tensors
-from nano3.arch import Arch
+from conversion.checkpoint.names import VOCABULARY_KEYS, MegatronTensor, RowBlock, megatron_tensors
+from conversion.checkpoint.output_folder import CARD, CERTIFICATE, LAYOUT, SIDE, WEIGHTS
+from conversion.checkpoint.pieces import read_exactly
+from conversion.checkpoint.plan import PREFIX
+from conversion.checkpoint.safetensors_layout import INDEX, FileLayout, TensorTable, check_tensors, some, torch_dtype
+from nano3.arch import Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError
 from nano3.hf_config import FP8_ACTIVATIONS, read_config
 from nano3.sealed_folder import MARKER, SEAL, check_seal, require_inside
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     import torch
+
+    from conversion.checkpoint.torch_dist import TorchDistReader
 
 FOREIGN_WEIGHTS = (".gguf", ".bin", ".pt", ".pth")
 """How weights end in forms that this project never writes, which some readers load in place of or on top of ours."""
@@ -43,13 +48,6 @@ def side_files(folder: Path) -> list[Path]:
             require_inside(folder, path)
             found.append(relative)
     return found
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype for a safetensors word."""
-    import torch
-
-    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, FP8: torch.float8_e4m3fn}[name]
 
 
 class ModelFolder(ABC):
@@ -152,16 +150,6 @@ class HFFolder(ModelFolder):
         self._files.clear()
 
 
-def read_exactly(file: int, buffer: memoryview, position: int) -> bool:
-    """Fills `buffer` from `position` of an open file on; False when the file ends before."""
-    while buffer:
-        got = os.preadv(file, [buffer], position)
-        if got == 0:
-            return False
-        buffer, position = buffer[got:], position + got
-    return True
-
-
 def _is_weights(relative: Path) -> bool:
     """Weights in any form, what describes and vouches for them, our marker and card; a stale copy must not travel."""
     name = relative.name
@@ -174,3 +162,111 @@ def _is_weights(relative: Path) -> bool:
         SEAL,
         SIGNATURE,
     )
+
+
+class NemoFolder(RowFolder):
+    """A NeMo checkpoint that holds exactly the tensors of its config.json. Use as a context manager.
+
+    One of ours must be what was written (`nano3.sealed_folder`), unless `as_is`. `side` is a Hugging Face folder whose
+    config.json and side files belong to a checkpoint without its own.
+
+    Raises `UserError`, before anything is read, for missing, unknown or misshapen tensors, by name, and truncated
+    files.
+    """
+
+    def __init__(self, path: Path, side: Path | None = None, as_is: bool = False) -> None:
+        from conversion.checkpoint.torch_dist import TorchDistReader
+
+        if not as_is:
+            check_seal(path)
+        self.path, self.side = path, side or _own_side(path)
+        self.arch = Arch.load(self.side)
+        self.reader = TorchDistReader(path / WEIGHTS)
+        self.tensors = list(megatron_tensors(self.arch))
+        _check_weights(self.reader, self.tensors)
+        self._places = _places(self.tensors)
+        dtypes = {block.name: self.reader.dtype(PREFIX + t.key) for t in self.tensors for block in t.blocks}
+        shapes = {name: spec.shape for name, spec in self.arch.tensors().items()}
+        self.layout = _layout(self.path, {name: (dtypes[name], shape) for name, shape in shapes.items()})
+
+    def fill_rows(self, buffer: memoryview, name: str, start: int) -> None:
+        """Fills `buffer` with rows `start` and following of a tensor; threads may ask at once."""
+        row = self.layout.entries[name].row_bytes
+        stop = start + len(buffer) // row
+        for tensor, begin, block in self._places[name]:
+            low, high = max(start, block.start), min(stop, block.start + block.count)
+            if low < high:
+                offset, size = tensor.box(begin + low - block.start, high - low)
+                part = buffer[(low - start) * row : (high - start) * row]
+                self.reader.read_into(part, PREFIX + tensor.key, offset, size)
+
+    def padding_problems(self) -> list[str]:
+        """Vocabulary tensors whose rows behind the vocabulary are not zeros: nothing certifies what those hold."""
+        problems, begin = [], self.arch.vocab_size
+        for key in VOCABULARY_KEYS:
+            rows, width = self.reader.shapes[PREFIX + key]
+            if rows > begin and self.reader.read(PREFIX + key, (begin, 0), (rows - begin, width)).any():
+                problems.append(f"{self.path}: {key} has values behind the {begin} rows of its vocabulary")
+        return problems
+
+
+def named_model(name_or_path: str) -> Path:
+    """The folder of a preset, of a Hugging Face model or of a NeMo checkpoint; `UserError` when it is none."""
+    path = Path(name_or_path)
+    return path if is_nemo_checkpoint(path) else resolve_model(name_or_path)
+
+
+def open_model(path: Path, quantized: bool = False, as_is: bool = False) -> ModelFolder:
+    """The model in a folder, Hugging Face's or NeMo's. `quantized`: FP8 is read too; `as_is`: whatever its seal says.
+    Raises `UserError`."""
+    return NemoFolder(path, as_is=as_is) if is_nemo_checkpoint(path) else HFFolder(path, quantized, as_is)
+
+
+def _own_side(source: Path) -> Path:
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder; give a NeMo checkpoint folder")
+    if not (source / SIDE / "config.json").is_file():
+        raise UserError(
+            f"{source} has no {SIDE}/config.json (a checkpoint of a training run, or no NeMo checkpoint): "
+            "name the Hugging Face folder that it came from with --hf"
+        )
+    return source / SIDE
+
+
+def _check_weights(reader: TorchDistReader, tensors: list[MegatronTensor]) -> None:
+    """Raises `UserError` by name for missing, unknown or misshapen tensors; optimizer state is none of our business."""
+    expected = {PREFIX + tensor.key: tensor.shape for tensor in tensors}
+    found = {key: shape for key, shape in reader.shapes.items() if key.startswith(PREFIX)}
+    adapters = [key for key in found if ".adapter." in key]
+    if adapters:
+        raise UserError(f"{reader.folder} holds adapters ({some(adapters)}): merge them with conversion/merge_lora.py")
+    for name in VOCABULARY_KEYS:
+        key = PREFIX + name
+        rows, *rest = found.get(key, expected[key])
+        if rows > expected[key][0]:
+            found[key] = (expected[key][0], *rest)  # the padding is cut off
+    check_tensors(str(reader.folder), found, expected)
+
+
+Place = tuple[MegatronTensor, int, RowBlock]
+"""A Megatron tensor, the row in it at which a block begins, and the block."""
+
+
+def _places(tensors: list[MegatronTensor]) -> dict[str, list[Place]]:
+    """Hugging Face tensor -> where its rows lie, from the first row to the last."""
+    places: dict[str, list[Place]] = {}
+    for tensor in tensors:
+        begin = 0
+        for block in tensor.blocks:
+            places.setdefault(block.name, []).append((tensor, begin, block))
+            begin += block.count
+    return {name: sorted(found, key=lambda place: place[2].start) for name, found in places.items()}
+
+
+def _layout(source: Path, table: TensorTable) -> FileLayout:
+    """The files that the checkpoint was made from when its tensors are still the same, else files of our making."""
+    if (source / LAYOUT).is_file():
+        layout = FileLayout.from_json((source / LAYOUT).read_text())
+        if layout.fits(table):
+            return layout
+    return FileLayout.make(table)

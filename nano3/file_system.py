@@ -1,24 +1,59 @@
-"""One process at a time: a lock on a file, which dies with the process that holds it. Imports neither torch nor NeMo.
+"""What a file system promises: which one a path lies on, and one process at a time. Imports neither torch nor NeMo.
 
-It is the kernel's `flock`. Containers and hosts that share a disk see it where the file system passes locks on, as
-NFS, GPFS, BeeGFS and Lustre (mounted with `flock`) do. Where it does not, a note says that nobody watches.
+A lock on a file dies with the process that holds it. It is the kernel's `flock`. Containers and hosts that share a disk
+see it where the file system passes locks on, as NFS, GPFS, BeeGFS and Lustre (mounted with `flock`) do. Where it does
+not, a note says that nobody watches.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-
-from nano3.mount import mount_of
 
 LOCK = ".lock"
 """The file that is locked in a folder that stays while its files change."""
 _LOCAL = {"localflock", "local_lock=all", "local_lock=flock", "nolock"}
 """Options of network mounts whose locks other hosts do not see."""
+
+
+@dataclass(frozen=True)
+class Mount:
+    """Where it is mounted, its kind (ext4, nfs4, lustre, ...), the disk or `server:/export` behind it, its options."""
+
+    point: str
+    kind: str
+    source: str
+    options: tuple[str, ...]
+
+
+def mount_of(path: Path) -> Mount:
+    """The mount that a path lies in; of an unknown kind where the system does not say."""
+    real = str(path.resolve())
+    inside = [mount for mount in _mounts() if real == mount.point or real.startswith(mount.point.rstrip("/") + "/")]
+    return max(inside, key=lambda mount: len(mount.point), default=Mount("/", "unknown", "", ()))
+
+
+@cache
+def _mounts() -> tuple[Mount, ...]:
+    """The kernel's list; a later line hides an earlier one of the same place."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ()
+    found: dict[str, Mount] = {}
+    for line in lines:
+        first, _, last = line.partition(" - ")
+        point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), first.split()[4])
+        kind, source, options = last.split(" ", 2)
+        found[point] = Mount(point, kind, source, tuple(f"{first.split()[5]},{options}".split(",")))
+    return tuple(found.values())
 
 
 @contextmanager
