@@ -83,12 +83,13 @@ def _take(file: Path) -> int | None:
             os.close(handle)
             return None
         except OSError as error:
-            _note(file, f"cannot be locked ({error.strerror}): see to it that nothing else writes there")
+            _note(file.parent, f"cannot be locked ({error.strerror}): see to it that nothing else writes there")
             return handle
         local = _LOCAL.intersection(mount_of(file.parent).options)
         if local:
             _note(
-                file, f"is locked on this host only (mounted with {local.pop()}): see to it that no other writes there"
+                file.parent,
+                f"is locked on this host only (mounted with {local.pop()}): see to it that no other writes there",
             )
         try:
             if os.path.samestat(os.fstat(handle), file.stat()):
@@ -105,5 +106,7 @@ def _let_go(handle: int) -> None:
     os.close(handle)
 
 
-def _note(file: Path, what: str) -> None:
-    print(f"note: {file.parent} {what}", file=sys.stderr)
+@cache
+def _note(folder: Path, what: str) -> None:
+    """Says it once in a process: a run writes there again and again."""
+    print(f"note: {folder} {what}", file=sys.stderr)
