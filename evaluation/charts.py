@@ -8,9 +8,10 @@ from html import escape
 
 Series = Sequence[tuple[float, float]]
 
-WIDTH = 860
+WIDTH = 560
+"""Units of a chart: as many pixels on a desk, and two thirds of that on a telephone, where text must stay legible."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 14, 40
-_BAR, _GAP, _LABEL, _VALUE = 22, 16, 130, 170
+_BAR, _GAP, _LABEL, _VALUE = 22, 16, 96, 178
 
 
 def line_chart(series: Mapping[str, Series], x_label: str, y_label: str, height: int = 280) -> str:
@@ -38,7 +39,8 @@ def line_chart(series: Mapping[str, Series], x_label: str, y_label: str, height:
     parts.append(f"<text class='axis' x='{WIDTH - _RIGHT}' y='{height - 5}' text-anchor='end'>{escape(x_label)}</text>")
     for number, (name, line) in enumerate(series.items()):
         parts.append(_line(name, [place(x, y) for x, y in line if math.isfinite(y)], number))
-        parts.append(_legend(name, WIDTH - _RIGHT - 150, _TOP + 12 + 20 * number, number))
+        if len(series) > 1:
+            parts.append(_legend(name, WIDTH - _RIGHT - 190, _TOP + 12 + 20 * number, number))
     return "\n".join([*parts, "</svg>"])
 
 
@@ -73,7 +75,7 @@ def bar_chart(bars: Mapping[str, tuple[float, tuple[float, float] | None]], labe
 def stage_bar(seconds: Mapping[str, float]) -> str:
     """One bar cut into stages by their seconds, with a legend that carries the numbers."""
     total = sum(seconds.values()) or 1.0
-    rows = -(-len(seconds) // 4)
+    rows = -(-len(seconds) // 2)
     parts = [_open(WIDTH, 44 + 24 * rows, "seconds by stage")]
     x = 0.0
     for number, (name, value) in enumerate(seconds.items()):
@@ -82,9 +84,9 @@ def stage_bar(seconds: Mapping[str, float]) -> str:
             f"<rect class='stage s{number % 8}' x='{x:.1f}' y='0' width='{max(0.0, width - 1.5):.1f}' height='26'>"
             f"<title>{escape(name)}: {value:.1f} s</title></rect>"
         )
-        column, row = number % 4, number // 4
+        column, row = number % 2, number // 2
         text = f"{name}: {value:.1f} s"
-        parts.append(_legend(text, column * WIDTH / 4, 48 + 24 * row, number % 8))
+        parts.append(_legend(text, column * WIDTH / 2, 48 + 24 * row, number % 8))
         x += width
     return "\n".join([*parts, "</svg>"])
 

@@ -91,12 +91,18 @@ def _training(folder: Path) -> Iterator[Link]:
     lora_file = folder / "adapter" / "lora.json"
     lora = read_json(lora_file, dict) if lora_file.exists() else {}
     base = Path(str(recorded.get("base", "")))
-    if (base / "base.json").exists():
+    if not (base / "base.json").exists():
+        yield Link(
+            "source", base, str(lora.get("base_sha256") or ""), "base of the adapter", "it is not there any more"
+        )
+    else:
         found, expected = model_sha256(base), lora.get("base_sha256")
         problem = "" if expected in (None, found) else f"the adapter was trained on {str(expected)[:16]}"
         yield Link("source", base, found, f"base of the adapter, {_revision(base)}", problem)
     store = Path(str(recorded.get("data", "")))
-    if (store / "manifest.json").exists():
+    if not (store / "manifest.json").exists():
+        yield Link("store", store, "", "training data", "it is not there any more")
+    else:
         yield _store(store)
     if lora:
         adapter = folder / "adapter"

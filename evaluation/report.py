@@ -1,221 +1,313 @@
-"""The report of a tuning run: report.json for machines and report.html, one file without outside parts, for people."""
+"""One page for any run: curves, scores with intervals, what was gained and forgotten, errors, lineage, what to do next.
+
+    python evaluation/report.py OUT [--before BASE.json --after TUNED.json]
+
+OUT is a training run's folder, a pipeline's, or one with results of evaluation/evaluate.py. Writes OUT/report-run.html.
+Verdicts are read from the results, nothing is judged again. Results pair up by their questions. Which of two is the
+base's is known from their names (scores-base.json, scores.json), or said by --before and --after.
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from evaluation.charts import Series, bar_chart, line_chart, stage_bar
-from nano3.cli import fresh_file
+from evaluation.charts import bar_chart, line_chart
+from evaluation.compare import read_result
+from evaluation.comparison import Result, accuracy, by_groups, check_comparable, enough, interval, paired, split_gain
+from evaluation.error_analysis import by_length, by_subject, changed, outcomes
+from evaluation.judging.judges import OUTCOMES
+from evaluation.lineage import Link, Parts, lineage, parts_of
+from evaluation.page import facts_table, page, points, section, signed, table
+from evaluation.significance import SMALL_GROUP
+from nano3.cli import UserError, fresh_file, run
+from nano3.documents import json_lines, read_json
 
-REQUIRED = (
-    "n",
-    "base_accuracy",
-    "tuned_accuracy",
-    "ci95_gain",
-    "train_tokens",
-    "seconds",
-    "router_unchanged",
-    "layout",
-    "git_commit",
-)
-"""Fields of every report. `seconds` maps stage to seconds, `layout` group to size, `ci95_gain` is [low, high]."""
-
-MODELS = {
-    "base": "base",
-    "tuned": "tuned",
-    "merged": "merged",
-    "fp8": "FP8",
-}
-"""Models that a report may compare, in order, and what the page calls them: the base, the adapter beside its weights,
-the merged folder, and that folder in FP8. The first two are in every report."""
-
-_SHOWN = {
-    *REQUIRED,
-    *(field for model in MODELS for field in (f"{model}_accuracy", f"ci95_{model}")),
-    *("gain", "task", "forgetting", "settings", "overlap", "router_sha256"),
-}
-"""Fields that have their own place on the page; all others are listed under "More"."""
-
-Examples = Sequence[Mapping[str, Any]]
+PAGE = "report-run.html"
+EXAMPLES = 6
+"""Fixed and broken answers that are shown, of each."""
+SHORTEST = 2
+"""Points that make a curve."""
 
 
-def write_report(
-    folder: Path | str, report: Mapping[str, Any], curve: Mapping[str, Series], examples: Examples
-) -> tuple[Path, Path]:
-    """Writes `report.json` and `report.html` into `folder` and returns their paths.
+@dataclass(frozen=True)
+class Pair:
+    """Two results on the same questions; `name` is what the questions are called."""
 
-    `report` has the fields of `REQUIRED`, and may have gain, merged_accuracy, fp8_accuracy and ci95_MODEL (see
-    `evaluation.comparison.compare`), task (a sentence), overlap (name -> count), forgetting (old task -> {MODEL:
-    accuracy, ..., "n": questions}), router_sha256, settings (name -> value), and anything else that JSON can hold.
-    `curve` maps a series' name to its (step, loss) points. For `examples` see `examples_from`. Raises `ValueError` when
-    a required field is missing.
-    """
-    missing = [name for name in REQUIRED if name not in report]
-    if missing:
-        raise ValueError(f"the report lacks {', '.join(missing)}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "report.json", folder / "report.html"
-    texts = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", render(report, curve, examples)
-    for path, text in zip(paths, texts, strict=True):
-        with fresh_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return paths
+    name: str
+    before: Result
+    after: Result
 
 
-def examples_from(base: Mapping[str, Any], tuned: Mapping[str, Any], count: int = 10) -> list[dict[str, Any]]:
-    """The first `count` questions with both models' answers, from two results of `evaluation.evaluate`.
-
-    Each has question, expected, before and after, and the verdicts before_right and after_right; an answer that did not
-    end within its tokens ends in `…`.
-    """
-    after = {row["id"]: row for row in tuned["answers"]}
-    return [
-        {
-            "question": row["question"],
-            "expected": row["expected"],
-            "before": _answer(row),
-            "after": _answer(after[row["id"]]),
-            "before_right": row["correct"],
-            "after_right": after[row["id"]]["correct"],
-        }
-        for row in base["answers"][:count]
-    ]
-
-
-def _answer(row: Mapping[str, Any]) -> str:
-    return row["answer"] if row["finished"] else row["answer"] + " …"
+def pairs_of(results: Mapping[Path, Result], before: Path | None, after: Path | None) -> list[Pair]:
+    """Results that answer the same questions, base first. Raises `UserError` for two that were named and do not."""
+    if before and after:
+        chosen = read_result(before), read_result(after)
+        check_comparable({"before": chosen[0], "after": chosen[1]})
+        return [Pair(before.stem, *chosen)]
+    groups: dict[tuple[str, ...], list[tuple[Path, Result]]] = {}
+    for path, result in results.items():
+        groups.setdefault(tuple(sorted(row["id"] for row in result["answers"])), []).append((path, result))
+    found = []
+    for group in groups.values():
+        base = [one for one in group if "base" in one[0].stem]
+        tuned = [one for one in group if "base" not in one[0].stem]
+        tuned.sort(key=lambda one: one[0].stem not in ("scores", "scores-merged") and "tuned" not in one[0].stem)
+        if base and tuned and _comparable(base[0][1], tuned[0][1]):
+            found.append(Pair(tuned[0][0].stem, base[0][1], tuned[0][1]))
+    return sorted(found, key=lambda pair: -pair.after["n"])
 
 
-def render(report: Mapping[str, Any], curve: Mapping[str, Series], examples: Examples) -> str:
-    """The page's HTML. Whatever comes from data is escaped."""
+def _comparable(before: Result, after: Result) -> bool:
+    try:
+        check_comparable({"before": before, "after": after})
+    except UserError:
+        return False
+    return True
+
+
+def report(out: Path, before: Path | None = None, after: Path | None = None) -> Path:
+    """Writes the page and returns its path. Raises `UserError` for a folder that holds nothing to report."""
+    parts = parts_of(out)
+    rows = [row for _, row in json_lines(parts.run / "metrics.jsonl")] if parts.run else []
+    results = {path: read_result(path) for path in parts.results}
+    pairs = pairs_of(results, before, after)
+    links = lineage(out)
     sections = [
-        _headline(report),
-        _section("Scores", _scores(report)),
-        _section("Loss", line_chart(curve, "step", "loss")),
-        _section(f"{len(examples)} answers before and after", _examples(examples)),
-        _section("Old tasks", _forgetting(report["forgetting"])) if report.get("forgetting") else "",
-        _section(f"Time: {sum(report['seconds'].values()):.0f} s", stage_bar(report["seconds"])),
-        _section("Run", _facts(report)),
-        _section("Settings", _table(report["settings"])) if report.get("settings") else "",
-        _section("More", _table(rest)) if (rest := {k: v for k, v in report.items() if k not in _SHOWN}) else "",
+        _head(out, rows, pairs),
+        section("Scores", _scores(results)),
+        *(section(f"What changed: {pair.name}", _gain(pair)) for pair in pairs),
+        *(section(f"How answers fail: {pair.name}", _errors(pair)) for pair in pairs[:1]),
+        *(section(f"Fixed and broken: {pair.name}", _examples(pair)) for pair in pairs[:1]),
+        section("Training", _curves(rows)),
+        section("Adapter norms by layer", _norms(rows)),
+        section("Load of the experts", _experts(rows)),
+        section("Lineage", _lineage(links)),
+        section("Next", _next(parts, out, bool(pairs))),
     ]
-    title = escape(str(report.get("task", "LoRA tuning report")))
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    return (
-        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    path = out / PAGE
+    with fresh_file(path) as temporary:
+        temporary.write_text(page(f"Report of {out.resolve().name}", sections), encoding="utf-8")
+    return path
 
 
-def _headline(report: Mapping[str, Any]) -> str:
-    base, tuned = report["base_accuracy"], report["tuned_accuracy"]
-    low, high = report["ci95_gain"]
-    router = "router unchanged" if report["router_unchanged"] else "ROUTER CHANGED"
-    return (
-        f"<header><p class='kicker'>LoRA tuning report</p><h1>{escape(str(report.get('task', '')))}</h1>"
-        f"<p class='scores'><span class='before'>{base:.1%}</span> <span class='arrow'>→</span> "
-        f"<span class='after'>{tuned:.1%}</span></p>"
-        f"<p>{_points(tuned - base)} points on {report['n']:,} held-out questions "
-        f"(95% interval {_points(low)} to {_points(high)}), {report['train_tokens']:,} training tokens, "
-        f"<span class='{'good' if report['router_unchanged'] else 'bad'}'>{router}</span></p>"
-        f"{_exported(report)}</header>"
-    )
-
-
-def _exported(report: Mapping[str, Any]) -> str:
-    """What is left of the accuracy in the folders that are handed on: each against the interval of the one before."""
-    words, models = [], [model for model in MODELS if f"{model}_accuracy" in report]
-    for before, model in pairwise(models[1:]):
-        share, (low, high) = report[f"{model}_accuracy"], report[f"ci95_{before}"]
-        kept = low <= share <= high
-        words.append(
-            f"{MODELS[model]} {share:.1%}, <span class='{'good' if kept else 'bad'}'>"
-            f"{'within' if kept else 'OUTSIDE'} the interval of {MODELS[before]}</span>"
+def _head(out: Path, rows: Sequence[Mapping[str, Any]], pairs: Sequence[Pair]) -> str:
+    losses = [row["loss"] for row in rows if "loss" in row]
+    words = [f"{len(losses):,} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}"] if losses else []
+    tokens = sum(row.get("tokens", 0) for row in rows)
+    words += [f"{tokens:,} training tokens"] if tokens else []
+    score = ""
+    if pairs:
+        pair = paired(pairs[0].before, pairs[0].after)
+        low, high = pair.interval
+        before, after = accuracy(pairs[0].before), accuracy(pairs[0].after)
+        score = (
+            f"<p class='scores'><span class='before'>{before:.1%}</span> <span class='arrow'>→</span> "
+            f"<span class='after'>{after:.1%}</span></p>"
+            f"<p>{points(pair.gain)} points on {pair.n:,} questions, 95 % interval {points(low)} to {points(high)}</p>"
         )
-    return f"<p>{'; '.join(words)}</p>" if words else ""
+    name = escape(out.resolve().name)
+    return f"<header><p class='kicker'>Report</p><h1>{name}</h1>{score}<p>{escape('; '.join(words))}</p></header>"
 
 
-def _scores(report: Mapping[str, Any]) -> str:
-    bars = {
-        name: (report[f"{model}_accuracy"], tuple(report[f"ci95_{model}"]) if f"ci95_{model}" in report else None)
-        for model, name in MODELS.items()
-        if f"{model}_accuracy" in report
-    }
-    return bar_chart(bars, "accuracy of each model") + (
-        "<p class='fine'>Greedy answers by plain transformers, exact match. 95% intervals: Wilson; "
-        "of the gain: paired, Newcombe 1998. Tuned: the adapter beside the base's weights, in FP32; merged: added to "
-        "them, each tensor in its own dtype; FP8: of the merged folder, weights, activations and cache rounded to "
-        "E4M3.</p>"
+def _scores(results: Mapping[Path, Result]) -> str:
+    bars = {path.stem: (accuracy(result), interval(result)) for path, result in results.items()}
+    if not bars:
+        return ""
+    return bar_chart(bars, "accuracy of each result") + (
+        "<p class='fine'>95 % intervals: Wilson; with several samples of a question, clustered by question.</p>"
     )
 
 
-def _examples(examples: Examples) -> str:
-    rows = []
-    for example in examples:
-        cells = [f"<td>{escape(example['question'])}</td><td><code>{escape(example['expected'])}</code></td>"]
-        for key in ("before", "after"):
-            sort, mark = ("good", "✓") if example[f"{key}_right"] else ("bad", "✗")
-            cells.append(f"<td class='{sort}'>{mark} <code>{escape(example[key]) or '—'}</code></td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = "<tr><th>question</th><th>expected</th><th>before</th><th>after</th></tr>"
-    return (
-        f"<div class='wide'><table class='examples'><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _forgetting(tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    models = [model for model in MODELS if all(model in task for task in tasks.values())]
-    rows = []
-    for name, task in tasks.items():
-        change = task[models[-1]] - task[models[0]]
-        cells = [f"<td>{task[model]:.1%}</td>" for model in models]
-        cells += [f"<td class='{'bad' if change < 0 else 'good'}'>{_points(change)}</td>", f"<td>{task['n']:,}</td>"]
-        rows.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
-    names = "".join(f"<th>{MODELS[model]}</th>" for model in models)
-    head = f"<tr><th>task of the pretraining</th>{names}<th>points, first to last</th><th>questions</th></tr>"
-    return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _facts(report: Mapping[str, Any]) -> str:
+def _gain(pair: Pair) -> str:
+    """Gain with its tests, and by subject or source."""
+    both = paired(pair.before, pair.after)
+    low, high = both.interval
     facts = {
-        "commit": report["git_commit"],
-        "layout": report["layout"],
-        "training tokens": f"{report['train_tokens']:,}",
-        "router and expert bias": "unchanged" if report["router_unchanged"] else "CHANGED",
-        **({"router SHA-256": report["router_sha256"]} if "router_sha256" in report else {}),
-        **{f"overlap with training: {name}": count for name, count in report.get("overlap", {}).items()},
+        "gain": f"{points(both.gain)} points, 95 % interval {points(low)} to {points(high)} (Newcombe 1998)",
+        "fixed, broken": f"{both.fixed:,} wrong before and right after, {both.broken:,} the other way",
+        "McNemar": f"p = {both.p_value:.2g}, exact",
+        "enough questions?": enough(both, 0.02),
     }
-    return _table(facts)
+    if split := split_gain(pair.before, pair.after):
+        facts["of the gain"] = f"{points(split['knowledge'])} knowledge (by letter), {points(split['format'])} format"
+    key = "subject" if any(row.get("subject") for row in pair.before["answers"]) else "source"
+    lines = by_groups(pair.before, pair.after, key)
+    rows = [
+        [
+            escape(line.name) + (" *" if line.marked else ""),
+            f"{line.before.n:,}",
+            _share(line.before),
+            _share(line.after),
+            signed(line.pair.gain),
+            f"{line.p_holm:.2g}",
+        ]
+        for line in lines
+    ]
+    note = f"<p class='fine'>* fewer than {SMALL_GROUP} questions: read the interval, not the figure.</p>"
+    groups = table((key, "questions", "before", "after", "points", "p (Holm)"), rows)
+    marked = note if any(line.marked for line in lines) else ""
+    return facts_table(facts) + (f"<h3>By {key}</h3>{groups}{marked}" if len(lines) > 1 else "")
 
 
-def _table(values: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{escape(str(name))}</th><td>{_cell(value)}</td></tr>" for name, value in values.items())
-    return f"<table class='facts'><tbody>{rows}</tbody></table>"
+def _share(group: Any) -> str:
+    low, high = group.interval
+    return f"{group.accuracy:.1%} <span class='fine'>{low:.0%}–{high:.0%}</span>"
 
 
-def _cell(value: Any) -> str:
-    """A value in words: mappings as `name value` pairs, lists with commas, booleans as yes and no."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{escape(str(name))} {_cell(inner)}" for name, inner in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_cell(inner) for inner in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return escape(f"{value:.6g}" if isinstance(value, float) else str(value))
+def _errors(pair: Pair) -> str:
+    """Outcomes of both models, of the second by subject and by length."""
+    names = [name for name in OUTCOMES if any(outcomes(side["answers"])[name] for side in (pair.before, pair.after))]
+
+    def rows(groups: Mapping[str, Mapping[str, int]]) -> list[list[str]]:
+        return [[escape(name), *(f"{counts[one]:,}" for one in names)] for name, counts in groups.items()]
+
+    both = {"before": outcomes(pair.before["answers"]), "after": outcomes(pair.after["answers"])}
+    meanings = "; ".join(f"{name}: {OUTCOMES[name]}" for name in names)
+    parts = [table(("", *names), rows(both)), f"<p class='fine'>{escape(meanings)}.</p>"]
+    parts += ["<h3>After, by subject</h3>", table(("", *names), rows(by_subject(pair.after["answers"])))]
+    parts += [
+        "<h3>After, by length of the question</h3>",
+        table(("characters", *names), rows(by_length(pair.after["answers"]))),
+    ]
+    return "".join(parts)
 
 
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "−")
+def _examples(pair: Pair) -> str:
+    fixed, broken = changed(pair.before, pair.after)
+    parts = []
+    for title, found in (("Wrong, then right", fixed), ("Right, then wrong", broken)):
+        if found:
+            rows = [
+                [escape(_short(old["question"])), *(f"<code>{escape(_short(text))}</code>" for text in texts)]
+                for old, new in found[:EXAMPLES]
+                for texts in [(old["expected"], old["answer"], new["answer"])]
+            ]
+            head = ("question", "expected", "before", "after")
+            shown = f"{len(rows)} of {len(found):,}"
+            parts.append(f"<h3>{title}: {shown}</h3>{table(head, rows)}")
+    return "".join(parts)
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{body}\n</section>"
+def _short(text: Any, longest: int = 400) -> str:
+    text = str(text)
+    return text if len(text) <= longest else text[:longest] + " …"
+
+
+CHARTS = (
+    ("Loss", "loss", ("loss", "validation_loss")),
+    ("Learning rate", "learning rate", ("lr",)),
+    ("Gradient norm", "norm", ("grad_norm",)),
+    ("Speed", "tokens/s", ("tokens_per_second",)),
+    ("Memory", "10^9 bytes", ("memory_gb",)),
+    ("Uneven experts", "max over mean", ("expert_imbalance",)),
+)
+"""Title, axis and metrics of each chart."""
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every chart that has points; loss and validation by source where there are several sources."""
+    figures = []
+    sources = sorted({name for row in rows for name in row if name.startswith(("loss/", "validation_loss/"))})
+    chosen = [*CHARTS[:1], *([("Loss by source", "loss", tuple(sources[:8]))] if len(sources) > 1 else []), *CHARTS[1:]]
+    for title, axis, names in chosen:
+        curves = {name: _points(rows, name) for name in names}
+        curves = {name: curve for name, curve in curves.items() if len(curve) >= SHORTEST}
+        if curves:
+            figures.append(f"<figure><figcaption>{title}</figcaption>{line_chart(curves, 'step', axis, 240)}</figure>")
+    return f"<div class='charts'>{''.join(figures)}</div>" if figures else ""
+
+
+def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [
+        (row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float) and math.isfinite(row[name])
+    ]
+
+
+def _norms(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The last norms of all adapters, a bar each."""
+    prefix = "adapter_norm/"
+    last = next((row for row in reversed(rows) if any(name.startswith(prefix) for name in row)), {})
+    norms = {name.removeprefix(prefix): float(value) for name, value in last.items() if name.startswith(prefix)}
+    largest = max(norms.values(), default=0.0)
+    if not largest:
+        return ""
+    lines = []
+    for name, norm in norms.items():
+        width = f"<i class='share' style='width:{100 * norm / largest:.0f}%'></i>"
+        lines.append([escape(name.replace("decoder.layers.", "")), f"{norm:.3g}", width])
+    return f"<p class='fine'>Norm of scale · B A at step {last['step']:,}.</p>" + table(("layer", "norm", ""), lines)
+
+
+def _experts(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The last load of every expert, layer by layer: the darker, the more tokens."""
+    prefix = "expert_load/"
+    last = next((row for row in reversed(rows) if any(name.startswith(prefix) for name in row)), {})
+    loads = {int(name.removeprefix(prefix)): load for name, load in last.items() if name.startswith(prefix)}
+    lines = []
+    for layer, load in sorted(loads.items()):
+        most = max(load) or 1
+        cells = "".join(
+            f"<td><i style='opacity:{0.06 + 0.94 * count / most:.2f}' title='expert {number}: {count}'></i></td>"
+            for number, count in enumerate(load)
+        )
+        lines.append(f"<tr><th>{layer}</th>{cells}</tr>")
+    if not lines:
+        return ""
+    note = f"Tokens of each expert at step {last['step']:,}, a line for each layer: the darker, the more."
+    return f"<p class='fine'>{note}</p><div class='wide'><table class='heat'>{''.join(lines)}</table></div>"
+
+
+def _lineage(links: Sequence[Link]) -> str:
+    rows = [
+        [
+            escape(link.name),
+            f"<code>{escape(link.sha256[:16]) or '—'}</code>",
+            escape(link.says),
+            f"<span class='bad'>{escape(link.problem)}</span>" if link.problem else "<span class='good'>holds</span>",
+        ]
+        for link in links
+    ]
+    return table(("part", "hash", "what", "verified"), rows) if rows else ""
+
+
+def _next(parts: Parts, out: Path, compared: bool) -> str:
+    """Commands that make what is still missing."""
+    recorded: dict[str, Any] = {}
+    if parts.run is not None and (parts.run / "run.json").exists():
+        recorded = read_json(parts.run / "run.json", dict)
+    model, merged, commands = str(recorded.get("model", "BASE")), out / "merged", []
+    if parts.run is not None and parts.merged is None:
+        commands.append(f"python conversion/merge_lora.py {model} {parts.run / 'adapter'} {merged}")
+    if parts.merged is not None and parts.fp8 is None:
+        commands.append(f"python conversion/quantize_fp8.py {merged} {out / 'fp8'} --calibration STORE")
+    if not compared:
+        for name, result in ((model, "scores-base.json"), (merged, "scores.json")):
+            commands.append(f"python evaluation/evaluate.py {name} --questions HELD.jsonl --out {out / result}")
+    else:
+        commands.append(f"python evaluation/compare.py {out / 'scores-base.json'} {out / 'scores.json'} --by source")
+    if parts.merged is not None:
+        commands.append(f"python evaluation/chat.py {model} --beside {merged}")
+        commands.append(f"python conversion/certify.py verify {merged} --against {model}")
+    return f"<pre>{escape(chr(10).join(commands))}</pre>"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of a run, of a pipeline, or of results")
+    parser.add_argument("--before", type=Path, metavar="FILE", help="result of the base model")
+    parser.add_argument("--after", type=Path, metavar="FILE", help="result of the tuned model")
+    args = parser.parse_args()
+    if bool(args.before) != bool(args.after):
+        raise UserError("--before and --after go together; give both, or neither")
+    print(report(args.out, args.before, args.after))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

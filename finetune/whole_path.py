@@ -140,7 +140,7 @@ def report(
 ) -> dict[str, Any]:
     """Writes report.json and report.html; returns the report."""
     from evaluation.comparison import compare
-    from evaluation.report import examples_from, write_report
+    from evaluation.tuning_report import examples_from, write_report
 
     metrics = facts.pop("metrics")
     content = {

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from evaluation.charts import line_chart
-from evaluation.report import REQUIRED, examples_from, write_report
+from evaluation.tuning_report import REQUIRED, examples_from, write_report
 
 REPORT = {
     "n": 500,

@@ -1,0 +1,129 @@
+"""The page of any run, its error analysis and its lineage: from files alone, and nothing judged again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from evaluation.compare import main as compare_main
+from evaluation.comparison import compare
+from evaluation.error_analysis import by_length, by_subject, changed, outcomes
+from evaluation.lineage import lineage
+from evaluation.lineage import main as lineage_main
+from evaluation.report import report
+from nano3.cli import UserError
+
+OUTCOMES = ("right", "wrong", "ambiguous", "unfinished")
+
+
+def row(number: int, outcome: str) -> dict:
+    return {
+        "id": str(number),
+        "source": "medmcqa",
+        "subject": "Skin" if number % 4 == 0 else "Dental",
+        "question": "Which <b>one</b>?" + " and" * number,
+        "expected": "A",
+        "answer": "A" if outcome == "right" else "<script>B</script>",
+        "correct": outcome == "right",
+        "outcome": outcome,
+        "finished": outcome != "unfinished",
+    }
+
+
+def result(right: int, name: str) -> dict:
+    """40 questions, the first `right` of them right, the rest failing in turn."""
+    rows = [row(n, "right" if n < right else OUTCOMES[1 + n % 3]) for n in range(40)]
+    return {"kind": "evaluation-result", "model": name, "n": 40, "correct": right, "answers": rows}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run with a store, metrics, an adapter's lora.json, and two results; its base is gone."""
+    out, store = tmp_path / "run", tmp_path / "store"
+    (out / "adapter").mkdir(parents=True)
+    store.mkdir()
+    (store / "tokens.bin").write_bytes(b"tokens")
+    files = {"tokens.bin": {"sha256": hashlib.sha256(b"tokens").hexdigest()}}
+    (store / "manifest.json").write_text(json.dumps({"documents": 3, "tokens": 6, "files": files}))
+    (out / "run.json").write_text(json.dumps({"model": "pico", "base": str(tmp_path / "gone"), "data": str(store)}))
+    (out / "adapter" / "lora.json").write_text(json.dumps({"rank": 4, "steps": 30, "base_sha256": "b" * 64}))
+    norms = {"adapter_norm/decoder.layers.0.mixer.in_proj": 0.5, "expert_load/1": [3, 0, 1]}
+    metrics = [
+        {"step": n, "loss": 1 / n, "lr": 1e-3, "loss/a": 1.0, "loss/b": 2.0, "grad_norm": math.nan, "tokens": 10}
+        for n in range(1, 31)
+    ]
+    metrics[-1] |= norms
+    (out / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in metrics))
+    (out / "scores-base.json").write_text(json.dumps(result(10, "base")))
+    (out / "scores.json").write_text(json.dumps(result(30, "tuned")))
+    return out
+
+
+def test_the_page_of_a_run(folder):
+    html = report(folder).read_text()
+    tree = ElementTree.fromstring(html[html.index("<main>") : html.index("</body>")])
+    titles = [title.text for title in tree.iter("h2")]
+    for title in ("Scores", "What changed: scores", "How answers fail: scores", "Training", "Lineage", "Next"):
+        assert title in titles
+    for text in ("25.0%", "75.0%", "+50.0 points on 40 questions", "20 wrong before and right after, 0 the other way"):
+        assert text in html
+    for text in ("Loss by source", "Skin *", "it is not there any more", "in_proj", "expert 2: 1", "p = 1.9e-06"):
+        assert text in html
+    assert "<script" not in html
+    assert "<b>one" not in html
+    assert "nan" not in html.lower().replace("nano3", "")
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_verdicts_are_read_and_not_judged_again(folder):
+    """A verdict that no judge would give stands as it is."""
+    changed_result = result(30, "tuned")
+    changed_result["answers"][0] |= {"correct": False, "outcome": "wrong", "answer": "A"}
+    (folder / "scores.json").write_text(json.dumps(changed_result))
+    html = report(folder).read_text()
+    assert "20 wrong before and right after, 1 the other way" in html
+
+
+def test_a_folder_with_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        report(tmp_path)
+
+
+def test_errors_by_subject_and_length():
+    rows = result(10, "base")["answers"]
+    assert outcomes(rows) == {"right": 10, "wrong": 10, "format": 0, "ambiguous": 10, "unparsed": 0, "unfinished": 10}
+    assert {name: sum(counts.values()) for name, counts in by_subject(rows).items()} == {"Dental": 30, "Skin": 10}
+    assert {name: sum(counts.values()) for name, counts in by_length(rows).items()} == {"0 to 50": 9, "50 to 200": 31}
+    fixed, broken = changed(result(10, "base"), result(30, "tuned"))
+    assert ([old["id"] for old, _ in fixed], broken) == ([str(n) for n in range(10, 30)], [])
+    old = [{"correct": True}, {"correct": False, "finished": False}, {"correct": False, "finished": True}]
+    assert [name for name, count in outcomes(old).items() if count] == ["right", "wrong", "unfinished"]
+
+
+def test_a_changed_store_breaks_the_lineage(folder, monkeypatch, capsys):
+    links = {link.name: link for link in lineage(folder)}
+    assert links["store"].problem == ""
+    assert links["adapter"].problem == ""
+    (Path(json.loads((folder / "run.json").read_text())["data"]) / "tokens.bin").write_bytes(b"others")
+    monkeypatch.setattr(sys, "argv", ["lineage.py", str(folder)])
+    assert lineage_main() == 1
+    assert "tokens.bin changed since preparation" in capsys.readouterr().out
+
+
+def test_the_comparison_of_two_files(folder, monkeypatch, capsys):
+    command = ["compare.py", str(folder / "scores-base.json"), str(folder / "scores.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert compare_main() == 0
+    said = capsys.readouterr().out
+    assert "gain   +50.00 points" in said
+    assert "Skin *" in said
+    assert compare(result(10, "base"), result(30, "tuned"))["fixed"] == 20
+    (folder / "scores.json").write_text('{"kind": "evaluation-result", "n": 1, "answers": [{"id": 3}]}')
+    with pytest.raises(UserError, match=r"answers\[0\].id is 3"):
+        compare_main()
