@@ -25,10 +25,8 @@ from data_prep.forms.form import Form
 from data_prep.own_template import TemplateCheck
 from data_prep.packing import build_packs, check_settings
 from data_prep.store import StoreWriter
-from data_prep.store_view import Viewer
 from data_prep.summary import Finds, Turns, print_summary
 from data_prep.tokens import ChatTokenizer
-from data_prep.xray import print_documents, some_rows
 from nano3.cli import UserError, check_output, fresh_output, run
 from nano3.conversations import Conversation, Conversations
 from nano3.pack_index import Curriculum
@@ -106,7 +104,6 @@ def prepare(
                 raise UserError(f"nothing is left to train on: all {finds.empty_rows} rows have empty answers only")
             writer.finish(
                 encoder,
-                tokenizer_folder=str(tokenizer),
                 template=template.facts(),
                 thinking=options.thinking,
                 no_loss=list(options.no_loss),
@@ -309,7 +306,6 @@ def main() -> int:
     )
     store, facts = prepare(args.input, args.tokenizer, args.out, options=options, **packing)
     print_summary(store, facts)
-    print_documents(Viewer(store, None), some_rows(len(store)))
     return 0
 
 

@@ -126,6 +126,7 @@ def _trainer(run: Run) -> nemo_run.Config:
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         enable_checkpointing=False,
+        logger=False,  # metrics.jsonl is the record; Lightning would write lightning_logs/ where you stand
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,

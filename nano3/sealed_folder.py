@@ -175,4 +175,6 @@ def _remedy(folder: Path) -> str:
             "copy the folder again from where it was written, or, if you changed it on purpose, say so: "
             f"python conversion/adapter.py accept {folder}"
         )
+    if (folder / "packs.json").is_file():
+        return f"pack the store again: python data_prep/repack.py {folder.parent} --seq-length N"
     return "copy the folder again from where it was written, or write it again"

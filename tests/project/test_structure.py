@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def test_imports_go_one_way(file):
     assert others <= MAY_IMPORT[package], f"{file} imports {others - MAY_IMPORT[package]}"
 
 
+@cache
 def defined(module: str) -> set[str] | None:
     """Names that one may import from a module of ours, submodules included; none when there is no such module."""
     path = ROOT.joinpath(*module.split("."))
