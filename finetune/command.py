@@ -13,7 +13,7 @@ from conversion.checkpoint.names import adaptable, adapter_shapes
 from conversion.checkpoint.output_folder import refuse_overlap
 from finetune import run_cluster, run_local
 from finetune.checks import check_run
-from finetune.config_file import read_config
+from finetune.config_file import PLACES, read_config
 from finetune.eval_only import evaluate, evaluation_run
 from finetune.initial import adopt
 from finetune.recipe_file import Recipe, recipe_of, refuse_while_loading
@@ -224,8 +224,12 @@ def trainable_parameters(run: Run, arch: Arch) -> int:
 
 
 def winners(args: argparse.Namespace, defaults: Settings, run: Run) -> dict[str, str]:
-    """Who gave each setting of the run, where it was not the recipe."""
-    derived = {}
+    """Who gave each setting of the run, its paths and resources, where it was not the recipe or a default."""
+    given, args = args, filled(args)
+    site = _site(args)
+    derived = {name: "cluster.yaml" for name in ("model", "data") if site is not None and getattr(site, name)}
+    derived |= {name: str(file) for file in args.config for name in read_config(file)[0]}
+    derived |= {name: "command line" for name in PLACES if getattr(given, name) not in (None, False)}
     if not run.cpu and defaults.layout == Layout():
         derived["layout.ep"] = "derived from the GPUs of a node"
     won = layered(defaults, args)
@@ -239,8 +243,10 @@ def describe(run: Run, arch: Arch, won: Mapping[str, str]) -> str:
     """The resolved recipe for people; `won` says who gave a setting, where it was not the recipe."""
     name = f"{run.recipe.name} ({run.recipe.file})" if run.recipe else "(none)"
     lines = [f"recipe      {name}"]
-    lines += [f"model       {run.model} ({arch.parameters:,} parameters, {arch.active_parameters:,} active)"]
-    lines += [f"store       {run.data or '(none given)'}", f"out         {run.out}"]
+    by = {name: f"  [{won.get(name, 'default')}]" for name in PLACES}
+    size = f"({arch.parameters:,} parameters, {arch.active_parameters:,} active)"
+    lines += [f"model       {run.model} {size}{by['model']}", f"store       {run.data or '(none given)'}{by['data']}"]
+    lines += [f"out         {run.out}{by['out']}"]
     lines += [f"adapters    {trainable_parameters(run, arch):,} parameters"]
     lines += [BALANCE_WARNING] if run.settings.router == "balance" else []
     lines += ["settings"]
@@ -274,8 +280,7 @@ def main(description: str | None, defaults: Callable[[], Settings], recipe: Call
         print(help_text(defaults(), args.help_settings))
         return 0
     run, arch = resolve(args, defaults, recipe_of(recipe))
-    args = filled(args)
-    won = winners(args, defaults(), run)
+    won, args = winners(args, defaults(), run), filled(args)
     check_output(run.out, KIND)
     site = _site(args)
     if site is None and (args.after is not None or args.follow or args.array):

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.plan.hardware import Gpu, find_gpu
+from launch.plan.hardware import HARDWARE, Gpu, find_gpu
 from launch.plan.layout import Layout
 from launch.plan.layout_rules import nearest
 from launch.plan.memory import MemoryPlan, plan_memory
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parse.add_argument("--hardware", required=True, help="h100, h200, b200, b300, gb200 or gb300")
+    parse.add_argument("--hardware", required=True, help=", ".join(HARDWARE))
     parse.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
     parse.add_argument("--gpus-per-node", type=int, help="GPUs of each that are used (default: all)")
     parse.add_argument("--model", default="nano", help="nano, pico, a Hugging Face folder or a NeMo checkpoint")
@@ -87,10 +87,10 @@ class Request:
     paths: Paths
 
     def __post_init__(self) -> None:
-        if self.nodes < 1 or not 1 <= self.per_node <= self.gpu.gpus_per_node:
+        if self.nodes < 1 or not 1 <= self.per_node <= self.gpu.most_per_node:
             raise UserError(
                 f"--nodes {self.nodes} must be at least 1 and --gpus-per-node {self.per_node} from 1 to "
-                f"{self.gpu.gpus_per_node}, the GPUs of a {self.gpu.name} node"
+                f"{self.gpu.most_per_node}, the GPUs of a {self.gpu.name} node"
             )
 
     @property

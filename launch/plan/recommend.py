@@ -34,9 +34,9 @@ def row(arch: Arch, gpu: Gpu, gpus: int) -> str:
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("hardware", nargs="*", help="h100, h200, b200, b300, gb200, gb300 (default: all)")
+    parse.add_argument("hardware", nargs="*", help="names of GPUs (default: all that come as a system)")
     arch = Arch.load(resolve_model("nano"))
-    for name in parse.parse_args().hardware or list(HARDWARE):
+    for name in parse.parse_args().hardware or [name for name, gpu in HARDWARE.items() if gpu.gpus_per_node > 1]:
         for gpus in (8, 16):
             print(row(arch, find_gpu(name), gpus))
 

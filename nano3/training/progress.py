@@ -14,6 +14,8 @@ from nano3.cli import UserError
 from nano3.training.divergence import Divergence
 from nano3.training.journal import Journal, Row, View
 
+TIMED_STEPS = 2
+"""Steps from which the time of the run is told; the first step of a process compiles and is left out."""
 FORWARDED = ("loss/", "router_")
 """Beginnings of metrics that others log every step; those of validation begin with `validation_`."""
 
@@ -30,6 +32,16 @@ def line(
         f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3f}  "
         f"{tokens_per_second:.0f} tokens/s{time_left}"
     )
+
+
+def expected(seconds: Sequence[float], left: int) -> str:
+    """How long the steps that are left take, from the first that were timed."""
+    mean = sum(seconds) / len(seconds)
+    minutes = mean * left / 60
+    time_left = (
+        f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min" if minutes >= 2 else f"{60 * minutes:.0f} s"
+    )
+    return f"time        about {time_left} for {left} steps, from {mean:.2f} s a step in the first ones"
 
 
 def logged(trainer: pl.Trainer, *beginnings: str) -> Row:
@@ -114,6 +126,8 @@ class Progress(pl.Callback):
         row.update(logged(trainer, *FORWARDED), **details)
         self._write(step, row)
         self.spent.append(seconds)
+        if len(self.spent) == TIMED_STEPS + 1 and step < self.steps:
+            print(expected(self.spent[1:], self.steps - step), flush=True)
         if self._in_detail(step):
             later = self.spent[1:]  # the first step of a process also compiles
             left = sum(later) / len(later) * (self.steps - step) if later else None

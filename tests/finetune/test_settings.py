@@ -129,6 +129,7 @@ def test_the_recipe_then_the_files_then_the_command_line(config):
         "train.lr": second, "train.clip": "command line", "lora.rank": first, "log.name": second,
     }  # fmt: skip
     lines = describe(run, arch, won).splitlines()
+    assert [line.rpartition("  ")[2] for line in lines[1:4]] == ["[command line]", "[default]", f"[{first}]"]
     assert [line for line in lines if "train.beta2" in line] == [f"  {'train.beta2=0.9':<40} recipe"]
     assert [line for line in lines if "train.lr" in line] == [f"  {'train.lr=0.0003':<40} {second}"]
 
@@ -228,7 +229,7 @@ def test_a_run_whose_steps_are_not_known_yet_passes_every_other_check():
 
 def test_layers_are_applied_to_the_settings_that_they_are_given():
     settings = Settings()
-    args = parser().parse_args(["layout.ep=2", "lora.rank=4"])
+    args = filled(parser().parse_args(["layout.ep=2", "lora.rank=4"]))
     assert layered(settings, args) == {"layout.ep": "command line", "lora.rank": "command line"}
     assert (settings.layout, settings.lora.rank) == (Layout(ep=2), 4)
 
@@ -243,7 +244,7 @@ def test_a_run_trains_on_nothing_that_is_for_evaluation_only(tmp_path, monkeypat
         file = write_jsonl(tmp_path / f"{name}.jsonl", [row("a", "b") | more])
         stores[name] = prepare([file], pico, tmp_path / name, 128, Options(evaluation_data=True))[0].folder
     monkeypatch.setattr(run_local, "check_base", lambda *_: None)
-    settings = SimpleNamespace(train=SimpleNamespace(seq_length=128), document_multiple=1)
+    settings = SimpleNamespace(train=SimpleNamespace(seq_length=128, steps=None), document_multiple=1)
     arch = SimpleNamespace(vocab_size=1 << 20)
 
     def check(data, validation, eval_only=False):

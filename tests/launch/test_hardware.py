@@ -2,7 +2,9 @@
 
 import pytest
 
+from launch import preflight
 from launch.plan.hardware import GIB, HARDWARE, find_gpu
+from launch.plan.layout import Layout
 from nano3.cli import UserError
 
 
@@ -35,3 +37,23 @@ def test_names_are_found_in_any_case_and_others_are_refused():
     assert find_gpu("H100") is HARDWARE["h100"]
     with pytest.raises(UserError, match="'a100' is not known; choose one of h100, h200, b200"):
         find_gpu("a100")
+
+
+@pytest.mark.parametrize("name", ["rtx4090", "rtx5090", "l40s", "a6000", "a10g", "l4"])
+def test_a_single_card_is_planned_alone_or_beside_others(name):
+    gpu = HARDWARE[name]
+    assert 22 <= gpu.memory_gib <= 48
+    assert (gpu.gpus_per_node, gpu.most_per_node) == (1, 8)
+    assert HARDWARE["h100"].most_per_node == 8
+    assert HARDWARE["gb200"].most_per_node == 4
+    assert preflight.read_request(preflight.parser().parse_args(["--hardware", name])).ranks == 1
+    eight = ["--hardware", name, "--gpus-per-node", "8"]
+    assert preflight.read_request(preflight.parser().parse_args(eight)).plan.layout == Layout(ep=8)
+    with pytest.raises(UserError, match="from 1 to 8"):
+        preflight.read_request(preflight.parser().parse_args([*eight[:-1], "9"]))
+
+
+def test_the_base_in_bf16_does_not_fit_one_card():
+    code, text = preflight.report(preflight.read_request(preflight.parser().parse_args(["--hardware", "l40s"])), False)
+    assert code == 1
+    assert text.startswith("DOES NOT FIT: ")

@@ -9,7 +9,7 @@ import torch
 from nano3.cli import UserError
 from nano3.training.divergence import Divergence
 from nano3.training.memory_advice import MemoryAdvice
-from nano3.training.progress import Progress, line
+from nano3.training.progress import Progress, expected, line
 
 
 def trainer(step, rate, **metrics):
@@ -154,3 +154,9 @@ def test_a_validation_loss_that_is_no_number_ends_the_run_on_every_rank(make, tm
         now.is_global_zero = first
         with pytest.raises(UserError, match="step 3: the validation loss is not a number"):
             progress.on_validation_end(now, None)
+
+
+def test_the_time_of_a_run_is_told_from_its_first_steps():
+    assert expected([1.0, 3.0], 90) == "time        about 3 min for 90 steps, from 2.00 s a step in the first ones"
+    assert expected([0.5], 10).startswith("time        about 5 s for 10 steps")
+    assert expected([36.0], 250).startswith("time        about 2.5 h for 250 steps")
