@@ -61,8 +61,11 @@ def check_seal(folder: Path, required: bool = False) -> None:
     """Raises `UserError` for a file that is not what the seal of the folder says.
 
     A folder without a seal passes, as other tools write none, unless it is `required` or the folder's marker promises
-    one.
+    one. Links that lead out of a folder are refused in any (`require_inside`), but for hidden folders such as `.git`.
     """
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.relative_to(folder).parts[0].startswith("."):
+            require_inside(folder, path)
     lines = sealed(folder)
     if lines is None:
         if required or _marker(folder).get("sealed"):

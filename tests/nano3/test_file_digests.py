@@ -157,6 +157,12 @@ def test_links_out_of_a_folder_are_refused_but_those_of_hugging_face_s_cache(tmp
         require_inside(model, model / name)
     with pytest.raises(UserError, match=r"out is a link to .*secret, outside of .*put the file itself there"):
         require_inside(model, model / "out")
+    with pytest.raises(UserError, match="out is a link to"):
+        check_seal(model)  # what every reader of a folder does first, whoever wrote it
+    (model / "out").unlink()
+    (model / ".git").mkdir()
+    (model / ".git/out").symlink_to(tmp_path / "secret")
+    check_seal(model)
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "config.json").symlink_to(blobs / "abc")
