@@ -38,6 +38,7 @@ from conversion.checkpoint.safetensors_writer import SafetensorsWriter
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError, check_output, fresh_output, run
+from nano3.documents import read_json
 from nano3.sealed_folder import MARKER, seal, sealed
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def export(folder: Path, out: Path, consumer: str) -> int:
     adapter = Adapter(folder, arch)
     made = {piece.key: piece for piece in pieces(adapter, consumer)}
     table: TensorTable = {name: (piece.dtype, piece.shape) for name, piece in made.items()}
-    facts = json.dumps(json.loads((folder / "lora.json").read_text()))
+    facts = json.dumps(read_json(folder / "lora.json", dict[str, Any], "copy the adapter again"))
     layout = FileLayout({PEFT_WEIGHTS: make_header(list(table), table, {FACTS: facts})}, None)
 
     def do(name: str) -> None:

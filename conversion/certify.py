@@ -15,7 +15,6 @@ as claimed. `card` prints the model card. Exit code 1 for a difference.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from conversion.checkpoint.output_folder import CERTIFICATE, side_folder
 from conversion.checkpoint.tensor_digests import Facts, facts_of
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.cli import UserError, run
+from nano3.hf_config import read_config
 from nano3.sealed_folder import check_seal
 
 
@@ -49,7 +49,7 @@ def verify(folder: Path, base: Path | None = None, adapter: Path | None = None) 
     if changed_since(folder, certificate) and certificate == sealed(certificate):
         problems.append(f"{folder}: {CERTIFICATE} is not in the form in which it was written")
     try:
-        config = json.loads((side / "config.json").read_text())
+        config = read_config(side)
         config.pop("quantization_config", None)
         arch = Arch.from_config(config, str(side))
         problems += contradictions(certificate, arch)
@@ -158,7 +158,7 @@ def _other_settings(folder: Path, base: Path) -> list[str]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    config = json.loads((side_folder(folder) / "config.json").read_text())
+    config = read_config(side_folder(folder))
     config.pop("quantization_config", None)
     digests = {name: digest for name, digest in side_digests(folder).items() if name != "hf_quant_config.json"}
     return digests | {"config.json": config}

@@ -17,103 +17,129 @@ import argparse
 import http.client
 import json
 import os
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from annotated_types import MinLen
+from typing_extensions import TypedDict
 
 from conversion.fp8.golden_file import Golden
 from nano3.cli import UserError, run
+from nano3.documents import Count, Name, parse_json
+from nano3.network import Answer, ask, check_address, without
+
+T = TypeVar("T")
 
 KEY_VARIABLE = "VLLM_API_KEY"
 """Environment variable whose value, if any, is sent as the server's key (vLLM reads the same)."""
+
+
+class Model(TypedDict):
+    """A model that a server lists."""
+
+    id: Name
+
+
+class Models(TypedDict):
+    """The answer of /v1/models."""
+
+    data: list[Model]
+
+
+class LogProb(TypedDict):
+    """What a token got; -inf is a number here."""
+
+    logprob: float
+
+
+class Choice(TypedDict):
+    """An answer of the model, with vLLM's extension."""
+
+    prompt_logprobs: list[dict[str, LogProb | None] | None]
+
+
+class Completion(TypedDict):
+    """The answer of /v1/completions."""
+
+    choices: Annotated[list[Choice], MinLen(1)]
+
+
+class Tokens(TypedDict):
+    """The answer of /tokenize."""
+
+    tokens: list[Count]
 
 
 class Server:
     """An OpenAI-compatible server at `url`, which may end in /v1. Every call raises `UserError` when it fails."""
 
     def __init__(self, url: str, timeout: float, model: str | None = None) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"{url} is no address of a server; give one such as http://localhost:8000")
+        self.url = check_address(url).rstrip("/").removesuffix("/v1")
         self.timeout = timeout
         self.model = self._model(model)
 
     def _model(self, wanted: str | None) -> str:
-        listed = self._call("/v1/models")
-        try:
-            names = [entry["id"] for entry in listed["data"]]
-        except (KeyError, TypeError):
-            raise UserError(f"{self.url}/v1/models lists no models; is this an OpenAI-compatible server?") from None
+        listed = self._call("/v1/models", Models, "is this an OpenAI-compatible server?")
+        names = [entry["id"] for entry in listed["data"]]
         wanted = names[0] if wanted is None and len(names) == 1 else wanted
         if wanted is None or wanted not in names:
-            raise UserError(f"{self.url} serves {', '.join(names) or 'nothing'}; choose with --model")
+            raise UserError(f"{self.url} serves {', '.join(names[:20]) or 'nothing'}; choose with --model")
         return wanted
 
     def logprobs(self, tokens: np.ndarray) -> np.ndarray:
         """The server's log-probability of every token given those before it; 0 for the first, NaN where it has none."""
         ids = [int(token) for token in tokens]
         body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
-        answer = self._call("/v1/completions", {"model": self.model, **body})
-        try:
-            listed = answer["choices"][0]["prompt_logprobs"]
-            if len(listed) != len(ids):
-                raise UserError(f"{self.url} answers for {len(listed)} tokens where {len(ids)} were asked for")
-            found = [entry.get(str(token)) for token, entry in zip(ids[1:], listed[1:], strict=True)]
-            return np.array([0.0] + [float("nan") if entry is None else float(entry["logprob"]) for entry in found])
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{self.url} gives no prompt_logprobs; vLLM does, other servers may not have this extension"
-            ) from None
+        why = "vLLM gives prompt_logprobs, other servers may not have this extension"
+        answer = self._call("/v1/completions", Completion, why, {"model": self.model, **body})
+        listed = answer["choices"][0]["prompt_logprobs"]
+        if len(listed) != len(ids):
+            raise UserError(f"{self.url} answers for {len(listed)} tokens where {len(ids)} were asked for")
+        found = [(entry or {}).get(str(token)) for token, entry in zip(ids[1:], listed[1:], strict=True)]
+        return np.array([0.0] + [float("nan") if entry is None else float(entry["logprob"]) for entry in found])
 
     def tokenize(self, text: str) -> list[int]:
         """The server's tokens of a text, nothing added."""
-        answer = self._call("/tokenize", {"model": self.model, "prompt": text, "add_special_tokens": False})
-        try:
-            return [int(token) for token in answer["tokens"]]
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{self.url}/tokenize gives no tokens; leave it out with --skip-tokenizer") from None
+        body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        return self._call("/tokenize", Tokens, "leave it out with --skip-tokenizer", body)["tokens"]
 
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, headers)
+    def _call(self, path: str, schema: type[T], remedy: str, body: dict[str, Any] | None = None) -> T:
+        key = os.environ.get(KEY_VARIABLE)
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        where = self.url + path
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            raise UserError(f"{self.url}{path} answers {error.code}: {_detail(error)}{_remedy(path, error)}") from None
+            answer = ask(where, headers, None if body is None else json.dumps(body).encode(), self.timeout)
         except TimeoutError:
-            raise UserError(f"{self.url}{path} did not answer within {self.timeout:g} s; see --timeout") from None
+            raise UserError(f"{where} did not answer within {self.timeout:g} s; see --timeout") from None
+        except UserError:
+            raise
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise UserError(f"{self.url}{path} did not answer within {self.timeout:g} s; see --timeout") from None
-            raise UserError(f"{self.url}{path} cannot be asked ({reason}); is the server up? vllm serve DIR") from None
+            reason = without(key, str(error) or type(error).__name__)
+            raise UserError(f"{where} cannot be asked ({reason}); is the server up? vllm serve DIR") from None
+        if answer.status != 200:
+            detail = without(key, _detail(answer))
+            raise UserError(f"{where} answers {answer.status}: {detail}{_remedy(path, answer.status)}")
+        return parse_json(answer.body, schema, where, remedy)
 
 
-def _detail(error: urllib.error.HTTPError) -> str:
+def _detail(answer: Answer) -> str:
     """The server's own words, in one line."""
-    text = error.read(2000).decode(errors="replace")
+    text = answer.body[:2000].decode(errors="replace")
     try:
-        content = json.loads(text)
-        text = content.get("message") or content.get("detail") or content["error"]["message"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        told = parse_json(answer.body, dict[str, Any], "the answer")
+        inside = told.get("error")
+        text = told.get("message") or told.get("detail") or (inside["message"] if isinstance(inside, dict) else text)
+    except (UserError, KeyError):
         pass
-    return " ".join(str(text).split())[:300] or str(error.reason)
+    return " ".join(str(text).split())[:300] or answer.reason
 
 
-def _remedy(path: str, error: urllib.error.HTTPError) -> str:
-    if error.code in (401, 403):
+def _remedy(path: str, status: int) -> str:
+    if status in (401, 403):
         return f"; put the server's key into {KEY_VARIABLE}"
-    if path == "/tokenize" and error.code in (404, 405):
+    if path == "/tokenize" and status in (404, 405):
         return "; leave the tokenizer out with --skip-tokenizer"
     return ""
 

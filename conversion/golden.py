@@ -15,7 +15,6 @@ texts of our own are taken. The output must not lie in the model's folder, where
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +30,7 @@ from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.fp8.golden_file import Golden, Tolerance
 from nano3.arch import resolve_model
 from nano3.cli import UserError, run, scratch_folder
+from nano3.documents import parse_json_line
 
 if TYPE_CHECKING:
     import torch
@@ -70,12 +70,9 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
+        row = parse_json_line(line, f"{path}:{number}")
         kinds = {"prompt": str, "messages": list}
-        given = [key for key in kinds if isinstance(row, dict) and key in row]
+        given = [key for key in kinds if key in row]
         if len(given) != 1 or not isinstance(row[given[0]], kinds[given[0]]):
             raise UserError(f"{path}:{number}: give a JSON object with messages (a list) or prompt (a text)")
         rows.append(row)

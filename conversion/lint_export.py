@@ -10,10 +10,12 @@ nothing is wrong, 1 with one line per finding and the reader concerned, 2 when D
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MaxLen
+from typing_extensions import TypedDict
 
 from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.pieces import row_steps
@@ -21,6 +23,7 @@ from conversion.checkpoint.safetensors_layout import FP8
 from conversion.fp8.readers import READERS, loaded_modules, vllm_cache_scale
 from conversion.fp8.selection import KV_SCALES, SCALES, matrices, scale_problem
 from nano3.cli import UserError, run
+from nano3.documents import Name, check, read_json
 from nano3.sealed_folder import check_seal
 
 EVERYONE = "every reader"
@@ -30,6 +33,29 @@ PRECISE = (".A_log", ".e_score_correction_bias")
 
 Finding = tuple[str, str]
 """Who would misread the folder, and what is wrong."""
+
+
+class Quantization(TypedDict, total=False):
+    """What TensorRT-LLM reads of hf_quant_config.json."""
+
+    quant_algo: Name | None
+    kv_cache_quant_algo: Name | None
+    exclude_modules: Annotated[list[Name], MaxLen(100_000)] | None
+
+
+class QuantFile(TypedDict):
+    """hf_quant_config.json."""
+
+    quantization: Quantization
+
+
+class QuantizationConfig(TypedDict, total=False):
+    """What vLLM reads of config.json's `quantization_config`."""
+
+    quant_method: Name | None
+    quant_algo: Name | None
+    kv_cache_scheme: dict[str, Any] | None
+    ignore: Annotated[list[Name], MaxLen(100_000)] | None
 
 
 def lint(folder: Path) -> list[Finding]:
@@ -67,12 +93,13 @@ def _changes(folder: Path) -> list[Finding]:
 def _configs(folder: Path, hf: HFFolder) -> tuple[dict[str, Any], list[Finding]]:
     """What hf_quant_config.json says, and where it and config.json differ."""
     problems: list[Finding] = []
-    try:
-        told = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
-    except (OSError, ValueError, KeyError, TypeError):
-        problems.append(("TensorRT-LLM", "hf_quant_config.json is missing or has no `quantization`"))
-        told = {}
-    ours: Any = hf.quantization or {}
+    path, remedy = folder / "hf_quant_config.json", "quantize the model again"
+    told: dict[str, Any] = {}
+    if path.is_file():
+        told = dict(read_json(path, QuantFile, remedy)["quantization"])
+    else:
+        problems.append(("TensorRT-LLM", "hf_quant_config.json is missing"))
+    ours: Any = check(hf.quantization or {}, QuantizationConfig, f"{folder}/config.json: quantization_config", remedy)
     if ours.get("quant_method") != "modelopt":
         problems.append((VLLM, f"config.json: quantization_config.quant_method is {ours.get('quant_method')!r}"))
     for what, first, second in (

@@ -37,6 +37,7 @@ from conversion.fp8.selection import E4M3_MAX, KV_SCALES, Selection
 from conversion.push import add_push, asked_hub, push
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError, check_output, run
+from nano3.hf_config import read_config
 from nano3.store_contents import check_store
 from nano3.token_store import TokenStore
 
@@ -165,7 +166,7 @@ def _scalars(selection: Selection, scales: dict[str, torch.Tensor], found: Activ
 def _write_configs(source: Path, folder: Path, selection: Selection) -> None:
     """config.json as it was with `quantization_config`, and hf_quant_config.json, which says the same."""
     producer = version("nvidia-modelopt")
-    config = json.loads((source / "config.json").read_text())
+    config = read_config(source)
     config["quantization_config"] = selection.quantization_config(producer)
     for name, content in (("config.json", config), ("hf_quant_config.json", selection.hf_quant_config(producer))):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

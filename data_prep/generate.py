@@ -11,7 +11,6 @@ No question occurs twice in the file, and with `--exclude` none that is, or near
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from data_prep.overlap import HeldOut, distinct_new
 from data_prep.puzzles.kinds import KINDS, PREFIX, puzzle_rows
 from data_prep.sources.reasoning_gym import reasoning_gym_rows
 from nano3.cli import UserError, run
+from nano3.documents import parse_json
 from nano3.rows import write_rows
 
 TRIES = 20
@@ -31,7 +31,7 @@ TRIES = 20
 
 def parse_params(pairs: list[str]) -> dict[str, Any]:
     """`["max_numbers=5", "cipher=rot"]` -> `{"max_numbers": 5, "cipher": "rot"}`: JSON where it is JSON, else text."""
-    params = {}
+    params: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
@@ -39,8 +39,8 @@ def parse_params(pairs: list[str]) -> dict[str, Any]:
         if key in ("task", "size", "seed"):
             raise UserError(f"{pair!r}: give it as --{key} {value}")
         try:
-            params[key] = json.loads(value)
-        except ValueError:
+            params[key] = parse_json(value, Any, pair)
+        except UserError:
             params[key] = value
     return params
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 from data_prep.chat import TEMPLATE_FILE, render, text_of
 from nano3.cli import UserError
 from nano3.conversations import checked_messages, checked_tools
+from nano3.documents import read_json
 from nano3.token_store import tokenizer_file
 
 LARGEST_TEMPLATE = 1 << 20
@@ -184,13 +185,7 @@ def _own_template(folder: Path) -> tuple[Path, str | None, dict[str, str]]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is no JSON object; download it again")
-    return config
+    return read_json(path, dict[str, Any], "download it again")
 
 
 def compiled(text: str) -> Any:

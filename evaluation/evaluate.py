@@ -31,6 +31,7 @@ from evaluation.significance import wilson_interval
 from evaluation.tasks import Task, load_task, names
 from nano3.arch import resolve_model
 from nano3.cli import UserError, fresh_file, run
+from nano3.documents import read_json
 from nano3.hf_config import read_config
 
 if TYPE_CHECKING:
@@ -200,8 +201,8 @@ def check_result_file(out: Path) -> Path:
         raise UserError(f"--out {out} is a folder; give a file name such as {out / 'result.json'}")
     if out.exists():
         try:
-            ours = json.loads(out.read_text())["kind"] == KIND
-        except (ValueError, KeyError, TypeError):
+            ours = read_json(out, dict[str, Any]).get("kind") == KIND
+        except UserError:
             ours = False
         if not ours:
             raise UserError(f"--out {out} exists and is not a result of this script; choose another name or remove it")

@@ -5,7 +5,6 @@ Model, data and layout are those of the run's own recipe, of which this is a var
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from finetune.run_local import KIND, import_base
 from finetune.run_record import write_run
 from finetune.settings import Run
 from nano3.cli import UserError, fresh_output, owner_of
+from nano3.documents import read_json
 from nano3.ranges import MOST_STEPS
 from nano3.sealed_folder import check_seal
 
@@ -63,7 +63,7 @@ def evaluate(run: Run) -> int:
     code = run_ranks(["-m", "finetune.worker", str(folder / "run.json")], run.ranks, folder / "logs", environment)
     if not (folder / RESULTS).exists():
         return code or 1
-    print(summary(json.loads((folder / RESULTS).read_text())))
+    print(summary(read_json(folder / RESULTS, dict[str, Any])))
     print(f"results: {folder / RESULTS}", file=sys.stderr)
     return code
 

@@ -10,7 +10,6 @@ numbers: what a checkpoint says of them decides whether equal bits can be promis
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from data_prep.packing import PackedDataset
 from finetune.settings import Run
 from launch.plan.layout import AXES
 from nano3.checkpoints.base_identity import recorded_sha256
+from nano3.documents import as_json
 from nano3.mixture import is_mixture, read_mixture
 from nano3.overrides import flatten
 from nano3.pack_index import Curriculum
@@ -43,7 +43,7 @@ def run_identity(text: str) -> dict[str, Any]:
         **_recipe(run),
         **{key: value for key, value in settings.items() if key != "train.pad_multiple"},
     }
-    return json.loads(json.dumps(identity))
+    return as_json(identity)
 
 
 def _recipe(run: Run) -> dict[str, str]:

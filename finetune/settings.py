@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from finetune.recipe_file import Recipe
 from launch.plan.layout import Layout
 from launch.plan.plan_settings import CheckpointPlan, TrainPlan
+from nano3.documents import parse_json
 from nano3.lora_settings import LoraSettings
 from nano3.ranges import MOST_STEPS, SEED_BITS, Range
 
@@ -158,7 +159,7 @@ class Run:
     @classmethod
     def from_json(cls, text: str) -> Run:
         """The inverse of `to_json`."""
-        raw: dict[str, Any] = json.loads(text)
+        raw: dict[str, Any] = parse_json(text, dict, "run.json", "start the run again")
         groups = raw.pop("settings")
         settings = Settings(
             layout=Layout(**groups["layout"]),

@@ -28,14 +28,19 @@ def main() -> int:
         supervisor = supervision.start(patience.silent_seconds, patience.stuck_minutes, patience.slow)
         import fiddle
         from lightning.pytorch.utilities.exceptions import SIGTERMException
+        from torch.distributed.checkpoint.api import CheckpointException
 
         from finetune.eval_only import evaluation_recipe
+        from nano3.checkpoint_metadata import check_folder, unreadable
 
         make = load_recipe(run.recipe, Path(run.out))
         recipe = evaluation_recipe(run, make) if run.eval_only else make(run)
     quiet()
+    check_folder(Path(run.base) / "weights")  # before NeMo opens it
     try:
         fiddle.build(recipe)()
+    except CheckpointException as error:
+        raise unreadable(error, f"the model {run.base}, or a checkpoint of this run,") from error
     except SIGTERMException:  # a SystemExit without a code, which would pass for success
         return 128 + signal.SIGTERM
     finally:

@@ -105,7 +105,7 @@ class Arch:
         Raises `UserError` naming the field when one is missing, unknown, malformed, or has a value that we do not
         support. `source` is how messages call the file.
         """
-        return cls(**architecture_fields(config, {f.name: str(f.type) for f in fields(cls)}, source))
+        return cls(**architecture_fields(config, source))
 
     @classmethod
     def load(cls, path: Path | str) -> Arch:

@@ -60,6 +60,11 @@ def is_sha256(text: str) -> bool:
     return len(text) == 64 and not set(text) - set("0123456789abcdef")
 
 
+def is_inner_path(text: str) -> bool:
+    """A path to a file inside the folder: relative, no way out."""
+    return len(text) <= 1000 and all(is_file_name(part) for part in text.split("/"))
+
+
 def is_file_name(text: str) -> bool:
     """The name of a file in the same folder: no path, no way out of it, nothing that a terminal would act on."""
     return 0 < len(text) <= 255 and text not in (".", "..") and "/" not in text and text.isprintable()
@@ -74,8 +79,14 @@ Text = Annotated[str, MaxLen(100_000)]
 Name = Annotated[str, MaxLen(1000)]
 Sha256 = Annotated[str, Predicate(is_sha256)]
 FileName = Annotated[str, Predicate(is_file_name)]
+InnerPath = Annotated[str, Predicate(is_inner_path)]
+Shape = Annotated[list[Count], MaxLen(16)]
 
-_SAYS = {is_sha256: "a SHA-256 in 64 hexadecimal digits", is_file_name: "the name of a file in the same folder"}
+_SAYS = {
+    is_sha256: "a SHA-256 in 64 hexadecimal digits",
+    is_file_name: "the name of a file in the same folder",
+    is_inner_path: "the path of a file inside the folder",
+}
 """What a predicate asks for, in words."""
 
 
@@ -160,6 +171,11 @@ def check(value: Any, schema: type[T], where: str, remedy: str) -> T:
     except ValidationError as error:
         raise UserError(_explain(error.errors(include_url=False)[0], where, remedy)) from None
     return value
+
+
+def as_json(value: Any) -> Any:
+    """A value as it would come back from JSON: lists for tuples, text for keys."""
+    return json.loads(json.dumps(value))
 
 
 def shown(value: Any) -> str:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
-from nano3.cli import UserError
+from nano3.documents import AboveZero, Name, read_json
 from nano3.hf_config import FP8_ACTIVATIONS
 from nano3.reference_linears import After, Before, tap_layer, tap_model
 
@@ -32,6 +33,13 @@ def rounded(value: torch.Tensor, scale: float) -> torch.Tensor:
     """`value`, any shape, as E4M3 at `scale` holds it, in its own dtype; what is too large becomes 448 * scale."""
     codes = (value.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return (codes.float() * scale).to(value.dtype)
+
+
+class ScalesFile(TypedDict):
+    """fp8_activations.json."""
+
+    inputs: dict[Name, AboveZero]
+    cache: dict[Name, AboveZero]
 
 
 @dataclass(frozen=True)
@@ -55,15 +63,8 @@ class ActivationScales:
         path = folder / FP8_ACTIVATIONS
         if not path.exists():
             return None
-        try:
-            content = json.loads(path.read_text())
-            scales = cls(content["inputs"], content["cache"])
-            good = all(0 < value < float("inf") for part in (scales.inputs, scales.cache) for value in part.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            good = False
-        if not good:
-            raise UserError(f"{path} is damaged; make the folder again with conversion/dequantize.py")
-        return scales
+        content = read_json(path, ScalesFile, "make the folder again with conversion/dequantize.py")
+        return cls(content["inputs"], content["cache"])
 
     def write(self, folder: Path) -> None:
         """Writes the file into `folder`."""

@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le, MaxLen
+from typing_extensions import TypedDict
 
 from nano3.cli import UserError
+from nano3.documents import Name, check, read_json, shown
 
 FP8_ACTIVATIONS = "fp8_activations.json"
 """File beside dequantized weights with FP8's scales of activations and cache (nano3/fp8_emulation.py)."""
@@ -92,6 +96,13 @@ IGNORED = {
 }
 """Fields that do not change the network, with the reason."""
 
+MAX_LAYERS = 10_000
+MAX_EXPERTS = 200_000
+"""Most routed experts of all layers together: their tensors are named one by one (Nano has 2,944, a model of 120B
+parameters 20,480)."""
+
+_NOT_OURS = "this is no config.json of a Nemotron-H model; fetch it again"
+
 ALIASES = {"norm_eps": "layer_norm_epsilon", "rms_norm_eps": "layer_norm_epsilon"}
 """Second names of a field; both may be present if they agree."""
 
@@ -101,39 +112,87 @@ def read_config(path: Path | str) -> dict[str, Any]:
     file = Path(path)
     if file.is_dir():
         file = file / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except OSError:
-        raise UserError(f"no config.json at {path}; give a Hugging Face model folder") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} does not hold a JSON object; fetch it again")
-    return config
+    if not file.is_file():
+        raise UserError(f"no config.json at {path}; give a Hugging Face model folder")
+    return read_json(file, dict, "fetch it again")
 
 
-def architecture_fields(config: dict[str, Any], wanted: dict[str, str], source: str) -> dict[str, Any]:
-    """Values of the fields `wanted` (name -> type, as text) of a config.json, plus `pattern` and `dtype`.
+_Width = Annotated[int, Ge(1), Le(1 << 20)]
+_Many = Annotated[int, Ge(1), Le(1 << 16)]
+
+
+class Sizes(TypedDict):
+    """The fields of a config.json that are numbers of the network, and their ranges.
+
+    The largest of each is some hundred times that of any model of the family.
+    """
+
+    vocab_size: Annotated[int, Ge(1), Le(1 << 24)]
+    hidden_size: _Width
+    num_attention_heads: _Many
+    num_key_value_heads: _Many
+    head_dim: _Many
+    mamba_num_heads: _Many
+    mamba_head_dim: _Many
+    ssm_state_size: _Many
+    n_groups: _Many
+    conv_kernel: _Many
+    chunk_size: _Many
+    n_routed_experts: _Many
+    num_experts_per_tok: _Many
+    moe_intermediate_size: _Width
+    moe_shared_expert_intermediate_size: _Width
+    intermediate_size: _Width
+    max_position_embeddings: Annotated[int, Ge(1), Le(1 << 30)]
+    routed_scaling_factor: Annotated[float, Gt(0), Le(1000)]
+    layer_norm_epsilon: Annotated[float, Gt(0), Le(0.1)]
+    initializer_range: Annotated[float, Ge(0), Le(100)]
+
+
+class Layers(TypedDict, total=False):
+    """The fields that say what the layers are."""
+
+    hybrid_override_pattern: Annotated[str, MaxLen(MAX_LAYERS)] | None
+    layers_block_type: Annotated[list[Name], MaxLen(MAX_LAYERS)] | None
+    layer_types: Annotated[list[Name], MaxLen(MAX_LAYERS)] | None
+    num_hidden_layers: _Many
+    dtype: Name
+    torch_dtype: Name
+
+
+def architecture_fields(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """The `Sizes` of a config.json, plus `pattern` and `dtype`.
 
     Raises `UserError` naming the field when one is missing, unknown, malformed, or has a value that we do not support.
     `source` is how messages call the file.
     """
-    config = {key: _plain(value) for key, value in config.items()}
+    config = {key: _plain(key, value, source) for key, value in config.items()}
     _refuse_unsupported(config, source)
+    check(config, Layers, source, _NOT_OURS)
     values: dict[str, Any] = {"pattern": _pattern(config, source), "dtype": _dtype(config, source)}
-    for name, kind in wanted.items():
-        if name not in values:
-            values[name] = _number(config, name, kind == "float", source)
-    _refuse_unknown(config, wanted, source)
+    check(config, Sizes, source, _NOT_OURS)
+    for name, kind in Sizes.__annotations__.items():
+        values[name] = float(config[name]) if "float" in str(kind) else config[name]
+    _refuse_unknown(config, source)
+    layers, experts = values["pattern"].count("E"), values["n_routed_experts"]
+    if layers * experts > MAX_EXPERTS:
+        raise UserError(
+            f"{source}: n_routed_experts is {experts} in {layers} layers, more than {MAX_EXPERTS:,} in all; {_NOT_OURS}"
+        )
     return values
 
 
-def _plain(value: Any) -> Any:
+_INFINITIES = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+
+
+def _plain(name: str, value: Any, source: str) -> Any:
     """Undoes transformers' JSON form of infinities, {"__float__": "Infinity"}; tuples and lists become lists."""
     if isinstance(value, dict) and set(value) == {"__float__"}:
-        return float(value["__float__"])
+        if not isinstance(value["__float__"], str) or value["__float__"] not in _INFINITIES:
+            raise UserError(f"{source}: {name} is {shown(value)}; __float__ must be one of {', '.join(_INFINITIES)}")
+        return _INFINITIES[value["__float__"]]
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(name, item, source) for item in value]
     return value
 
 
@@ -146,12 +205,12 @@ def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
         value = config.get(name, supported[0])
         if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in supported):
             allowed = " or ".join(json.dumps(good) for good in supported)
-            raise UserError(f"{source}: {name} is {json.dumps(value)}; this project supports only {allowed}")
+            raise UserError(f"{source}: {name} is {_short(value)}; this project supports only {allowed}")
 
 
-def _refuse_unknown(config: dict[str, Any], wanted: dict[str, str], source: str) -> None:
-    read_here = {"hybrid_override_pattern", "layers_block_type", "layer_types", "num_hidden_layers", "torch_dtype"}
-    known = sorted((wanted.keys() - {"pattern"}) | read_here | FIXED.keys() | IGNORED.keys() | ALIASES.keys())
+def _refuse_unknown(config: dict[str, Any], source: str) -> None:
+    read_here = {*Sizes.__annotations__, *Layers.__annotations__}
+    known = sorted(read_here | FIXED.keys() | IGNORED.keys() | ALIASES.keys())
     for name in config:
         if name not in known:
             near = get_close_matches(name, known, 1)
@@ -166,11 +225,11 @@ def _pattern(config: dict[str, Any], source: str) -> str:
     """The layer letters, from whichever of the three fields is there; all must agree, as must num_hidden_layers."""
     found: dict[str, str] = {}
     if config.get("hybrid_override_pattern") is not None:
-        found["hybrid_override_pattern"] = str(config["hybrid_override_pattern"])
+        found["hybrid_override_pattern"] = config["hybrid_override_pattern"]
     for name in ("layers_block_type", "layer_types"):
         words = config.get(name)
         if words is not None:
-            unknown = sorted({str(word) for word in words} - set(BLOCK_TYPES))
+            unknown = sorted(set(words) - set(BLOCK_TYPES))
             if unknown:
                 raise UserError(f"{source}: {name} has unknown layer types {unknown}; known are {list(BLOCK_TYPES)}")
             found[name] = "".join(BLOCK_TYPES[word] for word in words)
@@ -185,21 +244,13 @@ def _pattern(config: dict[str, Any], source: str) -> str:
     return pattern
 
 
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else shown(value)
+
+
 def _dtype(config: dict[str, Any], source: str) -> str:
     name = config.get("dtype", config.get("torch_dtype", "bfloat16"))
     if name not in DTYPES:
         raise UserError(f"{source}: dtype is {json.dumps(name)}; known are {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _number(config: dict[str, Any], name: str, real: bool, source: str) -> int | float:
-    """A positive size (or, if `real`, any non-negative real number)."""
-    if name not in config:
-        raise UserError(f"{source}: field {name!r} is missing; not a complete Nemotron-H config")
-    value = config[name]
-    good = isinstance(value, int | float if real else int) and not isinstance(value, bool)
-    if not good or value < 0 or (not real and value == 0):
-        raise UserError(
-            f"{source}: {name} is {json.dumps(value)}; it must be a positive {'number' if real else 'integer'}"
-        )
-    return float(value) if real else value

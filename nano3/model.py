@@ -22,7 +22,7 @@ from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from nemo.collections.llm.gpt.model.base import GPTModel  # noqa: E402
 from nemo.collections.llm.gpt.model.ssm import SSMConfig  # noqa: E402
 
-from nano3 import compat  # noqa: E402
+from nano3 import checkpoint_metadata, compat  # noqa: E402
 from nano3.arch import Arch  # noqa: E402
 from nano3.context_parallel import cut_batch  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
@@ -32,6 +32,7 @@ from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
 from nano3.router import BALANCE_RATE, count_documents_only  # noqa: E402
 
 compat.install()
+checkpoint_metadata.guard()
 
 Batch = dict[str, torch.Tensor]
 UNREAD = ("val_loss", "lr", "step", "global_step")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from typing_extensions import TypedDict
+
 from nano3.cli import UserError
+from nano3.documents import Count, Positive, Sha256, check, read_json
 from nano3.file_digests import file_sha256
 from nano3.token_store import MANIFEST, TokenStore
 
@@ -20,6 +22,18 @@ class Curriculum(NamedTuple):
 
     order: str
     blocks: int
+
+
+class PackFacts(TypedDict):
+    """packs.json. Facts that only people read are not named here."""
+
+    store_sha256: Sha256
+    seq_length: Positive
+    pad_multiple: Positive
+    packs: Positive
+    documents: Positive
+    positions: Count
+    supervised_positions: Count
 
 
 def index_name(seq_length: int, pad_multiple: int, curriculum: Curriculum | None = None) -> str:
@@ -44,12 +58,13 @@ def read_index(
     if not path.is_file():
         others = ", ".join(sorted(folder.name for folder in store.folder.glob("packs-*"))) or "none"
         raise UserError(f"the token store has no {index.name} (it has {others}); {remedy}")
-    try:
-        facts = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
-    if not isinstance(facts, dict) or facts.get("format") != KIND or facts.get("version") != VERSION:
+    facts = read_json(path, dict[str, Any], remedy)
+    if facts.get("format") != KIND or facts.get("version") != VERSION:
         raise UserError(f"{path} is not a {KIND} of version {VERSION}; {remedy}")
+    check(facts, PackFacts, str(path), remedy)
+    for name, wanted in (("seq_length", seq_length), ("pad_multiple", pad_multiple)):
+        if facts[name] != wanted:
+            raise UserError(f"{path}: {name} is {facts[name]} in the folder for {wanted}; {remedy}")
     if facts["store_sha256"] != file_sha256(store.folder / MANIFEST):
         raise UserError(f"{path} was made for other data than this store holds; {remedy}")
     for name, count in ((DOCUMENTS, facts["documents"]), (OFFSETS, facts["packs"] + 1)):

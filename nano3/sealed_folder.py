@@ -11,8 +11,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
 
+from typing_extensions import TypedDict
+
+from nano3.documents import Count, InnerPath, Name, Sha256, parse_json, read_bytes, read_json
 from nano3.errors import UserError
 from nano3.file_digests import remembered_sha256
 
@@ -25,10 +28,31 @@ PROSE = ("README.md", "model_card.md")
 """Files for people, which people edit and no tool reads."""
 
 
+class Marker(TypedDict):
+    """nano3.json."""
+
+    kind: Name
+    sealed: NotRequired[bool]
+
+
+class SealLine(TypedDict):
+    """What the seal says of a file."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class Seal(TypedDict):
+    """files.json."""
+
+    format: Literal[2]
+    files: dict[InnerPath, SealLine]
+    sha256: Sha256
+
+
 def owner_of(folder: Path) -> str | None:
     """The kind of a folder that this project wrote, or None when it is not ours."""
-    kind = _marker(folder).get("kind")
-    return kind if isinstance(kind, str) else None
+    return _marker(folder).get("kind")
 
 
 def mark(folder: Path, kind: str, sealed: bool = False) -> None:
@@ -87,21 +111,22 @@ def check_seal(folder: Path, required: bool = False) -> None:
         raise UserError(f"{path} is not what was written: its SHA-256 is not that of {SEAL}; {_remedy(folder)}")
 
 
-def sealed(folder: Path) -> dict[str, dict[str, Any]] | None:
+def sealed(folder: Path) -> dict[str, SealLine] | None:
     """Name -> `bytes` and `sha256` of the files that a folder was written with; None for a folder without a seal.
 
     Raises:
         UserError: the seal is damaged, or of another format.
     """
     path = folder / SEAL
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {_remedy(folder)}") from None
-    lines = _parsed(text)
-    if lines is None:
+    try:
+        data = read_bytes(path, _remedy(folder))
+        lines = parse_json(data, Seal, str(path))["files"]
+        whole = data == _text(lines).encode()
+    except UserError:
+        whole = False
+    if not whole:
         raise UserError(
             f"{path} is damaged, changed, or of a format before {FORMAT}, which had no hashes; {_remedy(folder)}"
         )
@@ -146,19 +171,6 @@ def _text(lines: Mapping[str, Any]) -> str:
     return json.dumps({"format": FORMAT, "files": lines, "sha256": digest}, indent=1) + "\n"
 
 
-def _parsed(text: str) -> dict[str, dict[str, Any]] | None:
-    """The lines of a seal; None unless it is one, in its one form."""
-    try:
-        lines = json.loads(text)["files"]
-        whole = all(
-            line.keys() == {"bytes", "sha256"} and isinstance(line["bytes"], int) and isinstance(line["sha256"], str)
-            for line in lines.values()
-        )
-        return lines if whole and text == _text(lines) else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
 def _unlike(lines: Mapping[Path, Any], found: Mapping[Path, str]) -> list[Path]:
     return [path for path, digest in found.items() if lines[path]["sha256"] != digest]
 
@@ -166,10 +178,9 @@ def _unlike(lines: Mapping[Path, Any], found: Mapping[Path, str]) -> list[Path]:
 def _marker(folder: Path) -> dict[str, Any]:
     """What `nano3.json` says; {} of a folder without one, or with one that says nothing."""
     try:
-        content = json.loads((folder / MARKER).read_text())
-    except (OSError, ValueError, RecursionError):
+        return dict(read_json(folder / MARKER, Marker))
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _remedy(folder: Path) -> str:

@@ -21,12 +21,15 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
+from annotated_types import Ge, Lt, MaxLen, MinLen
+from typing_extensions import TypedDict
 
 from nano3.arch import PRESETS
 from nano3.cli import UserError
+from nano3.documents import AboveZero, Count, FileName, Name, Sha256, check, read_json, shown
 from nano3.file_digests import file_sha256
 
 KIND = "token-store"
@@ -48,6 +51,39 @@ _FILES_OF = {2: set(FILES) - {"stages.bin", "origins.bin"}, 3: set(FILES)}
 """Version -> its files; these versions are read."""
 
 _REBUILD = "prepare the data again with data_prep/prepare.py"
+
+
+class Counts(TypedDict):
+    """How much a store, or one source in it, holds."""
+
+    documents: Count
+    tokens: Count
+    supervised_tokens: Count
+
+
+class FileFacts(TypedDict):
+    """What the manifest says of a file."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class TokenizerFacts(TypedDict):
+    """Which tokenizer made the store."""
+
+    sha256: Sha256
+
+
+class Manifest(Counts):
+    """manifest.json. Facts that only people read are not named here."""
+
+    format: Literal["token-store"]
+    version: Literal[2, 3]
+    max_token_id: Annotated[int, Ge(0), Lt(1 << 31)]
+    sources: Annotated[dict[Name, Counts], MinLen(1)]
+    weights: NotRequired[Annotated[list[AboveZero], MinLen(1), MaxLen(255)]]
+    tokenizer: TokenizerFacts
+    files: dict[FileName, FileFacts]
 
 
 class TokenStore:
@@ -72,18 +108,16 @@ class TokenStore:
         path = self.folder / MANIFEST
         if not path.is_file():
             raise UserError(f"{self.folder} is not a token store (it has no {MANIFEST}); make one with prepare.py")
-        try:
-            manifest = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}); {_REBUILD}") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != KIND:
+        manifest = read_json(path, dict[str, Any], _REBUILD)
+        if manifest.get("format") != KIND:
             raise UserError(f"{path} does not describe a {KIND}; give a folder that data_prep/prepare.py made")
         version = manifest.get("version")
-        if version not in _FILES_OF:
+        if not isinstance(version, int) or version not in _FILES_OF:
             readable = " and ".join(map(str, _FILES_OF))
-            raise UserError(f"{path} has version {version}, this code reads {readable}; {_REBUILD}")
+            raise UserError(f"{path} has version {shown(version)}, this code reads {readable}; {_REBUILD}")
+        check(manifest, Manifest, str(path), _REBUILD)
         expected = _FILES_OF[version] | ({ORDER} if manifest.get("order") else set())
-        if set(manifest.get("files", ())) != expected:
+        if set(manifest["files"]) != expected:
             raise UserError(f"{path} does not list the files {', '.join(sorted(expected))}; {_REBUILD}")
         return manifest
 

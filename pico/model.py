@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, NemotronHConfig
 
 from nano3.arch import PRESETS
+from nano3.hf_config import read_config
 from pico.tokenizer import vocabulary
 
 # Everything that is not here is as in the real config.json. At least 4 Mamba groups and heads divisible by 4 let
@@ -49,7 +50,7 @@ FLOAT32_NAMES = ("A_log", "D", "e_score_correction_bias")
 
 def pico_config() -> dict[str, Any]:
     """config.json of pico: the real model's fields with `PICO_FIELDS` and the vocabulary size put in."""
-    real = json.loads((PRESETS["nano"] / "config.json").read_text())
+    real = read_config(PRESETS["nano"])
     return {**real, **PICO_FIELDS, "vocab_size": len(vocabulary())}
 
 

@@ -7,18 +7,20 @@ that has one.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le, MaxLen, MinLen
+from typing_extensions import TypedDict
 
 from conversion.checkpoint.output_folder import require_adapter
 from nano3.arch import Arch
 from nano3.cli import UserError
+from nano3.documents import AboveZero, Name, Sha256, check, read_json, shown
 from nano3.lora_settings import AdapterKind
 from nano3.sealed_folder import check_seal
 from nano3.targets import EXPERTS, Size, adaptable_modules, is_routed, select, sizes
@@ -53,43 +55,28 @@ class LoraInfo(AdapterKind):
             )
 
 
-def _words(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+_FORMAT_2: dict[str, Any] = {"rank_pattern": [], "alpha_pattern": [], "rslora": False, "dora": False}
+"""What format 1 means."""
+_OPTIONAL: dict[str, Any] = {"router": "frozen", "router_sha256": None, "base_sha256": None}
+_REMEDY = "copy the adapter again"
+_Targets = Annotated[list[Name], MaxLen(100_000)]
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+class LoraFile(TypedDict):
+    """lora.json of format 2."""
 
-
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _hash(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-Rule = tuple[Callable[[Any], bool], str]
-
-_ALWAYS: dict[str, Rule] = {
-    "rank": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, "a positive integer"),
-    "alpha": (_number, "a positive number"),
-    "targets": (lambda v: _words(v) and bool(v), "a list of names"),
-    "experts": (lambda v: v in EXPERTS, f"one of {', '.join(EXPERTS)}"),
-    "base_config": (lambda v: isinstance(v, dict), "the base's config.json"),
-}
-_FORMAT_2: dict[str, tuple[Rule, Any]] = {
-    "rank_pattern": ((_words, "a list of TARGET:RANK"), []),
-    "alpha_pattern": ((_words, "a list of TARGET:ALPHA"), []),
-    "rslora": ((_flag, "true or false"), False),
-    "dora": ((_flag, "true or false"), False),
-}
-"""Rule, and what format 1 means."""
-_OPTIONAL: dict[str, tuple[Rule, Any]] = {
-    "router": ((lambda v: v in ("frozen", "balance"), "frozen or balance"), "frozen"),
-    "router_sha256": ((_hash, "a hash or null"), None),
-    "base_sha256": ((_hash, "a hash or null"), None),
-}
+    rank: Annotated[int, Ge(1), Le(1 << 16)]
+    alpha: AboveZero
+    targets: Annotated[_Targets, MinLen(1)]
+    experts: Name
+    base_config: dict[str, Any]
+    rank_pattern: _Targets
+    alpha_pattern: _Targets
+    rslora: bool
+    dora: bool
+    router: Literal["frozen", "balance"]
+    router_sha256: Sha256 | None
+    base_sha256: Sha256 | None
 
 
 def read_lora_json(folder: Path, as_is: bool = False) -> LoraInfo:
@@ -98,32 +85,26 @@ def read_lora_json(folder: Path, as_is: bool = False) -> LoraInfo:
     require_adapter(folder)
     if not as_is:
         check_seal(folder, required=True)
-    try:
-        info = json.loads((folder / "lora.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{folder}/lora.json is not valid JSON ({error}); copy the adapter again") from None
+    info = read_json(folder / "lora.json", dict[str, Any], _REMEDY)
     return parse_lora_json(info, f"{folder}/lora.json")
 
 
 def parse_lora_json(info: Any, where: str) -> LoraInfo:
     """Checks the content of a `lora.json`, which messages call `where`. Raises `UserError` naming the field."""
     version = info.get("format") if isinstance(info, dict) else None
-    if version not in (1, 2):
-        raise UserError(f"{where} is of format {version}; this version reads format 1 and 2: use the one that wrote it")
+    if version not in (1, 2) or isinstance(version, bool):
+        raise UserError(
+            f"{where} is of format {shown(version)}; this version reads format 1 and 2: use the one that wrote it"
+        )
     if version == 1:
         newer = [name for name in _FORMAT_2 if name in info]
         if newer:
-            raise UserError(f"{where} is of format 1 and has {', '.join(newer)} of format 2; copy it again")
-        info = info | {name: default for name, (_, default) in _FORMAT_2.items()}
-    missing = [name for name in (*_ALWAYS, *_FORMAT_2) if name not in info]
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}; copy the adapter again")
-    info = {name: default for name, (_, default) in _OPTIONAL.items()} | info
-    rules = _ALWAYS | {name: rule for name, (rule, _) in (_FORMAT_2 | _OPTIONAL).items()}
-    for name, (holds, what) in rules.items():
-        if not holds(info[name]):
-            raise UserError(f"{where}: {name} {info[name]!r} is not {what}")
-    return LoraInfo(**{name: info[name] for name in rules})
+            raise UserError(f"{where} is of format 1 and has {', '.join(newer)} of format 2; {_REMEDY}")
+        info = info | _FORMAT_2
+    checked = check(_OPTIONAL | info, LoraFile, where, _REMEDY)
+    if checked["experts"] not in EXPERTS:
+        raise UserError(f"{where}: experts is {checked['experts']!r}; it must be one of {', '.join(EXPERTS)}")
+    return LoraInfo(**{name: checked[name] for name in LoraFile.__annotations__})  # type: ignore[literal-required]
 
 
 def describe(arch: Arch, sizes: Mapping[str, tuple[int, float]], rslora: bool, dora: bool) -> LoraInfo:

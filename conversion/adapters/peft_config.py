@@ -7,16 +7,19 @@ tensors' names say where they belong. Any other field must be as PEFT sets it wh
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from annotated_types import Ge, Le, MaxLen
+from typing_extensions import TypedDict
 
 from conversion.adapters.peft_names import CONFIG
 from nano3.cli import UserError
+from nano3.documents import AboveZero, Name, check, read_json, shown
+from nano3.patterns import MAX_PATTERN, Pattern
 
 _PASSED_OVER = {
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
@@ -32,25 +35,43 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 against a base from which something was taken away."""
 
 
+_REMEDY = "copy the adapter again"
+_Rank = Annotated[int, Ge(1), Le(1 << 16)]
+_Key = Annotated[str, MaxLen(MAX_PATTERN - 20)]
+"""A key of a table of patterns, to which PEFT adds what lets it match a tail."""
+
+
+class PeftFields(TypedDict):
+    """adapter_config.json, as far as it decides values. PEFT writes null for what nobody asked for."""
+
+    r: _Rank
+    lora_alpha: AboveZero
+    rank_pattern: NotRequired[Annotated[dict[_Key, _Rank], MaxLen(100_000)] | None]
+    alpha_pattern: NotRequired[Annotated[dict[_Key, AboveZero], MaxLen(100_000)] | None]
+    use_rslora: NotRequired[bool | None]
+    use_dora: NotRequired[bool | None]
+    target_parameters: NotRequired[list[Name] | None]
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """What the file says, as far as it decides the adapter's values."""
 
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: _Patterns
+    alpha_pattern: _Patterns
     rslora: bool
     dora: bool
     target_parameters: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
         """The rank of a module, named as in the model that PEFT wrapped."""
-        return self.rank_pattern.get(_pattern(self.rank_pattern, module), self.rank)
+        return self.rank_pattern.get(module, self.rank)
 
     def alpha_of(self, module: str) -> float:
         """Its alpha, likewise."""
-        return self.alpha_pattern.get(_pattern(self.alpha_pattern, module), self.alpha)
+        return self.alpha_pattern.get(module, self.alpha)
 
     def scale_of(self, module: str) -> float:
         """What its B @ A is multiplied by."""
@@ -62,51 +83,39 @@ class PeftConfig:
         return any(parameter == target or parameter.endswith(f".{target}") for target in self.target_parameters)
 
 
-def _pattern(patterns: Mapping[str, Any], module: str) -> str:
-    """The first key that matches the whole name or a tail of it behind a dot: PEFT's `get_pattern_key`."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+class _Patterns:
+    """A table from pattern to value: the first key that matches a module's whole name, or a tail of it behind a dot
+    (PEFT's `get_pattern_key`), gives its value; so does the name itself."""
+
+    def __init__(self, table: Mapping[str, Any], where: str) -> None:
+        self._values = [(Pattern(rf"(.*\.)?({key})$", where), value) for key, value in table.items()]
+
+    def get(self, module: str, default: Any) -> Any:
+        """The value of a module."""
+        return next((value for pattern, value in self._values if pattern.begins(module)), default)
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
     """Reads the file. Raises `UserError` naming the field that is missing, wrong, or of a kind that we do not read."""
     where = folder / CONFIG
-    try:
-        raw = json.loads(where.read_text())
-        fields = dict(raw)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{where} is not readable ({error}); copy the adapter again") from None
+    fields = read_json(where, dict[str, Any], _REMEDY)
     if fields.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type {fields.get('peft_type')!r} is not LORA, the only kind that we read")
+        raise UserError(f"{where}: peft_type {shown(fields.get('peft_type'))} is not LORA, the only kind that we read")
     for name, value in fields.items():
         if name not in _PASSED_OVER | _USED and value not in (None, False, "none", [], {}):
-            raise UserError(f"{where}: {name}={value!r} makes it an adapter of a kind that we do not read")
+            raise UserError(f"{where}: {name}={shown(value)} makes it an adapter of a kind that we do not read")
     if fields.get("init_lora_weights", True) not in _STARTS:
         raise UserError(
-            f"{where}: init_lora_weights={fields['init_lora_weights']!r} goes with a changed base; save the adapter "
-            "with PEFT's path_initial_model_for_weight_conversion"
+            f"{where}: init_lora_weights={shown(fields['init_lora_weights'])} goes with a changed base; save the "
+            "adapter with PEFT's path_initial_model_for_weight_conversion"
         )
-    rank, alpha = fields.get("r"), fields.get("lora_alpha")
+    check(fields, PeftFields, str(where), _REMEDY)
     ranks, alphas = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
-    if not (isinstance(ranks, dict) and isinstance(alphas, dict)):
-        raise UserError(f"{where}: rank_pattern and alpha_pattern are not tables of names; copy the adapter again")
-    for name, value in {"r": rank, **ranks}.items():
-        if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-            raise UserError(f"{where}: the rank of {name} is {value!r}, not a positive whole number")
-    for name, value in {"lora_alpha": alpha, **alphas}.items():
-        if not (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0):
-            raise UserError(f"{where}: the alpha of {name} is {value!r}, not a positive number")
-    for pattern in (*ranks, *alphas):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{where}: the pattern {pattern!r} is no regular expression ({error})") from None
-    assert isinstance(rank, int)
-    assert isinstance(alpha, int | float)
     return PeftConfig(
-        rank=rank,
-        alpha=alpha,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
+        rank=fields["r"],
+        alpha=fields["lora_alpha"],
+        rank_pattern=_Patterns(ranks, str(where)),
+        alpha_pattern=_Patterns(alphas, str(where)),
         rslora=bool(fields.get("use_rslora")),
         dora=bool(fields.get("use_dora")),
         target_parameters=tuple(fields.get("target_parameters") or ()),

@@ -6,7 +6,6 @@ one at a time.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from conversion.checkpoint.names import Linear, adaptable
 from conversion.checkpoint.safetensors_layout import PLAIN_BYTES, some
 from nano3.arch import Arch
 from nano3.cli import UserError
+from nano3.documents import parse_json
 from nano3.targets import EMBEDDING
 
 A, B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
@@ -82,7 +82,8 @@ class PeftFile:
     def facts(self) -> dict[str, Any]:
         """The `lora.json` that `conversion/adapter.py export` put into the header; {} when another tool wrote it."""
         text = (self._file.metadata() or {}).get(FACTS)
-        return json.loads(text) if text else {}
+        where = f"{self.folder / WEIGHTS}: {FACTS} in the header"
+        return parse_json(text, dict[str, Any], where, "copy the adapter again") if text else {}
 
     def get(self, module: Module, kind: str) -> torch.Tensor:
         """A (rank, in), B (out, rank) or the magnitude (out,) of a module; of stacked experts as PEFT stacks them."""

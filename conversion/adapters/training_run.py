@@ -6,9 +6,37 @@ Paths are left out: they say more of a machine than of a model.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypedDict
+
+from nano3.documents import Count, Name, Positive, Text, read_json
+
+
+class Steps(TypedDict, total=False):
+    """What lora.json says of the run."""
+
+    steps: Count
+
+
+class RunFile(TypedDict, total=False):
+    """What run.json says that a certificate tells (finetune/settings.py has all of it)."""
+
+    settings: dict[Name, Any]
+    data: Text
+    nodes: Positive
+    ranks_per_node: Positive
+
+
+class StoreCounts(TypedDict, total=False):
+    """What a store's manifest says that a certificate tells."""
+
+    documents: Count
+    tokens: Count
+    supervised_tokens: Count
+    sources: dict[Name, Any]
+
 
 _COUNTS = ("documents", "tokens", "supervised_tokens")
 
@@ -16,12 +44,12 @@ _COUNTS = ("documents", "tokens", "supervised_tokens")
 def training_facts(adapter: Path) -> dict[str, Any]:
     """Facts for a certificate; {} of an adapter that came without its run and says nothing itself."""
     facts: dict[str, Any] = {}
-    steps = _read(adapter / "lora.json").get("steps")
-    if isinstance(steps, int):
-        facts["steps"] = steps
+    lora = _read(adapter / "lora.json", Steps)
+    if "steps" in lora:
+        facts["steps"] = lora["steps"]
     folder = adapter.resolve()
     where = _run_of(folder)
-    run = _read(where / "run.json") if where is not None else {}
+    run = _read(where / "run.json", RunFile) if where is not None else {}
     if "settings" in run and "data" in run:
         facts["data"] = _data(Path(str(run["data"])))
         facts["settings"] = {group: _no_paths(values) for group, values in run["settings"].items()}
@@ -45,16 +73,12 @@ def _no_paths(values: Any) -> Any:
 
 def _data(store: Path) -> dict[str, Any]:
     """Name of the token store, and from its manifest, if it still is there, sizes and sources."""
-    manifest = _read(store / "manifest.json")
+    manifest = _read(store / "manifest.json", StoreCounts)
     facts: dict[str, Any] = {"name": store.name} | {key: manifest[key] for key in _COUNTS if key in manifest}
-    if isinstance(manifest.get("sources"), dict):
+    if "sources" in manifest:
         facts["sources"] = sorted(manifest["sources"])
     return facts
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _read(path: Path, schema: Any) -> dict[str, Any]:
+    return dict(read_json(path, schema, "restore it, or move the adapter away from its run")) if path.is_file() else {}

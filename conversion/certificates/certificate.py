@@ -20,7 +20,6 @@ facts twice.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -44,6 +43,7 @@ from conversion.checkpoint.model_folder import side_files
 from conversion.checkpoint.output_folder import CARD, CERTIFICATE, PART, side_folder
 from conversion.checkpoint.tensor_digests import Facts, content_hash
 from nano3.cli import UserError
+from nano3.documents import as_json
 from nano3.file_digests import file_sha256
 
 _TOOLS = ("nano3-lora", "torch", "safetensors", "megatron-core", "nvidia-modelopt")
@@ -90,7 +90,7 @@ def write_certificate(out: Path, source: Path, before: Facts, after: Facts, clai
         "proof": PROOF,
         "previous": previous,
     }
-    content = sealed(json.loads(json.dumps(content)))
+    content = sealed(as_json(content))
     (out / CERTIFICATE).write_text(certificate_text(content))
     (out / CARD).write_text(model_card(content, read_readme(out)))
     return content

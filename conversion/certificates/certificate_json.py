@@ -6,12 +6,27 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, Required
+
+from typing_extensions import TypedDict
 
 from conversion.checkpoint.output_folder import CERTIFICATE
 from conversion.checkpoint.safetensors_layout import FP8
 from conversion.checkpoint.tensor_digests import Fact, Facts
+from nano3.checkpoints.base_identity import Origin
 from nano3.cli import UserError
+from nano3.documents import (
+    AboveZero,
+    Count,
+    InnerPath,
+    Name,
+    NotNegative,
+    Positive,
+    Sha256,
+    Shape,
+    check,
+    read_json,
+)
 
 FORMAT = 3
 """From 3 on a certificate has a hash of itself and says what of it can be recomputed."""
@@ -28,6 +43,102 @@ BALANCE = "router=balance"
 """What changes a correction bias, where training moved those."""
 
 SIDES = ("input", "output")
+_REMEDY = "get the folder again from who made it"
+
+
+class TensorFact(TypedDict):
+    """A tensor before or after a step."""
+
+    dtype: Name
+    shape: Shape
+    sha256: Sha256
+
+
+class Line(TypedDict, total=False):
+    """What happened to a tensor."""
+
+    what: Required[Name]
+    input: TensorFact
+    output: TensorFact
+    by: list[Name]
+    relative_change: NotNegative | None
+    relative_error: NotNegative | None
+    scale: AboveZero
+
+
+class SideFacts(TypedDict):
+    """All tensors before or after a step."""
+
+    sha256: Sha256
+    tensors: Count
+
+
+class BaseFacts(Origin):
+    """The published model that a chain of steps began with."""
+
+    sha256: Sha256
+
+
+class AdapterFacts(TypedDict, total=False):
+    """The adapter of a merge."""
+
+    sha256: Sha256
+    rank: Positive
+    alpha: AboveZero
+    targets: list[Name]
+    experts: Name
+    rslora: bool
+    dora: bool
+    modules: list[Name]
+
+
+class DataFacts(TypedDict):
+    """The data of a training run."""
+
+    name: Name
+    documents: NotRequired[Count]
+    tokens: NotRequired[Count]
+    supervised_tokens: NotRequired[Count]
+    sources: NotRequired[list[Name]]
+
+
+class TrainingFacts(TypedDict, total=False):
+    """The run that wrote the adapter of a merge."""
+
+    steps: Count
+    data: DataFacts
+    settings: dict[Name, Any]
+    ranks: Positive
+
+
+class CalibrationFacts(TypedDict, total=False):
+    """How the scales of a quantization were found."""
+
+    selection: list[Name]
+    kv_cache: bool
+    tokens: Count
+
+
+class Certificate(TypedDict):
+    """certificate.json: one step, and the certificate of the step before it."""
+
+    format: Literal[3]
+    sha256: Sha256
+    proof: dict[Name, list[Name]]
+    kind: Literal["import", "export", "merge", "quantization"]
+    base: BaseFacts
+    input: SideFacts
+    output: SideFacts
+    totals: dict[Name, Count]
+    tools: dict[Name, Name]
+    files: dict[InnerPath, Sha256]
+    tensors: dict[Name, Line]
+    adapter: NotRequired[AdapterFacts]
+    training: NotRequired[TrainingFacts]
+    calibration: NotRequired[CalibrationFacts]
+    router: NotRequired[Literal["frozen", "balance"]]
+    previous: Certificate | None
+
 
 PROOF = {
     "folder": ["kind", "output", "totals", "files", "tensors", "previous"],
@@ -68,46 +179,18 @@ def changed_since(folder: Path, content: dict[str, Any]) -> bool:
 
 def parse_certificate(folder: Path) -> dict[str, Any]:
     """What the certificate of a folder says, whoever wrote it; `UserError` when there is none of this format."""
-    try:
-        content = json.loads((folder / CERTIFICATE).read_text())
-    except OSError:
-        raise UserError(
-            f"{folder} has no {CERTIFICATE}; it was not written by this project, or the file was lost"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{folder / CERTIFICATE} is not valid JSON ({error}); get it again") from None
-    if not _well_formed(content):
-        raise UserError(
-            f"{folder / CERTIFICATE} is not of format {FORMAT}; use the version of this project that wrote it"
-        )
+    path = folder / CERTIFICATE
+    if not path.is_file():
+        raise UserError(f"{folder} has no {CERTIFICATE}; it was not written by this project, or the file was lost")
+    content = read_json(path, dict[str, Any], _REMEDY)
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path} is not of format {FORMAT}; use the version of this project that wrote it")
+    check(content, Certificate, str(path), _REMEDY)
+    for link in chain(content):
+        for name, line in link["tensors"].items():
+            if not any(side in line for side in SIDES):
+                raise UserError(f"{path}: tensors.{name} has neither input nor output; {_REMEDY}")
     return content
-
-
-def _well_formed(content: Any) -> bool:
-    """Whether a certificate has every part that is read; it may be anybody's file."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        return False
-    parts = ("base", "input", "output", "totals", "tools", "files", "tensors", "proof")
-    if not all(isinstance(content.get(name), dict) for name in parts) or content.get("kind") not in MAY:
-        return False
-    hashes = all(isinstance(content[name].get("sha256"), str) for name in ("base", *SIDES))
-    lines = hashes and all(
-        isinstance(line, dict)
-        and isinstance(line.get("what"), str)
-        and any(side in line for side in SIDES)
-        and all(_is_fact(line[side]) for side in SIDES if side in line)
-        for line in content["tensors"].values()
-    )
-    return lines and "previous" in content and (content["previous"] is None or _well_formed(content["previous"]))
-
-
-def _is_fact(said: Any) -> bool:
-    return (
-        isinstance(said, dict)
-        and isinstance(said.get("dtype"), str)
-        and isinstance(said.get("sha256"), str)
-        and isinstance(said.get("shape"), list)
-    )
 
 
 def chain(certificate: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -32,6 +32,7 @@ _LICENSE = re.compile(r"^license(_name|_link)?:.*$", re.MULTILINE)
 
 def model_card(certificate: dict[str, Any], base_readme: str = "") -> str:
     """Markdown with the Hub's front matter. `base_readme` is the base's README.md, whose licence holds here too."""
+    certificate = _as_text(certificate)
     links = list(reversed(list(chain(certificate))))
     base = certificate["base"]
     kinds = [link["kind"] for link in links]
@@ -49,6 +50,18 @@ def model_card(certificate: dict[str, Any], base_readme: str = "") -> str:
     for number, link in enumerate(links, 1):
         lines += ["", f"## Step {number}: {_DONE[link['kind']]}", *_step(link)]
     return "\n".join([*lines, *_END, *_license(base["name"], base_readme)]) + "\n"
+
+
+_MARKUP = str.maketrans({character: f"&#{ord(character)};" for character in "&<>|`[]\n\r"})
+
+
+def _as_text(value: Any) -> Any:
+    """A certificate whose texts Markdown and HTML show as they are: it may be anybody's file."""
+    if isinstance(value, str):
+        return value.translate(_MARKUP)
+    if isinstance(value, dict):
+        return {_as_text(key): _as_text(item) for key, item in value.items()}
+    return [_as_text(item) for item in value] if isinstance(value, list) else value
 
 
 _END = [
@@ -172,7 +185,7 @@ def _words(value: Any) -> str:
 def _license(name: str, base_readme: str) -> list[str]:
     """A derived model comes under the terms of its base; we are no lawyers and copy what the base says."""
     told = [match.group() for match in _LICENSE.finditer(_head(base_readme))]
-    says = f" Its card says: {'; '.join(f'`{line}`' for line in told)}." if told else ""
+    says = f" Its card says: {'; '.join(f'`{_as_text(line)}`' for line in told)}." if told else ""
     return ["", "## Licence", f"A derivative of {name}: the licence of that model applies, and comes with it.{says}"]
 
 

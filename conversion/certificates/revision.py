@@ -7,13 +7,12 @@ where it was found, and is "unknown" rather than a guess: the content hash is wh
 from __future__ import annotations
 
 import configparser
-import json
 import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nano3.checkpoints.base_identity import FILE
+from nano3.checkpoints.base_identity import FILE, read_base
 
 UNKNOWN = "unknown"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -37,17 +36,13 @@ def base_revision(folder: Path, sha256: str) -> dict[str, str]:
 
 
 def _base_json(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return dict(read_base(folder)) if (folder / FILE).is_file() else {}
 
 
 def _recorded(folder: Path) -> dict[str, str] | None:
     """What the import from Hugging Face wrote into a NeMo checkpoint."""
     found = _base_json(folder).get("base")
-    if not isinstance(found, dict) or "revision" not in found:
+    if found is None:
         return None
     return {key: str(found[key]) for key in ("name", "revision", "found_in") if key in found}
 

@@ -19,6 +19,7 @@ from conversion.checkpoint.plan import PREFIX
 from conversion.checkpoint.safetensors_layout import INDEX, FileLayout, TensorTable, check_tensors, some, torch_dtype
 from nano3.arch import Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError
+from nano3.documents import read_bytes
 from nano3.hf_config import FP8_ACTIVATIONS, read_config
 from nano3.sealed_folder import MARKER, SEAL, check_seal, require_inside
 
@@ -266,7 +267,7 @@ def _places(tensors: list[MegatronTensor]) -> dict[str, list[Place]]:
 def _layout(source: Path, table: TensorTable) -> FileLayout:
     """The files that the checkpoint was made from when its tensors are still the same, else files of our making."""
     if (source / LAYOUT).is_file():
-        layout = FileLayout.from_json((source / LAYOUT).read_text())
+        layout = FileLayout.from_json(read_bytes(source / LAYOUT, "copy the checkpoint again"), str(source / LAYOUT))
         if layout.fits(table):
             return layout
     return FileLayout.make(table)

@@ -22,6 +22,7 @@ from typing import Any
 
 from nano3.arch import is_nemo_checkpoint
 from nano3.cli import UserError, check_output, free_disk, only_writer, replace_folder
+from nano3.documents import as_json, read_json
 from nano3.sealed_folder import mark, owner_of, seal
 
 NEMO_KIND = "nemo-checkpoint"
@@ -63,8 +64,8 @@ class UnfinishedOutput:
     def recorded(self, file: str) -> dict[str, Any] | None:
         """What `record` kept of a file that is finished, in this run or in a killed one."""
         try:
-            return json.loads(self._record(file).read_text())
-        except (OSError, ValueError):
+            return read_json(self._record(file), dict[str, Any])
+        except UserError:
             return None
 
     def record(self, file: str, content: dict[str, Any]) -> None:
@@ -128,7 +129,7 @@ def unfinished_output(
     with only_writer(out):
         folder = _folder(out)
         folder.mkdir(exist_ok=True)
-        _begin(folder, json.loads(json.dumps(job)))
+        _begin(folder, as_json(job))
         work = UnfinishedOutput(folder)
         try:
             yield work
@@ -147,8 +148,8 @@ def unfinished_output(
 def _begin(folder: Path, job: dict[str, Any]) -> None:
     """Leaves in the folder only the finished files of the same job."""
     try:
-        same = json.loads((folder / _RECORDS / _JOB).read_text()) == job
-    except (OSError, ValueError):
+        same = read_json(folder / _RECORDS / _JOB, dict[str, Any]) == job
+    except UserError:
         same = False
     if same:
         print(f"going on with the unfinished work in {folder}", file=sys.stderr)

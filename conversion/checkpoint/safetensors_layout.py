@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict
+
 from nano3.cli import UserError
+from nano3.documents import FileName, parse_json, read_bytes
+from nano3.safetensors_header import AGAIN, INDEX, parse_header, parse_index, read_header
 from nano3.sealed_folder import require_inside
 
 if TYPE_CHECKING:
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
 TensorTable = Mapping[str, tuple[str, tuple[int, ...]]]
 """Tensor name -> (dtype in safetensors' word, shape)."""
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PLAIN_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 """The dtypes that we convert, in the words of safetensors headers, and their size in bytes."""
@@ -41,6 +43,13 @@ def torch_dtype(name: str) -> torch.dtype:
     import torch
 
     return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, FP8: torch.float8_e4m3fn}[name]
+
+
+class LayoutFile(TypedDict):
+    """What `FileLayout.to_json` writes: file -> header, and the index as it was."""
+
+    headers: dict[FileName, str]
+    index: str | None
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,12 @@ class Entry:
 class FileLayout:
     """The safetensors files of a folder: their header bytes, the index if there is one, and every tensor's place."""
 
-    def __init__(self, headers: Mapping[str, bytes], index: bytes | None) -> None:
+    def __init__(self, headers: Mapping[str, bytes], index: bytes | None, where: str = "") -> None:
         self.headers, self.index = dict(headers), index
         self.entries: dict[str, Entry] = {}
         self.sizes: dict[str, int] = {}
         for file, header in self.headers.items():
-            self._add(file, header)
+            self._add(file, header, where + file)
 
     @classmethod
     def read(cls, folder: Path, quantized: bool = False) -> FileLayout:
@@ -82,8 +91,9 @@ class FileLayout:
         for path in paths:
             require_inside(folder, path)
         files = {path.name for path in paths}
-        index = (folder / INDEX).read_bytes() if (folder / INDEX).is_file() else None
-        wanted = _indexed_files(folder, index) if index is not None else {SINGLE}
+        index = read_bytes(folder / INDEX, AGAIN) if (folder / INDEX).is_file() else None
+        weight_map = parse_index(index, folder / INDEX) if index is not None else {}
+        wanted = set(weight_map.values()) if index is not None else {SINGLE}
         missing = sorted(wanted - files)
         if missing:
             more = f"; {INDEX} names {len(wanted)} files" if index is not None else ""
@@ -94,7 +104,7 @@ class FileLayout:
                 + (f"{INDEX} does not name" if index is not None else f"no {INDEX} explains")
                 + ": remove the stray file or download the model again"
             )
-        layout = cls({file: _read_header(folder / file) for file in sorted(wanted)}, index)
+        layout = cls({file: read_header(folder / file) for file in sorted(wanted)}, index, f"{folder}/")
         if not quantized:
             layout._refuse_codes()
         for file, size in layout.sizes.items():
@@ -104,7 +114,7 @@ class FileLayout:
                     f"{folder / file} has {actual:,} bytes, its header promises {size:,}: truncated; download it again"
                 )
         if index is not None:
-            layout._check_index(folder, json.loads(index)["weight_map"])
+            layout._check_index(folder, weight_map)
         return layout
 
     @classmethod
@@ -132,20 +142,11 @@ class FileLayout:
         return cls(headers, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
 
     @classmethod
-    def from_json(cls, text: str) -> FileLayout:
+    def from_json(cls, text: bytes, where: str) -> FileLayout:
         """The layout that `to_json` wrote. Raises `UserError` for a damaged one, and for files in other folders."""
-        try:
-            data = json.loads(text)
-            index = data["index"].encode() if data["index"] is not None else None
-            headers = {file: header.encode() for file, header in data["headers"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"the record of the safetensors files is damaged ({error!r}): copy the checkpoint again"
-            ) from None
-        for file in headers:
-            if Path(file).name != file:
-                raise UserError(f"the record of the safetensors files names {file!r}, which is no plain file name")
-        return cls(headers, index)
+        data = parse_json(text, LayoutFile, where, "copy the checkpoint again")
+        headers = {file: header.encode() for file, header in data["headers"].items()}
+        return cls(headers, data["index"].encode() if data["index"] is not None else None, f"{where}, ")
 
     def to_json(self) -> str:
         """The layout as text, byte for byte recoverable."""
@@ -161,12 +162,10 @@ class FileLayout:
         """Whether these are exactly our tensors, with our dtypes and shapes."""
         return {name: (entry.dtype, entry.shape) for name, entry in self.entries.items()} == dict(tensors)
 
-    def _add(self, file: str, header: bytes) -> None:
+    def _add(self, file: str, header: bytes, where: str) -> None:
         begin = 8 + len(header)
         self.sizes[file] = begin
-        for name, item in json.loads(header).items():
-            if name == "__metadata__":
-                continue
+        for name, item in parse_header(header, where).items():
             if name in self.entries:
                 raise UserError(
                     f"tensor {name} is in {self.entries[name].file} and in {file}: download the model again"
@@ -181,7 +180,7 @@ class FileLayout:
             if stop - start != math.prod(shape) * ITEM_BYTES[item["dtype"]]:
                 raise UserError(f"tensor {name} in {file}: {stop - start} bytes do not make {item['dtype']} {shape}")
             self.entries[name] = Entry(file, item["dtype"], shape, start, stop)
-            self.sizes[file] = max(self.sizes[file], stop)
+            self.sizes[file] = stop
 
     def _refuse_codes(self) -> None:
         for name, entry in self.entries.items():
@@ -219,31 +218,6 @@ def some(names: Iterable[str]) -> str:
     """The first names of a long list."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _indexed_files(folder: Path, index: bytes) -> set[str]:
-    try:
-        weight_map = json.loads(index)["weight_map"]
-        return {str(file) for file in weight_map.values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / INDEX} is not a safetensors index: download it again") from None
-
-
-def _read_header(path: Path) -> bytes:
-    """The header bytes of one file; `UserError` when they are cut off or not a header."""
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= path.stat().st_size - 8:
-            raise UserError(f"{path} is truncated or no safetensors file: download it again")
-        header = file.read(length)
-    try:
-        parsed: Any = json.loads(header)
-        if not isinstance(parsed, dict):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"{path} has a broken safetensors header: download it again") from None
-    return header
 
 
 def make_header(names: list[str], tensors: TensorTable, metadata: Mapping[str, str] | None = None) -> bytes:

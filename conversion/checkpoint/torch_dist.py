@@ -10,29 +10,29 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickle
 import struct
 import weakref
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from conversion.checkpoint.pieces import read_exactly
 from conversion.checkpoint.safetensors_layout import some
+from nano3.checkpoint_metadata import check_folder
 from nano3.cli import UserError
+from nano3.pickles import REMEDY, STORAGES, load_state, saved_tensor
 
 RowReader = Callable[[str, int, int], torch.Tensor]
 """(Hugging Face tensor name, first row, number of rows) -> those rows."""
 
 WORDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-_STORAGES = {torch.bfloat16: "BFloat16Storage", torch.float16: "HalfStorage", torch.float32: "FloatStorage"}
+_MOST_DESCRIPTION = 1 << 16
+"""Largest `data.pkl` of one tensor, in bytes; they have about 150."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offset, size) of a region of a tensor."""
@@ -45,29 +45,18 @@ class TorchDistReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / ".metadata").is_file() or not (folder / "metadata.json").is_file():
-            raise UserError(
-                f"{folder} is not a Megatron torch_dist checkpoint (.metadata, metadata.json): wrong folder?"
-            )
         self.folder = folder
-        try:
-            metadata = FileSystemReader(folder).read_metadata()
-        except Exception as error:  # whatever unpickling raises
-            raise UserError(f"{folder}/.metadata is damaged ({error!r}): copy the checkpoint again") from None
+        metadata = check_folder(folder)
         self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._places: dict[str, dict[tuple[int, ...], _StorageInfo]] = {}
-        lengths: dict[str, int] = {}
         for index, place in metadata.storage_data.items():
             self._places.setdefault(index.fqn, {})[tuple(index.offset or ())] = place
-            lengths[place.relative_path] = max(lengths.get(place.relative_path, 0), place.offset + place.length)
-        for file, length in lengths.items():
-            if not (folder / file).is_file() or (folder / file).stat().st_size < length:
-                raise UserError(f"{folder / file} is missing or truncated: copy the checkpoint again")
         self._sizes = {
             key: {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
             for key, entry in self._tensors.items()
         }
-        self._files = {file: os.open(folder / file, os.O_RDONLY) for file in sorted(lengths)}
+        files = {place.relative_path for place in metadata.storage_data.values()}
+        self._files = {file: os.open(folder / file, os.O_RDONLY) for file in sorted(files)}
         weakref.finalize(self, _close, list(self._files.values()))
 
     @property
@@ -101,7 +90,7 @@ class TorchDistReader:
         extents, places = self._sizes[key], self._places[key]
         if extents.get(offset) == size:
             if not self._straight(places[offset], result, buffer):
-                result.copy_(self._load(places[offset]).view(size))
+                result.copy_(self._load(places[offset], dtype, result.numel()).view(size))
             return result
         seen = 0
         for begin, place in places.items():
@@ -137,7 +126,8 @@ class TorchDistReader:
         offset, size = box
         begin = data_begin(self._files[place.relative_path], place, dtype, math.prod(extent))
         if begin is None:
-            return self._load(place).view(extent)[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))]
+            whole = self._load(place, dtype, math.prod(extent)).view(extent)
+            return whole[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))]
         strides = [math.prod(extent[axis + 1 :]) for axis in range(len(extent))]
         first = sum(o * stride for o, stride in zip(offset, strides, strict=True))
         count = 1 + sum((s - 1) * stride for s, stride in zip(size, strides, strict=True))
@@ -149,10 +139,14 @@ class TorchDistReader:
         if not read_exactly(self._files[place.relative_path], buffer, position):
             raise UserError(f"{self.folder / place.relative_path} ended while it was read; it changed under our hands")
 
-    def _load(self, place: _StorageInfo) -> torch.Tensor:
-        """A chunk as PyTorch loads it, for those that are no plain piece of memory."""
+    def _load(self, place: _StorageInfo, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """A chunk of `count` values as PyTorch loads it, for those that are no plain piece of memory."""
         window = io.BufferedReader(_Window(self._files[place.relative_path], place.offset, place.length))
-        return torch.load(window, map_location="cpu", weights_only=True)
+        where = f"{self.folder / place.relative_path} at byte {place.offset}"
+        tensor = load_state(window, where)
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.numel() != count:
+            raise UserError(f"{where} holds another chunk than .metadata says; {REMEDY}")
+        return tensor
 
 
 def data_begin(file: int, place: _StorageInfo, dtype: torch.dtype, count: int) -> int | None:
@@ -162,40 +156,28 @@ def data_begin(file: int, place: _StorageInfo, dtype: torch.dtype, count: int) -
     try:
         with zipfile.ZipFile(window) as archive:
             members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            storage, begin, size, stride = _Unpickler(archive.open(members["data.pkl"])).load()
+            if members["data.pkl"].compress_type or members["data.pkl"].file_size > _MOST_DESCRIPTION:
+                return None
+            saved = saved_tensor(archive.read(members["data.pkl"]))
             order = archive.read(members["byteorder"]) if "byteorder" in members else b"little"
             data = members["data/0"]
-    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError):
+    except Exception:  # whatever is wrong with the archive: PyTorch's own reader will say it
         return None
-    strides = tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
-    plain = storage[1] == _STORAGES.get(dtype) and storage[2] == "0" and begin == 0 and tuple(stride) == strides
-    whole = math.prod(size) == count and data.file_size == count * dtype.itemsize and not data.compress_type
+    strides = tuple(math.prod(saved.size[axis + 1 :]) for axis in range(len(saved.size)))
+    plain = saved[:3] == (STORAGES.get(dtype), "0", 0) and saved.stride == strides
+    whole = math.prod(saved.size) == count and data.file_size == count * dtype.itemsize and not data.compress_type
     if not plain or not whole or order != b"little":
         return None
     # The lengths of name and extra field stand at byte 26 of a member's own header, which is 30 bytes long.
-    name, extra = struct.unpack("<HH", os.pread(file, 4, place.offset + data.header_offset + 26))
-    return place.offset + data.header_offset + 30 + name + extra
+    lengths = os.pread(file, 4, place.offset + data.header_offset + 26)
+    name, extra = struct.unpack("<HH", lengths.ljust(4, b"\xff"))
+    begin = data.header_offset + 30 + name + extra
+    return place.offset + begin if begin + data.file_size <= place.length else None
 
 
 def _close(files: list[int]) -> None:
     for file in files:
         os.close(file)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Takes what `torch.save` says of one tensor apart: (storage, offset, size, stride). Loads no other thing."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: (storage, offset, size, stride)
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in _STORAGES.values():
-            return name
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
 
 
 class _Window(io.RawIOBase):

@@ -12,14 +12,25 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import MinLen
+from typing_extensions import TypedDict
 
 from nano3.cli import UserError, fresh_file
+from nano3.documents import NotNegative, parse_json
 
 FORMAT = 2
 """Format 1, which is read too, had no hash."""
+
+
+class ToleranceFields(TypedDict):
+    """The fields of `Tolerance`."""
+
+    largest: NotNegative
+    mean: NotNegative
+    overall: NotNegative
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,14 @@ class Tolerance:
     largest: float
     mean: float
     overall: float
+
+
+class Header(TypedDict):
+    """`golden` in the header. Facts that only people read are not named here."""
+
+    format: Literal[1]
+    texts: Annotated[list[str], MinLen(1)]
+    tolerance: ToleranceFields
 
 
 @dataclass(frozen=True)
@@ -62,25 +81,29 @@ class Golden:
         """Reads the file. Raises `UserError` when it is none, is damaged or is of another format."""
         from safetensors import SafetensorError, safe_open
 
+        remedy = "write it with conversion/golden.py"
         try:
             with safe_open(path, "numpy") as file:
                 said = file.metadata() or {}
+                text, digest = said["golden"], said.get("sha256")
                 tokens, lengths, logprobs = (file.get_tensor(name) for name in ("tokens", "lengths", "logprobs"))
-            header = json.loads(said["golden"])
-            version, digest = header.pop("format"), said.get("sha256")
-            if version not in (1, FORMAT):
-                raise ValueError("another format")
-            if (digest or version == FORMAT) and digest != _sha256(said["golden"], tokens, lengths, logprobs):
-                raise ValueError("not what was written: its SHA-256 is another")
-            cuts = np.cumsum(lengths)[:-1]
-            texts, tolerance = header.pop("texts"), Tolerance(**header.pop("tolerance"))
-            if not len(tokens) == len(logprobs) == lengths.sum() or len(texts) != len(lengths) or not texts:
-                raise ValueError("its parts do not fit each other")
-            return cls(texts, np.split(tokens, cuts), np.split(logprobs, cuts), tolerance, header)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a file of golden answers ({error}); {remedy}") from None
+        header: dict[str, Any] = dict(parse_json(text, Header, f"{path}: golden in the header", remedy))
+        version = header.pop("format")
+        if (digest or version == FORMAT) and digest != _sha256(text, tokens, lengths, logprobs):
             raise UserError(
-                f"{path} is not a file of golden answers ({error}); write it with conversion/golden.py"
-            ) from None
+                f"{path} is not a file of golden answers (not what was written: its SHA-256 is another); {remedy}"
+            )
+        texts, bounds = header.pop("texts"), header.pop("tolerance")
+        whole = tokens.ndim == lengths.ndim == logprobs.ndim == 1 and tokens.dtype.kind == lengths.dtype.kind == "i"
+        if not whole or logprobs.dtype != np.float32 or len(texts) != len(lengths) or lengths.min() < 1:
+            raise UserError(f"{path} is not a file of golden answers (other arrays); {remedy}")
+        if not len(tokens) == len(logprobs) == sum(lengths.tolist()) or not np.isfinite(logprobs).all():
+            raise UserError(f"{path} is not a file of golden answers (its parts do not fit each other); {remedy}")
+        cuts = np.cumsum(lengths)[:-1]
+        tolerance = Tolerance(bounds["largest"], bounds["mean"], bounds["overall"])
+        return cls(texts, np.split(tokens, cuts), np.split(logprobs, cuts), tolerance, header)
 
 
 def _sha256(header: str, tokens: np.ndarray, lengths: np.ndarray, logprobs: np.ndarray) -> str:

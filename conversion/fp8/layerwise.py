@@ -6,7 +6,6 @@ hidden states of all samples.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 
 from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.safetensors_layout import FP8
-from nano3.hf_config import BLOCK_TYPES, DT_RANGE
+from nano3.hf_config import BLOCK_TYPES, DT_RANGE, read_config
 
 PRECISE = "e_score_correction_bias"
 """What transformers keeps in FP32 whatever the dtype of the model."""
@@ -131,7 +130,7 @@ def build_layer(hf: HFFolder, number: int, dtype: torch.dtype) -> Any:
 
     logging.set_verbosity_error()  # it says for every layer that the plain formulas are slow
 
-    raw = json.loads((hf.path / "config.json").read_text())
+    raw = read_config(hf.path)
     letter = hf.arch.layers[number]
     kind = next(word for word, known in BLOCK_TYPES.items() if known == letter)
     drop = ("hybrid_override_pattern", "num_hidden_layers", "quantization_config")

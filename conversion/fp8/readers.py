@@ -13,9 +13,11 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch, fnmatchcase
+from functools import cache
 
 from conversion.fp8.selection import matrices
 from nano3.arch import Arch
+from nano3.patterns import Pattern
 
 _FUSED = ("q_proj", "k_proj", "v_proj")
 """Attention's projections are one module, qkv_proj, in both."""
@@ -72,10 +74,15 @@ def tensorrt_excludes(module: str, excluded: Iterable[str]) -> bool:
 
 def _matches(candidate: str, name: str) -> bool:
     if name.startswith("re:"):
-        return re.fullmatch(name[3:], candidate) is not None
+        return _expression(name[3:]).matches(candidate)
     if name.endswith(".*") and candidate == name[:-2]:
         return True
     return fnmatchcase(candidate, name)
+
+
+@cache
+def _expression(text: str) -> Pattern:
+    return Pattern(text, "the excluded modules")
 
 
 def vllm_cache_scale(name: str) -> str | None:

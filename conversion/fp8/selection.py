@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MaxLen
+from typing_extensions import TypedDict
 
 from conversion.checkpoint.safetensors_layout import FP8, ITEM_BYTES, TensorTable
 from nano3.arch import Arch
 from nano3.cli import UserError
+from nano3.documents import Name, read_yaml
 
 E4M3_MAX = 448.0
 """Largest finite value of FP8 E4M3 (OCP 8-bit floating point specification): amax / 448 is a tensor's scale."""
@@ -50,6 +54,17 @@ def layer_of(name: str) -> int:
     return int(name.split(".")[2])
 
 
+_Names = Annotated[list[Name], MaxLen(100_000)]
+
+
+class SelectionFile(TypedDict, total=False):
+    """A selection in YAML."""
+
+    quantize: _Names | None
+    keep: _Names | None
+    kv_cache: bool
+
+
 @dataclass(frozen=True)
 class Selection:
     """What becomes FP8: the modules `chosen`, and the KV cache or not."""
@@ -71,23 +86,16 @@ class Selection:
         A module becomes FP8 when a pattern of `quantize` matches it and none of `keep`. Raises `UserError` for other
         keys, a pattern that matches nothing, and an empty selection.
         """
-        import yaml
-
-        try:
-            told = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{path} cannot be read as YAML: {error}") from None
-        if not isinstance(told, dict) or not set(told) <= {"quantize", "keep", "kv_cache"}:
+        told = read_yaml(path, SelectionFile, "it must be a mapping with quantize, keep and kv_cache")
+        if not set(told) <= set(SelectionFile.__annotations__):
             raise UserError(f"{path} must be a mapping with quantize, keep (lists of patterns) and kv_cache only")
         known = list(matrices(arch))
-        matched = {key: _match(told.get(key) or [], known, f"{path}: {key}") for key in ("quantize", "keep")}
+        given = {"quantize": told.get("quantize"), "keep": told.get("keep")}
+        matched = {key: _match(patterns or [], known, f"{path}: {key}") for key, patterns in given.items()}
         chosen = frozenset(matched["quantize"] - matched["keep"])
         if not chosen:
             raise UserError(f"{path} leaves nothing to quantize; quantize: ['*'] takes every matrix")
-        kv_cache = told.get("kv_cache", True)
-        if not isinstance(kv_cache, bool):
-            raise UserError(f"{path}: kv_cache is {kv_cache!r}; give true or false")
-        return cls(arch, chosen, kv_cache)
+        return cls(arch, chosen, told.get("kv_cache", True))
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
@@ -186,9 +194,7 @@ def _amount(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _match(patterns: Any, names: list[str], what: str) -> set[str]:
-    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise UserError(f"{what} must be a list of patterns such as 'backbone.layers.5.*'")
+def _match(patterns: list[str], names: list[str], what: str) -> set[str]:
     found: set[str] = set()
     for pattern in patterns:
         matched = {name for name in names if fnmatchcase(name, pattern)}

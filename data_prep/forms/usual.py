@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from data_prep.forms.form import (
@@ -19,6 +18,7 @@ from data_prep.forms.form import (
     with_choices,
 )
 from nano3.cli import UserError
+from nano3.documents import parse_json
 
 
 def _messages(fields: Fields) -> dict[str, Any]:
@@ -97,8 +97,8 @@ def _decoded(fields: Fields, key: str) -> Any:
     value = fields[key]
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(value, Any, f"{key!r}")
+        except UserError as error:
             raise UserError(f"{key!r} is text but not JSON ({error})") from error
     if not isinstance(value, list):
         raise UserError(f"{key!r} is {short(value)}; it must be a list")

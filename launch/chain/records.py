@@ -15,13 +15,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from launch.chain.stages import NAMES, TRAIN, Stage
 from nano3.cli import UserError, alone, fresh_file
+from nano3.documents import Name, Text, read_json
 from nano3.file_digests import remembered_sha256
 from nano3.file_system import LOCK
 
 KIND = "pipeline"
 """Of the folder (see `nano3.cli.fresh_output`)."""
+
+
+class StageRow(TypedDict):
+    """A stage in pipeline.json."""
+
+    name: Name
+    commands: list[list[Text]]
+    output: Text
+    inputs: list[Text]
+
+
+class FinishedStage(TypedDict):
+    """stages/NAME.json."""
+
+    commands: list[list[Text]]
+    inputs: dict[Text, list[int]]
+    exit_code: int
 
 
 @dataclass
@@ -52,10 +72,10 @@ class Records:
 
     def planned(self) -> tuple[Stage, ...]:
         """The plan as it was written. Raises `UserError` where there is none."""
-        try:
-            rows = json.loads((self.out / "pipeline.json").read_text())
-        except (OSError, ValueError):
-            raise UserError(f"{self.out} holds no pipeline; give the --out of launch/pipeline.py run") from None
+        path = self.out / "pipeline.json"
+        if not path.is_file():
+            raise UserError(f"{self.out} holds no pipeline; give the --out of launch/pipeline.py run")
+        rows = read_json(path, list[StageRow], "plan the pipeline again with launch/pipeline.py run")
         return tuple(
             Stage(
                 row["name"],
@@ -197,10 +217,9 @@ class Records:
         return {"commands": [list(command) for command in stage.commands], "inputs": inputs}
 
     def _read(self, stage: Stage) -> dict[str, Any]:
-        try:
-            return json.loads((self.folder / f"{stage.name}.json").read_text())
-        except (OSError, ValueError):
-            return {}
+        path = self.folder / f"{stage.name}.json"
+        remedy = f"remove the file to do stage {stage.name} again"
+        return dict(read_json(path, FinishedStage, remedy)) if path.is_file() else {}
 
     def _job(self, name: str) -> int | None:
         try:

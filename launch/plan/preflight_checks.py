@@ -6,9 +6,7 @@ Imports neither torch nor NeMo. Every check returns findings instead of raising,
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,8 +19,10 @@ from launch.plan.run_length import length_of
 from launch.plan.weights import adapter_weights
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.cli import UserError, free_disk, owner_of
+from nano3.documents import read_bytes
 from nano3.mixture import is_mixture, read_mixture
 from nano3.pack_index import read_index
+from nano3.safetensors_header import AGAIN, INDEX, parse_header, parse_index, read_header
 from nano3.token_store import TokenStore
 
 WANTED = {"nemo-toolkit": "2.7.3", "megatron-core": "0.16.1"}
@@ -99,11 +99,11 @@ def check_model(paths: Paths) -> list[Finding]:
         metadata = [paths.model / "weights" / name for name in ("metadata.json", ".metadata")]
         missing = [str(path) for path in metadata if not path.is_file()]
         return [Finding(True, f"NeMo checkpoint without {', '.join(missing)}; convert it again")] if missing else []
-    index = paths.model / "model.safetensors.index.json"
+    index = paths.model / INDEX
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    except (ValueError, KeyError) as error:
-        return [Finding(True, f"{index} cannot be read ({error}); download the model again")]
+        names = set(parse_index(read_bytes(index, AGAIN), index).values()) if index.is_file() else set()
+    except UserError as error:
+        return [Finding(True, str(error))]
     files = [paths.model / name for name in sorted(names)] or sorted(paths.model.glob("*.safetensors"))
     if not files:
         return [Finding(False, f"{paths.model} has no weights: only its config.json was looked at")]
@@ -114,17 +114,12 @@ def _safetensors_problem(path: Path) -> str | None:
     """What is wrong with a safetensors file, by its header and length; None if nothing is."""
     if not path.is_file():
         return f"{path} is missing; download the model again"
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        try:
-            header = json.loads(file.read(length)) if 0 < length < 1 << 30 else {}
-        except ValueError:
-            header = {}
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    if not ends:
-        return f"{path} has no readable header; download it again"
-    expected = 8 + length + max(ends)
+    try:
+        header = read_header(path)
+        items = parse_header(header, str(path))
+    except UserError as error:
+        return str(error)
+    expected = 8 + len(header) + max((item["data_offsets"][1] for item in items.values()), default=0)
     size = path.stat().st_size
     return f"{path} has {size} bytes and should have {expected}; download it again" if size != expected else None
 

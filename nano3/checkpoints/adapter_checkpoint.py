@@ -20,6 +20,7 @@ from megatron.core.models.mamba import MambaModel
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nano3.checkpoint_metadata import load_sharded
 from nano3.checkpoints.base_identity import recorded_sha256
 from nano3.checkpoints.checkpoint_folder import disk_full, sync
 from nano3.checkpoints.replicas import require_equal_replicas
@@ -63,7 +64,7 @@ def write_adapter(state: dict[str, Any], folder: Path, facts: dict[str, Any]) ->
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Fills this rank's adapters from an adapter folder, which may come from another parallel layout."""
-    loaded = dist_checkpointing.load(adapter_state(model), str(folder / WEIGHTS))
+    loaded = load_sharded(adapter_state(model), folder / WEIGHTS)
     for key, entry in adapter_state(model).items():
         entry.data.copy_(loaded[key])
 

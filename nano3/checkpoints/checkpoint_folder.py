@@ -6,7 +6,6 @@ a launcher can refuse a damaged checkpoint, or one of another run, in a tenth of
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from nano3.cli import UserError, free_disk
+from nano3.documents import Count, Name, check, read_json, shown
 from nano3.sealed_folder import check_seal
 
 FOLDER = "checkpoints"
@@ -26,6 +28,15 @@ FORMAT = 2
 _STEP = re.compile(r"step-(\d{6,})")
 _LEFT = re.compile(r"\.step-\d{6,}\.(removed|lock|(partial|old)-\d+-[0-9a-f]{8})")
 """What a killed run leaves beside its checkpoints."""
+
+
+class TrainingState(TypedDict):
+    """state.json."""
+
+    step: Count
+    samples: Count
+    layout: dict[Name, Count]
+    identity: dict[Name, Any]
 
 
 def step_folder(out: Path | str, step: int) -> Path:
@@ -75,18 +86,21 @@ def _refuse_other_step(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """`training/state.json` of a checkpoint."""
-    return json.loads((folder / TRAINING / STATE).read_text())
+    """`training/state.json` of a checkpoint. Raises `UserError` for one of another format, and for a damaged one."""
+    path = folder / TRAINING / STATE
+    state = read_json(path, dict[str, Any], "restore the file, or remove the folder to go on from an older checkpoint")
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} is a checkpoint of format {shown(state.get('format', 1))} and this code reads {FORMAT}: go on "
+            "with the version of this repository that wrote it, or start over here with --overwrite"
+        )
+    check(state, TrainingState, str(path), "restore the file")
+    return state
 
 
 def refuse_other_run(folder: Path, identity: Mapping[str, Any]) -> None:
     """Raises `UserError` when the checkpoint `folder` belongs to a run with another identity, naming what differs."""
     state = read_state(folder)
-    if state.get("format") != FORMAT:
-        raise UserError(
-            f"{folder} is a checkpoint of format {state.get('format', 1)} and this code reads {FORMAT}: go on with the "
-            "version of this repository that wrote it, or start over here with --overwrite"
-        )
     recorded = state["identity"]
     names = [*identity, *(name for name in recorded if name not in identity)]
     different = [name for name in names if recorded.get(name) != identity.get(name)]

@@ -53,6 +53,7 @@ from nano3.checkpoints.training_state import (
     set_schedules,
 )
 from nano3.cli import free_disk
+from nano3.pickles import load_state
 from nano3.router import require_router
 
 SPARE_BYTES = 4 << 20
@@ -116,7 +117,7 @@ class RunCheckpoints(pl.Callback):
         sampler = trainer.datamodule.data_sampler  # type: ignore[attr-defined]
         sampler.init_consumed_samples = sampler.prev_consumed_samples = state["samples"]
         sampler.init_global_step = state["step"]
-        self._saved = {**torch.load(self.source / folders.TRAINING / "run.pt", weights_only=True), **state}
+        self._saved = {**_read(self.source, "run.pt"), **state}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sets Lightning's counters and the other callbacks' states."""
@@ -162,7 +163,7 @@ class RunCheckpoints(pl.Callback):
         # What an untouched run would have fetched, so that the last batch is known as such (and validated after).
         trainer.fit_loop._data_fetcher.fetched += self._resumed_step * _micro_batches(trainer)  # type: ignore[union-attr]
         if saved["layout"] == self.layout:
-            ranks = torch.load(self.source / folders.TRAINING / "ranks.pt", weights_only=True)
+            ranks = _read(self.source, "ranks.pt")
             set_random_state(ranks[dist.get_rank()])
         else:
             new_random_state(self.seed, self._resumed_step)
@@ -234,11 +235,16 @@ def _gathered(mine: Any) -> list[Any]:
 
 
 def _packed(state: Any) -> bytes:
-    """A file's content for `torch.load`; refuses at once what could not be read again without running code."""
+    """A file's content for `load_state`; refuses at once what could not be read again without running code."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    load_state(io.BytesIO(buffer.getvalue()), "the training's state")
     return buffer.getvalue()
+
+
+def _read(checkpoint: Path, name: str) -> Any:
+    path = checkpoint / folders.TRAINING / name
+    return load_state(path, str(path))
 
 
 def _set_counters(trainer: pl.Trainer, step: int) -> None:

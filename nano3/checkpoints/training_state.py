@@ -17,12 +17,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from nano3.checkpoint_metadata import load_sharded
 from nano3.lora.dropout import seed_dropout
 
 Tensors = dict[str, torch.Tensor]
@@ -155,7 +155,7 @@ def optimizer_tensors(trainer: pl.Trainer, adapters: dict[str, Any]) -> dict[str
 def load_optimizer(trainer: pl.Trainer, adapters: dict[str, Any], folder: Path) -> None:
     """Fills moments and masters from the folder that `optimizer_tensors` was written to."""
     sharded, owners = _sharded(trainer, adapters, load=True)
-    loaded = dist_checkpointing.load(sharded, str(folder))
+    loaded = load_sharded(sharded, folder)
     for state, parameter, keys in owners:
         state.write(parameter, {kind: loaded[key] for kind, key in keys.items()})
 

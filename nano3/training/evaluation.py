@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from nano3.checkpoints.adapter_checkpoint import load_adapter
 from nano3.checkpoints.base_identity import recorded_sha256
 from nano3.cli import UserError, fresh_file
+from nano3.documents import read_json
 from nano3.sealed_folder import check_seal
 
 NOT_IN_THE_MODEL = ("dropout", "plus_ratio")
@@ -38,7 +39,7 @@ class Evaluation(pl.Callback):
         if self.adapter is not None:
             if trainer.is_global_zero:  # one rank reads it for all
                 check_seal(Path(self.adapter), required=True)
-            info = json.loads((Path(self.adapter) / "lora.json").read_text())
+            info = read_json(Path(self.adapter) / "lora.json", dict[str, Any], "copy the adapter again")
             refuse_other_adapter(self.adapter, info, {**self.facts, "base_sha256": recorded_sha256(self.base)})
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

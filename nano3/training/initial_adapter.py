@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import lightning.pytorch as pl
 
 from nano3.checkpoints.adapter_checkpoint import load_adapter
 from nano3.checkpoints.base_identity import recorded_sha256
+from nano3.documents import read_json
 from nano3.sealed_folder import check_seal
 from nano3.training.evaluation import refuse_other_adapter
 
@@ -34,7 +34,7 @@ class InitialAdapter(pl.Callback):
         del pl_module, stage
         if trainer.is_global_zero:  # one rank reads it for all
             check_seal(self.folder, required=True)
-        info = json.loads((self.folder / "lora.json").read_text())
+        info = read_json(self.folder / "lora.json", dict[str, Any], "copy the adapter again")
         refuse_other_adapter(str(self.folder), info, {**self.facts, "base_sha256": recorded_sha256(self.base)})
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

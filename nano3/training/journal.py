@@ -13,7 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from typing_extensions import TypedDict
+
+from nano3.documents import Count, check, parse_json_line
+
 Row = dict[str, Any]
+
+
+class Metrics(TypedDict):
+    """What every row has."""
+
+    step: Count
+
+
 """`step`, `time` (seconds since 1970) and numbers by name; a list is a distribution over expert numbers."""
 
 FILE = "metrics.jsonl"
@@ -34,8 +46,14 @@ class View(Protocol):
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a `metrics.jsonl`, or none; a last line that a killed process left unfinished is no row."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        row = parse_json_line(line, where)
+        check(row, Metrics, where, "restore the file, or remove it and the run")  # type: ignore[arg-type]
+        rows.append(row)
+    return rows
 
 
 def cut(path: Path, step: int) -> list[Row]:

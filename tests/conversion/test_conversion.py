@@ -91,7 +91,7 @@ def test_layout_of_our_own_in_several_files():
     one = FileLayout.make(table)
     assert one.entries["b"].start % 4 == 0
     assert one.index is None
-    assert FileLayout.from_json(layout.to_json()).headers == layout.headers
+    assert FileLayout.from_json(layout.to_json().encode(), "x").headers == layout.headers
 
 
 def test_qkv_rows_are_grouped():

@@ -154,7 +154,7 @@ def test_a_selection_of_ones_own(ours, tmp_path):
         ("quantize: ['*.nothing']", "matches none of the 64 matrices"),
         ("layers: [1]", "quantize, keep"),
         ("quantize: []", "leaves nothing to quantize"),
-        ("quantize: ['*']\nkv_cache: 8", "give true or false"),
+        ("quantize: ['*']\nkv_cache: 8", "kv_cache is 8; it must be a valid boolean"),
     ):
         (tmp_path / "b.yaml").write_text(text)
         with pytest.raises(UserError, match=message):

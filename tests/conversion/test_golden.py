@@ -191,7 +191,7 @@ def test_a_server_that_cannot_be_asked_is_an_error_with_a_remedy(folder):
             Server(url, 60)
         server = Server(url, 60, "fp8")
         fake.without = True
-        with pytest.raises(UserError, match="gives no prompt_logprobs"):
+        with pytest.raises(UserError, match="prompt_logprobs is missing"):
             server.logprobs(file.tokens[0])
         fake.missing = "/tokenize"
         with pytest.raises(UserError, match="Not Found; leave the tokenizer out with --skip-tokenizer"):
@@ -223,7 +223,7 @@ def test_a_token_without_a_number_fails(folder):
     [
         ("", "has no prompts"),
         ('{"prompt": 3}', "p.jsonl:1: give a JSON object"),
-        ('{"messages": []}\n[1]', "p.jsonl:2: give a JSON object"),
+        ('{"messages": []}\n[1]', "p.jsonl:2: a row must be a JSON object"),
         ('{"prompt": "a", "messages": []}', "p.jsonl:1: give a JSON object"),
     ],
 )

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from conversion.checkpoint.names import adaptable, adapter_shapes
+from conversion.checkpoint.torch_dist_writer import BACKENDS
 from conversion.merge_lora import merge
 from nano3.arch import Arch
 from nano3.cli import UserError
@@ -55,9 +56,9 @@ def write_adapter(
     tensors = adapter_tensors(Arch.from_config(config), targets, experts, **made)
     change(tensors)
     dcp.save(tensors, checkpoint_id=folder / "weights", no_dist=True)
-    (folder / "weights" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (folder / "weights" / "metadata.json").write_text(json.dumps(BACKENDS))
     lora = {"format": 1, "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": list(targets), "experts": experts}
-    (folder / "lora.json").write_text(json.dumps(lora | {"base_config": config, "router_sha256": ""} | info))
+    (folder / "lora.json").write_text(json.dumps(lora | {"base_config": config, "router_sha256": None} | info))
     seal(folder)
     return folder
 

@@ -148,7 +148,7 @@ Q = "base_model.model.model.layers.3.mixer.q_proj"
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated file": (truncated, r"adapter_model\.safetensors is truncated"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
-    "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), r"adapter_config\.json is not readable"),
+    "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), r"adapter_config\.json: not valid JSON"),
     "another rank": (lambda f: config(f, r=8), r"has shape \(4, .* rank 8"),
     "a rank of one layer": (lambda f: config(f, rank_pattern={"in_proj": 2}), f"{IN}.* rank 2"),
     "another base": (
@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "biases": (lambda f: config(f, bias="all"), "bias='all'"),
     "whole modules": (lambda f: config(f, modules_to_save=["lm_head"]), "modules_to_save"),
     "PiSSA": (lambda f: config(f, init_lora_weights="pissa"), "path_initial_model_for_weight_conversion"),
-    "a list of patterns": (lambda f: config(f, rank_pattern=["q_proj"]), "not tables of names"),
+    "a list of patterns": (lambda f: config(f, rank_pattern=["q_proj"]), "rank_pattern is .* it must be an object"),
     "a pattern that is none": (lambda f: config(f, rank_pattern={"(": 4}), "no regular expression"),
     "DoRA without lengths": (lambda f: config(f, use_dora=True), "lora_magnitude_vector"),
     "one of the stacked matrices": (

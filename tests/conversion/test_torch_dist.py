@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import random
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from conversion.checkpoint.torch_dist import TorchDistReader, data_begin
+from conversion.checkpoint.torch_dist_writer import BACKENDS
 from nano3.cli import UserError
 
 WHOLE = torch.arange(2 * 6 * 8, dtype=torch.float32).view(2, 6, 8).bfloat16()
@@ -56,7 +58,7 @@ def write(folder: Path, cuts: tuple[int, int, int], way: str) -> Path:
     (folder / "f.distcp").write_bytes(data.getvalue())
     metadata = Metadata({"t": entry}, planner_data=None, storage_data=places, storage_meta=StorageMeta())
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    (folder / "metadata.json").write_text("{}")
+    (folder / "metadata.json").write_text(json.dumps(BACKENDS))
     return folder
 
 

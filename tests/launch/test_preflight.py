@@ -247,7 +247,7 @@ def test_a_truncated_or_missing_checkpoint_is_found(world, tmp_path):
         opened.truncate(file.stat().st_size - 1)
     assert "should have" in wrong(check_model(Paths(copy)))[0]
     file.write_bytes(b"")
-    assert "no readable header" in wrong(check_model(Paths(copy)))[0]
+    assert "is truncated or no safetensors file" in wrong(check_model(Paths(copy)))[0]
     file.unlink()
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file.name}}))
     assert "is missing" in wrong(check_model(Paths(copy)))[0]

@@ -149,7 +149,7 @@ def test_config_files_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(UserError, match="not valid JSON"):
         Arch.load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="JSON object"):
+    with pytest.raises(UserError, match="holds a list; it must be an object"):
         Arch.load(tmp_path / "config.json")
 
 
