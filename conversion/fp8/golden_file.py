@@ -46,7 +46,7 @@ class Tolerance:
 class Header(TypedDict):
     """`golden` in the header. Facts that only people read are not named here."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     texts: Annotated[list[str], MinLen(1)]
     tolerance: ToleranceFields
 
