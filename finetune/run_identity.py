@@ -10,6 +10,7 @@ numbers: what a checkpoint says of them decides whether equal bits can be promis
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 

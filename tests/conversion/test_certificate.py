@@ -279,18 +279,20 @@ def test_a_certificate_made_to_fit_other_settings_is_found_out_by_the_base(folde
 
 def test_a_certificate_with_parts_missing_is_refused(folders, tmp_path):
     said = read_certificate(folders / "merged")
-    for change in (
-        {"input": None},
-        {"tensors": {"a": 1}},
-        {"tensors": {"a": {"what": "added"}}},
-        {"tensors": {"a": {"what": "added", "output": {"dtype": "F32", "shape": []}}}},
-        {"kind": 3},
-        {"kind": "distillation"},
-        {"previous": {}},
-        {"format": 1},
+    for change, says in (
+        ({"input": None}, "input is None; it must be an object"),
+        ({"tensors": {"a": 1}}, "tensors.a is 1; it must be an object"),
+        ({"tensors": {"a": {"what": "added"}}}, "tensors.a has neither input nor output"),
+        ({"tensors": {"a": {"what": "added", "output": {"dtype": "F32", "shape": []}}}}, "a.output.sha256 is missing"),
+        ({"kind": 3}, "kind is 3; it must be 'import'"),
+        ({"kind": "distillation"}, "kind is 'distillation'"),
+        ({"kind": ["merge"]}, r"kind is \['merge'\]"),
+        ({"calibration": [1]}, r"calibration is \[1\]; it must be an object"),
+        ({"previous": {}}, r"previous.* is missing"),
+        ({"format": 1}, "is not of format 3"),
     ):
         (tmp_path / "certificate.json").write_text(json.dumps(said | change))
-        with pytest.raises(UserError, match="is not of format 3"):
+        with pytest.raises(UserError, match=says):
             verify(tmp_path)
 
 
