@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation.bias import bias
 from evaluation.comparison import accuracy, interval
 from evaluation.generation import GREEDY, Sampling
 from evaluation.judging.extraction import LETTERS, after_thinking
@@ -233,6 +234,9 @@ def _parser() -> argparse.ArgumentParser:
         "--method", choices=METHODS, help="likeliest letter, written answer, or both (default: the task's)"
     )
     parser.add_argument(
+        "--bias", action="store_true", help="ask again with options and letters moved round: letter and position bias"
+    )
+    parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="longest answer (default: from the longest expected answer)"
     )
     parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default: 1)")
@@ -311,9 +315,19 @@ def main() -> int:
         server = _server(args) if remote else None
         model = server or _local_model(args, task, stack)
         result = evaluate(model, task, questions, args.method, args.max_new_tokens, sampling, args.thinking)
+        if args.bias:
+            _check_choices(questions)
+            result["bias"] = bias(model, questions)
     write_result(result, out)
     if server is not None:
         server.done()
+    if args.bias:
+        found = result["bias"]
+        print(
+            f"moved round: {found['accuracy']:.1%} right, {found['steady']:.1%} steady; the most liked letter is "
+            f"{100 * found['largest_letter']:.1f} points above an even share, the most liked place "
+            f"{100 * found['largest_place']:.1f}"
+        )
     low, high = result["ci95"]
     others = ", ".join(f"{count} {name}" for name, count in result["outcomes"].items() if count and name != RIGHT)
     print(
