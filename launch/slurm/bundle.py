@@ -92,10 +92,10 @@ def chosen(tested: dict[str, str]) -> dict[str, importlib.metadata.Distribution]
 
     What a package of the image's requires is the image's too. `UserError` where a tested one is of another version.
     """
-    waiting, found = [name for name in tested if name not in NO_RUN_NEEDS], {}
+    waiting, found = list(tested), {}
     while waiting:
         package = find(waiting.pop())
-        if package is None or package.name in found or not portable(package):
+        if package is None or package.name in {*found, *NO_RUN_NEEDS} or not portable(package):
             continue
         if package.version != tested.get(package.name, package.version):
             raise UserError(

@@ -93,6 +93,7 @@ IMAGE |= {"transformer-engine": "2.9.0", "mamba-ssm": "2.2.5", "causal-conv1d": 
         ({"megatron-core": "0.15.0"}, ["megatron-core is 0.15.0 (tested: 0.16.1)"]),
         ({"nemo-toolkit": None}, ["nemo-toolkit is missing (tested: 2.7.3)"]),
         ({"torch": "2.5.1"}, ["torch is 2.5.1 (tested: 2.7 or later)"]),
+        ({"lm-eval": None, "rensa": None}, []),  # which training does not import
         ({"tiktoken": None}, ["tiktoken is missing (tested: any version)"]),
         ({"transformer-engine": "2.12.1"}, ["transformer-engine is 2.12.1 (tested: 2.9 or later below 2.12)"]),
         ({"mamba-ssm": None}, ["mamba-ssm is missing (tested: 2.0 or later)"]),
