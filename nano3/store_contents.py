@@ -18,7 +18,7 @@ import numpy as np
 from nano3.errors import UserError
 from nano3.file_digests import recall, remember, remembered_sha256, stamp
 from nano3.pack_index import DOCUMENTS, FACTS, OFFSETS
-from nano3.sealed_folder import check_seal
+from nano3.sealed_folder import MARKER, SEAL, check_seal
 from nano3.token_store import DTYPES, MANIFEST, ORDER, TokenStore, mapped
 
 _PIECE = 1 << 24
@@ -39,7 +39,7 @@ def check_store(store: TokenStore) -> None:
         for name, problem in _problems(store):
             raise UserError(f"{store.folder / name}: {problem}; {_AGAIN}")
 
-    _once(paths, check)
+    _once(paths, store.folder, check)
 
 
 def check_index(store: TokenStore, index: Path, facts: dict[str, Any]) -> None:
@@ -59,14 +59,15 @@ def check_index(store: TokenStore, index: Path, facts: dict[str, Any]) -> None:
                 f"--seq-length {facts['seq_length']} --pad-multiple {facts['pad_multiple']}"
             )
 
-    _once(paths, check)
+    _once(paths, index, check)
 
 
 _AGAIN = "copy the store again from where it was written, or prepare it again with data_prep/prepare.py"
 
 
-def _once(paths: list[Path], check: Callable[[], None]) -> None:
-    """Runs a check unless these files, in the state that they are in, have passed it."""
+def _once(paths: list[Path], folder: Path, check: Callable[[], None]) -> None:
+    """Runs a check of a folder unless these files, and its seal, have passed it in the state that they are in."""
+    paths = [*paths, *(path for name in (MARKER, SEAL) if (path := folder / name).is_file())]
     begun, stamps = time.time_ns(), [stamp(path) for path in paths]
     if recall(_FITS, paths) is True:
         return

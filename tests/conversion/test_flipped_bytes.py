@@ -5,6 +5,7 @@ The places that cannot matter are README.md and model_card.md: for people, read 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from conversion.adapter import export
 from conversion.adapters.adapter_folder import Adapter
 from conversion.certificates.certificate_json import read_certificate
+from conversion.certify import verify
 from conversion.checkpoint.model_folder import HFFolder, open_model
 from conversion.checkpoint.output_folder import unfinished_output
 from conversion.checkpoint.safetensors_layout import FileLayout
@@ -24,9 +26,10 @@ from conversion.checkpoint.tensor_digests import scan
 from conversion.fp8.golden_file import Golden, Tolerance
 from conversion.fp8.selection import Selection
 from conversion.hf_to_nemo import convert
+from conversion.lint_export import lint
 from conversion.merge_lora import merge
 from conversion.quantize_fp8 import weight_scales, write
-from data_prep.packing import build_packs
+from data_prep.packing import PackedDataset, build_packs
 from nano3.arch import Arch
 from nano3.checkpoints.checkpoint_folder import FORMAT, newest, step_folder
 from nano3.cli import UserError
@@ -55,7 +58,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = write_adapter(step_folder(folder / "run", 4))
     (checkpoint / "training").mkdir()
     (checkpoint / "training/run.pt").write_bytes(bytes(500))
-    (checkpoint / "training/state.json").write_text(f'{{"format": {FORMAT}, "step": 4, "identity": {{}}}}')
+    state = {"format": FORMAT, "step": 4, "samples": 8, "layout": {"ranks": 1}, "identity": {}}
+    (checkpoint / "training/state.json").write_text(json.dumps(state))
     seal(checkpoint)
     numbers = [np.arange(3), np.arange(3, dtype=np.float32)]
     (folder / "golden").mkdir()
@@ -81,13 +85,22 @@ def _open(folder: Path) -> None:
         pass
 
 
+def _refuse(problems: list[Any]) -> None:
+    if problems:
+        raise UserError(str(problems[0]))
+
+
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "an adapter, merged or trained on": ("adapter", lambda folder: Adapter(folder, Arch.from_config(TINY_CONFIG))),
     "a PEFT adapter": ("peft", lambda folder: Adapter(folder, Arch.from_config(TINY_CONFIG))),
     "a checkpoint, gone on from": ("run/checkpoints/step-000004", lambda folder: newest(folder.parents[1])),
     "a NeMo base": ("nemo", _open),
     "a merged model": ("merged", _open),
-    "an FP8 folder": ("fp8", _open),
+    "an FP8 folder, read": ("fp8", _open),
+    "an FP8 folder, by lint": ("fp8", lambda folder: _refuse(lint(folder))),
+    "an FP8 folder, by verify": ("fp8", lambda folder: _refuse(verify(folder))),
+    "a store, trained on": ("store", lambda folder: PackedDataset(folder, 64).check_contents()),
+    "a pack index": ("store/packs-64", lambda folder: PackedDataset(folder.parent, 64).check_contents()),
     "a file of golden answers": ("golden", lambda folder: Golden.read(folder / "file.safetensors")),
 }
 

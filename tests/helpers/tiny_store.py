@@ -11,7 +11,13 @@ from nano3.token_store import KIND
 
 
 def tiny_store(
-    path: Path, documents: int, longest: int, vocab_size: int, seed: int = 0, tokenizer: str = "none", multiple: int = 1
+    path: Path,
+    documents: int,
+    longest: int,
+    vocab_size: int,
+    seed: int = 0,
+    tokenizer: str = "0" * 64,
+    multiple: int = 1,
 ) -> Path:
     """Writes `documents` of 2 to `longest` random tokens; about half are supervised, the last of each always.
 
