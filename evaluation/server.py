@@ -318,9 +318,8 @@ def _text(message: _Message) -> str:
 
 def _call_text(function: _Function) -> str:
     try:
-        arguments = json.loads(function["arguments"] or "{}")
-        given = arguments.items()
-    except (ValueError, AttributeError):
+        given = parse_json(function["arguments"] or "{}", dict[str, Any], "the arguments").items()
+    except UserError:
         return f"<tool_call>\n<function={function['name']}>\n{function['arguments']}"  # broken, and judged so
     lines = [f"<parameter={name}>\n{_plain(value)}\n</parameter>" for name, value in given]
     return "\n".join(["<tool_call>", f"<function={function['name']}>", *lines, "</function>", "</tool_call>", ""])

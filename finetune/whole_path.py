@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -41,6 +40,7 @@ class Stages:
 def train(out: Path, ranks: int, defaults: Callable[[], Settings], recipe: Callable[[Run], Any]) -> dict[str, Any]:
     """Trains pico with a recipe on CPU ranks, from OUT/train into OUT/lora; returns what the report says about it."""
     from finetune import command
+    from nano3.training.journal import read_rows
 
     flags = ["--model", "pico", "--local", "--ranks", str(ranks), "--out", str(out / "lora")]
     flags += ["--data", str(out / "train"), "--validation", str(out / "validation")]
@@ -48,7 +48,7 @@ def train(out: Path, ranks: int, defaults: Callable[[], Settings], recipe: Calla
     code = command.train(run, arch)
     if code:
         raise SystemExit(code)
-    metrics = [json.loads(line) for line in (out / "lora" / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_rows(out / "lora" / "metrics.jsonl")
     layout, plain = run.settings.layout, flatten(Settings())
     chosen = {key: text_of(value) for key, value in flatten(defaults()).items() if value != plain[key]}
     return {
@@ -166,6 +166,7 @@ def whole_path(
     out: Path, base: Path, task: str, stages: Stages, train: Callable[[], dict[str, Any]], facts: dict[str, Any]
 ) -> dict[str, Any]:
     """Runs `train`, then merge, FP8 and scoring in the folder `out`, which has the stores; returns the report."""
+    from conversion.adapters.lora_json import read_lora_json
     from conversion.merge_lora import merge
 
     with stages.stage("train"):
@@ -178,7 +179,7 @@ def whole_path(
     with stages.stage("score"):
         results, old = score(out, base, adapter, merged)
     facts |= {
-        "router_sha256": json.loads((adapter / "lora.json").read_text())["router_sha256"],
+        "router_sha256": read_lora_json(adapter).router_sha256,
         "router_unchanged": router_unchanged(adapter, base, merged),
     }
     return report(out, task, stages, facts, results, old)

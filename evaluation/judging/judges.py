@@ -16,6 +16,7 @@ from typing import Any
 from evaluation.judging.extraction import Extracted, choice, value
 from evaluation.judging.mathematics import close, equal
 from nano3.cli import UserError
+from nano3.documents import parse_json
 
 RIGHT, WRONG = "right", "wrong"
 OUTCOMES = {
@@ -160,8 +161,8 @@ def _same_value(value: Any, text: str) -> bool:
     if isinstance(value, bool) or value is None:
         return text.strip() in (str(value), json.dumps(value))
     try:
-        parsed = json.loads(text)
-    except ValueError:
+        parsed = parse_json(text, Any, "the answer")
+    except UserError:
         return False
     return _same_parsed(value, parsed)
 

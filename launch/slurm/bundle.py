@@ -23,10 +23,12 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from launch.slurm.cluster import PACKAGES, PROJECT
 from launch.slurm.versions import NO_RUN_NEEDS, REQUIREMENTS, ROOT, pins
 from nano3.cli import UserError, fresh_output, run
+from nano3.documents import Name, Text, read_json
 
 KIND = "bundle"
 FACTS = "bundle.json"
@@ -107,13 +109,19 @@ def chosen(tested: dict[str, str]) -> dict[str, importlib.metadata.Distribution]
     return found
 
 
+class BundleFacts(TypedDict):
+    """What a bundle says of itself."""
+
+    project: dict[Text, Name]
+
+
 def refuse_stale(bundle: Path, root: Path = ROOT) -> None:
     """Raises `UserError` where a bundle is not of this state of the project, or is none; a job would run the other."""
     if not bundle.is_dir():
         return  # only the nodes see it
     try:
-        there = json.loads((bundle / FACTS).read_text())["project"]
-    except (OSError, ValueError, KeyError, TypeError):
+        there = read_json(bundle / FACTS, BundleFacts)["project"]
+    except UserError:
         raise UserError(f"bundle: {bundle} is no bundle; make it: python launch/slurm/bundle.py {bundle}") from None
     here = hashes(root)
     other = sorted(path for path in {*here, *there} if here.get(path) != there.get(path))

@@ -191,7 +191,7 @@ def test_a_server_that_cannot_be_asked_is_an_error_with_a_remedy(folder):
             Server(url, 60)
         server = Server(url, 60, "fp8")
         fake.without = True
-        with pytest.raises(UserError, match="prompt_logprobs is missing"):
+        with pytest.raises(UserError, match=r"prompt_logprobs is None; it must be a valid list; vLLM gives"):
             server.logprobs(file.tokens[0])
         fake.missing = "/tokenize"
         with pytest.raises(UserError, match="Not Found; leave the tokenizer out with --skip-tokenizer"):
