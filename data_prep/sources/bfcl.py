@@ -3,8 +3,8 @@
 Package bfcl-eval 2026.3.23 (Apache-2.0), folder `bfcl_eval/data`; an evaluation set. `BFCL_v4_CATEGORY.json` is JSON
 lines: `id`, `question` (a list of turns, each a list of messages), `function` (a list of definitions with types such
 as `dict` and `float`). The right calls stand in `possible_answer/` under the same id: for each parameter the list of
-values that count, "" among them where it may be left out; the first is taught. Single-turn categories only: 3,641
-questions. In the 1,124 of irrelevance no function fits, and the answer says so; the 16 of live_relevance have no
+values that count, "" among them where it may be left out; the first is taught, all go along as
+`accepted`. Single-turn categories only: 3,641 questions. In the 1,124 of irrelevance no function fits, and the answer says so; the 16 of live_relevance have no
 published answer and are dropped with that reason.
 """
 
@@ -89,6 +89,7 @@ def chat(fields: Fields) -> dict[str, Any]:
         "split": "test",
         "tools": tools,
         "messages": [*turns[0], answer],
+        "accepted": truth or [],
     }
 
 

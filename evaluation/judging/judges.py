@@ -157,7 +157,7 @@ def _accepts(accepted: Mapping[str, Sequence[Any]], given: Mapping[str, str]) ->
 def _same_value(value: Any, text: str) -> bool:
     """Whether a parameter's text is this value: strings as they are, all else as JSON or as Python writes it."""
     if isinstance(value, str):
-        return _letters_and_digits(value) == _letters_and_digits(text) and bool(value) == bool(text.strip())
+        return value == text or _letters_and_digits(value) == _letters_and_digits(text) != ""
     if isinstance(value, bool) or value is None:
         return text.strip() in (str(value), json.dumps(value))
     try:
@@ -170,13 +170,15 @@ def _same_value(value: Any, text: str) -> bool:
 def _same_parsed(value: Any, parsed: Any) -> bool:
     """As BFCL compares inside lists and objects: whole numbers equal their floats; an object's values are lists of
     accepted ones."""
+    if isinstance(value, bool) or value is None:
+        return parsed is value
     if isinstance(value, Mapping):
         return isinstance(parsed, Mapping) and _accepts_parsed(value, parsed)
     if isinstance(value, list):
         return isinstance(parsed, list) and len(value) == len(parsed) and all(map(_same_parsed, value, parsed))
     if isinstance(value, str):
         return isinstance(parsed, str) and _letters_and_digits(value) == _letters_and_digits(parsed)
-    return type(parsed) in (int, float) and not isinstance(value, bool) and bool(value == parsed)
+    return type(parsed) in (int, float) and bool(value == parsed)
 
 
 def _accepts_parsed(accepted: Mapping[str, Any], given: Mapping[str, Any]) -> bool:

@@ -2,7 +2,8 @@
 
 A chat row (`nano3/conversations.py`) is a question of any task. Its last message is the expected answer; everything
 before it is the question. It may also have `choices` (texts of the options; `answer` is then the letter), `answer` (the
-expected answer without the words around it that the last message may hold), `subject`, and `data` for the task's judge.
+expected answer without the words around it that the last message may hold), `subject`, and `accepted`: for each call of
+a tool its function with all values that each argument may have. Without that the last message's own calls are expected.
 """
 
 from __future__ import annotations
@@ -67,11 +68,21 @@ def load_questions(source: Path | str, limit: int | None = None, form: str = "")
 
 def _chat_rows(source: Path | str, form: str) -> Rows | Path | str:
     """The input, through its form where its first row is no chat row; standard input holds chat rows."""
-    if not form or str(source) == "-" or "messages" in next(iter(open_rows(source))).fields:
+    if not form or str(source) == "-" or _are_chat_rows(source):
         return source
     from data_prep.chat_rows import ChatRows, form_named
 
     return ChatRows(source, form_named(form))
+
+
+def _are_chat_rows(source: Path | str) -> bool:
+    """Whether the first row is one; a folder may begin with a file that only its form can read."""
+    try:
+        return "messages" in next(iter(open_rows(source))).fields
+    except UserError:
+        if Path(source).is_dir():
+            return False
+        raise
 
 
 def _question(row: Conversation) -> Question:
@@ -90,8 +101,14 @@ def _question(row: Conversation) -> Question:
         subject=str(row.fields.get("subject") or ""),
         written=said["content"],
         reasoning=str(said.get("reasoning_content") or ""),
-        data=row.fields.get("data"),
+        data=row.fields.get("accepted", _calls(said)),
     )
+
+
+def _calls(said: dict[str, Any]) -> list[dict[str, Any]]:
+    """The calls of a message, each argument with the one value that it has."""
+    calls = said.get("tool_calls") or ()
+    return [{one["name"]: {name: [value] for name, value in one.get("arguments", {}).items()}} for one in calls]
 
 
 def _letter_of(answer: Any, choices: Sequence[str], where: str) -> str:

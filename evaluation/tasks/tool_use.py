@@ -1,7 +1,7 @@
 """Tool use as the Berkeley Function-Calling Leaderboard asks it (package bfcl-eval 2026.3.23; Apache-2.0).
 
-The expected calls are those of the last message; `data`, where a row has it, lists for each call its function with all
-values that each argument may have. Without either no tool fits, and the right answer calls none.
+The expected calls are those of the last message, or what its row has as `accepted`. Without either no tool fits: the
+right answer calls none.
 """
 
 from __future__ import annotations
@@ -17,4 +17,4 @@ def task(variant: str) -> Task:
 
 
 def _judge(question: Question, answer: str) -> Verdict:
-    return tool_calls(question.data or [], answer)
+    return tool_calls(question.data, answer)

@@ -135,3 +135,13 @@ def test_tool_calls(calls, answer, outcome):
     assert tool_calls(calls, call).outcome == outcome
     assert tool_calls(calls, "Nothing fits.").outcome == ("right" if not calls else "unparsed")
     assert tool_calls(calls, call.replace("</function>", "")).outcome in ("format", "unparsed")
+
+
+def test_the_calls_that_are_expected_come_from_the_row(tmp_path):
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"messages": messages} | more) + "\n" for more in ({}, {"accepted": [{"f": {}}]}))
+    )
+    assert [question.data for question in load_questions(path)] == [[{"f": {"x": [1]}}], [{"f": {}}]]
