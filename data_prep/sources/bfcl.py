@@ -3,9 +3,9 @@
 Package bfcl-eval 2026.3.23 (Apache-2.0), folder `bfcl_eval/data`; an evaluation set. `BFCL_v4_CATEGORY.json` is JSON
 lines: `id`, `question` (a list of turns, each a list of messages), `function` (a list of definitions with types such
 as `dict` and `float`). The right calls stand in `possible_answer/` under the same id: for each parameter the list of
-values that count, "" among them where it may be left out; the first is taught, all go along as
-`accepted`. Single-turn categories only: 3,641 questions. In the 1,124 of irrelevance no function fits, and the answer says so; the 16 of live_relevance have no
-published answer and are dropped with that reason.
+values that count, "" among them where it may be left out; the first is taught, all go along as `accepted`. Single-turn
+categories only: 3,641 questions. In the 1,124 of irrelevance no function fits, and the answer says so; the 16 of
+live_relevance have no published answer and are dropped with that reason.
 """
 
 from __future__ import annotations
