@@ -217,7 +217,9 @@ def guard() -> None:
 
     def load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
         key = read_item.dest_index.fqn
-        loaded = torch.empty(0, dtype=torch.uint8) if "_extra_state" in key else load_state(value, f"the object {key}")
+        # Megatron-Core stores the objects of a key as a list, and each shard of `_extra_state` under a key of its own.
+        empty = [torch.empty(0, dtype=torch.uint8)]
+        loaded = empty if "_extra_state" in key else load_state(value, f"the object {key}")
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[key], loaded)
         else:
