@@ -61,7 +61,8 @@ def convert(rows: ChatRows, out: Path, held_out: int = 0) -> dict[str, Any]:
             with beside.open("w", encoding="utf-8") as file:
                 _write(file, held)
             scratch.seek(0)
-            rest = (row for number, row in _numbered(scratch) if number not in chosen)
+            lines = tqdm(_numbered(scratch), desc="held-out questions", total=count, unit="row", disable=None)
+            rest = (row for number, row in lines if number not in chosen)
             count = _write(target, _clear_of(held, rest, rows))
         target.flush()
         about = _about(rows, count, len(held))
