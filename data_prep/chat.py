@@ -128,13 +128,15 @@ def without_reasoning(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def split_turns(messages: Sequence[Message]) -> list[tuple[list[Message], int]]:
-    """One document for each user message where an earlier turn has reasoning, as (its messages, `trained_from`).
+    """One document for each user message where an earlier turn is not shown as written, as (messages, `trained_from`).
 
-    In each, the turns since that user message are as the model wrote them, and the loss counts these alone, so that
-    every turn is trained once. A conversation whose earlier turns have no reasoning stays one document.
+    That is a turn with reasoning, or one that calls tools after words that begin with white space. In each document the
+    turns since its user message are as the model wrote them, and the loss counts these alone, so that every turn is
+    trained once. Any other conversation stays one document.
     """
     users = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    if not any(message.get("reasoning_content") for message in messages[: users[-1]]):
+    earlier = [message for message in messages[: users[-1]] if message["role"] == "assistant"]
+    if all(_assistant(message, past=True) == _assistant(message, past=False) for message in earlier):
         return [(list(messages), 0)]
     ends = [*users[1:], len(messages)]
     answered = [(start, end) for start, end in zip(users, ends, strict=True) if end > start + 1]

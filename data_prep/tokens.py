@@ -65,6 +65,7 @@ class ChatTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.post_processor = None  # it may shorten the places of tokens by the blanks in them
+        self._bytes: dict[int, bytes] = {}
         self._added = self._tokenizer.get_added_tokens_decoder()
         added = sorted((token.content for token in self._added.values()), key=len, reverse=True)
         self._reserved = re.compile("|".join(map(re.escape, added)))
@@ -88,12 +89,11 @@ class ChatTokenizer:
 
     def bytes_of(self, token: int) -> bytes:
         """The UTF-8 bytes that a token stands for; those of one character may be spread over several tokens."""
-        text = self._tokenizer.id_to_token(token)
-        if text is None:
-            return b""
-        if token in self._added or not all(character in _BYTES for character in text):
-            return text.encode()
-        return bytes(_BYTES[character] for character in text)
+        if token not in self._bytes:
+            text = self._tokenizer.id_to_token(token) or ""
+            literal = token in self._added or not all(character in _BYTES for character in text)
+            self._bytes[token] = text.encode() if literal else bytes(_BYTES[character] for character in text)
+        return self._bytes[token]
 
     def encode(self, documents: Sequence[Sequence[Segment]], places: Sequence[str] | None = None) -> list[Encoded]:
         """Token ids, mask and stages of each document, in order; one batch call for all segments of all documents.

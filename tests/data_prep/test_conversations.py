@@ -4,6 +4,7 @@ The tokenizers are pico's and a real one of 129,000 tokens (`make build/referenc
 """
 
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -121,7 +122,7 @@ def by_characters(segments: list[chat.Segment]) -> tuple[list[float], list[int]]
     for segment in segments:
         for place, character in enumerate(segment.text):
             inside = [span for span in segment.spans if span.start <= place < span.end]
-            weight = segment.weight * float(np.prod([span.weight for span in inside]))
+            weight = segment.weight * math.prod(span.weight for span in inside)
             width = len(character.encode())
             weights += [float(np.float32(weight))] * width
             stages += [max([span.stage for span in inside], default=0)] * width
@@ -316,6 +317,7 @@ def real_tokenizer(folder: Path) -> ChatTokenizer:
         added[mark] = {"id": number, "content": mark, "special": True, "normalized": False} | dict.fromkeys(
             ("single_word", "lstrip", "rstrip"), False
         )
+    vocabulary |= {content: token["id"] for content, token in added.items()}  # else the library numbers them anew
     written["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(written))

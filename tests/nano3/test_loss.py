@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from conversion.hf_to_nemo import convert
-from data_prep.packing import build_packs
+from data_prep.packing import PackedDataset, build_packs
+from data_prep.prepare import prepare
 from finetune.settings import LogSettings, LoraSettings, Settings, TrainSettings
 from launch.plan.layout import Layout
+from tests.helpers.data_fixtures import write_jsonl, write_tokenizer
 from tests.helpers.rank_server import RankServer
 from tests.helpers.tiny import tiny_hf_folder
 from tests.helpers.tiny_run import metrics, write_run
@@ -56,3 +60,26 @@ def first_step(folder: Path, name: str, world: int, packs: int, seq_length: int,
     )
     assert ranks.run(write_run(folder, name, world, settings)) == [0] * world, name
     return metrics(folder / name)[0]
+
+
+@pytest.mark.full
+def test_the_weight_of_a_span_reaches_the_loss(tmp_path):
+    """By hand: "abcd" and its end, "bc" at half weight and "d" at none, with losses 1, 10, 100, 1000 and 10000."""
+    from finetune.packed_data import collate  # with it comes NeMo
+    from nano3.loss import LOSS, TOKENS, WEIGHT, TokenLoss, mean_loss
+
+    answer = {"role": "assistant", "content": "abcd"}
+    answer["spans"] = [{"text": "bc", "weight": 0.5, "stage": 7}, {"text": "d", "weight": 0}]
+    rows = [{"messages": [{"role": "user", "content": "q"}, answer]}]
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    store, _ = prepare([write_jsonl(tmp_path / "x.jsonl", rows)], tokenizer, tmp_path / "store", 128)
+    batch = collate([PackedDataset(tmp_path / "store", 128)[0]], np.array([0, -1]))
+    positions = len(store.document(0)[0]) - 1
+    losses = torch.zeros(1, 128)
+    losses[0, positions - 6 : positions - 1] = torch.tensor([1.0, 10, 100, 1000, 10000])
+    loss = TokenLoss(sources=1, validation=False)
+    total, supervised, _ = loss.forward(batch, losses)
+    assert total == 1 + 0.5 * (10 + 100) + 10000
+    assert supervised == 4, "a token of weight 0 is not supervised"
+    assert loss.sums[0, [LOSS, WEIGHT, TOKENS]].tolist() == [10056, 1 + 0.5 + 0.5 + 1, 4]
+    assert mean_loss(loss.sums) == 10056 / 3
