@@ -20,6 +20,7 @@ from data_prep.packing import PackedDataset
 from finetune.settings import Run
 from launch.plan.rules import ONE_PACK
 from nano3.cli import UserError
+from nano3.training.supervised import tell_supervisor
 
 
 def collate(items: list[dict[str, np.ndarray]], places: np.ndarray) -> dict[str, torch.Tensor]:
@@ -36,12 +37,16 @@ def collate(items: list[dict[str, np.ndarray]], places: np.ndarray) -> dict[str,
 
 
 def packs_of_rank(run: Run, rank: int, copies: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The micro batches of one of `copies` data-parallel ranks, step after step, in the order of `PackedDataModule`."""
+    """The micro batches of one of `copies` data-parallel ranks, step after step, in the order of `PackedDataModule`.
+
+    Who takes one has got on: the rank's supervisor is told.
+    """
     train = run.settings.train
     samples = train.total_steps * train.global_batch
     order = TrainingSamples(run.data, train.seq_length, run.settings.document_multiple, samples, train.seed)
     _, places = logged_sources(order.packs)
     for sample in range(rank, len(order), copies):
+        tell_supervisor(f"step {sample // train.global_batch + 1}")
         yield collate([order[sample]], places)
 
 

@@ -6,14 +6,18 @@ Imports neither torch nor NeMo, so that a wrong key or layout is refused at once
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
+
+from typing_extensions import TypedDict
 
 from finetune.recipe_file import Recipe
 from launch.plan.layout import Layout
 from launch.plan.plan_settings import CheckpointPlan, TrainPlan
-from nano3.documents import parse_json
+from nano3.cli import UserError
+from nano3.documents import Name, Positive, Sha256, Text, parse_json
 from nano3.lora_settings import LoraSettings
+from nano3.overrides import apply_values, flatten, nested_keys
 from nano3.ranges import MOST_STEPS, SEED_BITS, Range
 
 
@@ -119,6 +123,34 @@ class Settings:
         return self.train.pad_multiple or self.layout.document_multiple
 
 
+class RecipeFile(TypedDict):
+    """A run's recipe in run.json."""
+
+    name: Name
+    file: Text
+    sha256: dict[Name, Sha256]
+
+
+class RunFile(TypedDict):
+    """run.json: what `Run.to_json` writes. Its settings are held to their own types and ranges."""
+
+    model: Text
+    base: Text
+    data: Text
+    validation: Text | None
+    out: Text
+    nodes: Positive
+    ranks_per_node: Positive
+    cpu: bool
+    settings: dict[str, Any]
+    eval_only: bool
+    adapter: Text | None
+    recipe: RecipeFile | None
+
+
+_WRITE_AGAIN = "start the run again with the recipe's own command"
+
+
 @dataclass
 class Run:
     """One run: the settings, and the paths and resources that the flags give."""
@@ -157,18 +189,17 @@ class Run:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Run:
-        """The inverse of `to_json`."""
-        raw: dict[str, Any] = parse_json(text, dict, "run.json", "start the run again")
-        groups = raw.pop("settings")
-        settings = Settings(
-            layout=Layout(**groups["layout"]),
-            lora=LoraSettings(**groups["lora"]),
-            train=TrainSettings(**groups["train"]),
-            router=groups["router"],
-            checkpoint=CheckpointSettings(**groups["checkpoint"]),
-            log=LogSettings(**groups["log"]),
-            supervision=SupervisionSettings(**groups["supervision"]),
-        )
+    def from_json(cls, text: str, where: str = "run.json") -> Run:
+        """The inverse of `to_json`. Raises `UserError`, which calls the text `where`, for a field that is missing, of
+        another type, or unknown."""
+        raw: dict[str, Any] = dict(parse_json(text, RunFile, where, _WRITE_AGAIN))
+        given, settings = nested_keys(raw.pop("settings")), Settings()
+        missing = set(flatten(settings)) - set(given)
+        if missing:
+            raise UserError(f"{where}: settings lack {', '.join(sorted(missing))}; {_WRITE_AGAIN}")
+        apply_values(settings, given, where)
         recipe = raw.pop("recipe")
+        unknown = set(raw) - {field.name for field in fields(cls)}
+        if unknown:
+            raise UserError(f"{where}: {', '.join(sorted(unknown))} is no field of a run; {_WRITE_AGAIN}")
         return cls(**raw, settings=settings, recipe=recipe and Recipe(**recipe))

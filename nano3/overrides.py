@@ -46,6 +46,14 @@ def apply_overrides(config: Any, items: list[str]) -> list[str]:
     return list(planned)
 
 
+def nested_keys(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """{"group.key": value} of nested dictionaries, the keys in their order."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= nested_keys(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return flat
+
+
 def apply_values(config: Any, values: Mapping[str, Any], where: str) -> list[str]:
     """Sets the fields of `config` from values that a file gave, {"group.key": value}; `where` names it in messages.
 

@@ -87,6 +87,7 @@ def build(run: Run) -> tuple[Any, Any, Any]:
     sizes: dict[str, Any] = {"tensor_model_parallel_size": layout.tp, "context_parallel_size": layout.cp}
     sizes |= {"expert_model_parallel_size": layout.ep, "expert_tensor_parallel_size": 1}
     torch.distributed.init_process_group("gloo" if run.cpu else "nccl")
+    torch.cuda.set_device(torch.distributed.get_rank() % run.ranks_per_node)
     parallel_state.initialize_model_parallel(**sizes)
     model_parallel_cuda_manual_seed(one.seed)
     sizes["sequence_parallel"] = layout.sequence_parallel

@@ -31,25 +31,26 @@ class Supervision(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         del pl_module
-        _at(f"step {trainer.global_step + 1}")
+        tell_supervisor(f"step {trainer.global_step + 1}")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         del pl_module
-        _at(f"what follows step {trainer.global_step}")
+        tell_supervisor(f"what follows step {trainer.global_step}")
         supervisor = supervision.running()
         if supervisor is not None:
             supervisor.work.step()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         del pl_module
-        _at(f"the validation after step {trainer.global_step}")
+        tell_supervisor(f"the validation after step {trainer.global_step}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         del trainer, pl_module
-        _at("the end of the training")
+        tell_supervisor("the end of the training")
 
 
-def _at(place: str) -> None:
+def tell_supervisor(place: str) -> None:
+    """Says where this rank is, so that it does not count as stuck; nothing where no supervisor runs."""
     supervisor = supervision.running()
     if supervisor is not None:
         supervisor.at(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -256,3 +257,20 @@ def test_a_run_trains_on_nothing_that_is_for_evaluation_only(tmp_path, monkeypat
     check("evaluation", "training", eval_only=True)
     with pytest.raises(UserError, match="evaluation holds rows for evaluation only"):
         check("evaluation", "training")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: run["settings"]["train"].update(lr="fast"), r"run\.json: train\.lr=fast: 'fast' is not a finite"),
+        (lambda run: run["settings"]["train"].pop("lr"), r"run\.json: settings lack train\.lr; start the run again"),
+        (lambda run: run.update(nodes="2"), r"run\.json: nodes is '2'"),
+        (lambda run: run.update(shell="rm"), r"run\.json: shell is no field of a run"),
+        (lambda run: run.update(recipe={"name": "x:y"}), r"run\.json: recipe\.file is missing"),
+    ],
+)
+def test_what_ranks_read_is_held_to_its_types(change, message):
+    run = json.loads(Run("m", "b", "d", None, "o", 2, 8, False).to_json())
+    change(run)
+    with pytest.raises(UserError, match=message):
+        Run.from_json(json.dumps(run))
