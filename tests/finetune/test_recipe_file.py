@@ -153,7 +153,7 @@ def test_a_recipe_whose_file_changed_does_not_resume(written, tmp_path):
     before = identity(SOURCE)
     folder = tmp_path / "out" / "checkpoints" / "step-000004"
     (folder / "training").mkdir(parents=True)
-    state = {"format": 2, "identity": before}
+    state = {"format": 2, "step": 4, "samples": 512, "layout": {"ranks": 1}, "identity": before}
     (folder / "training" / "state.json").write_text(json.dumps(state))
     refuse_other_run(folder, identity(SOURCE))
     with pytest.raises(UserError, match=r"of another run: the recipe's file my_recipe\.py was '\w+' and is '\w+'\."):
