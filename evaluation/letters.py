@@ -7,11 +7,18 @@ continuations differ in their last token only, as letters do, one forward pass s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from evaluation.generation import PAD_ID
 
 Ids = Sequence[int]
+
+
+class Scored(NamedTuple):
+    """A continuation's log-probability in nats, and whether each of its tokens is the likeliest."""
+
+    logprob: float
+    greedy: bool
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -30,8 +37,8 @@ def continuation_logprobs(
     prompts: Sequence[Sequence[tuple[Ids, Ids]]],
     batch_size: int = 64,
     progress: bool = False,
-) -> list[list[float]]:
-    """Log-probability, in nats, of each continuation of each prompt.
+) -> list[list[Scored]]:
+    """What each continuation of each prompt scores.
 
     Args:
         model: a transformers causal model.
@@ -51,7 +58,7 @@ def continuation_logprobs(
             if not context or not continuation:
                 raise ValueError(f"question {number}: continuation {place} or its context has no tokens")
             passes.setdefault((*context, *continuation[:-1]), []).append((number, place, tuple(continuation)))
-    result = [[0.0] * len(pairs) for pairs in prompts]
+    result = [[Scored(0.0, False)] * len(pairs) for pairs in prompts]
     order = sorted(passes, key=len)
     with tqdm(total=len(order), desc="letters", unit="pass", disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
@@ -63,8 +70,8 @@ def continuation_logprobs(
     return result
 
 
-def _last_logprobs(model: Any, sequences: Sequence[Ids], passes: Any) -> list[list[float]]:
-    """For each sequence of a batch the log-probabilities of its continuations. Padded on the left (`generation.py`)."""
+def _last_logprobs(model: Any, sequences: Sequence[Ids], passes: Any) -> list[list[Scored]]:
+    """For each sequence of a batch what its continuations score. Padded on the left (`generation.py`)."""
     import torch
 
     width = max(map(len, sequences))
@@ -74,10 +81,11 @@ def _last_logprobs(model: Any, sequences: Sequence[Ids], passes: Any) -> list[li
     with torch.inference_mode():
         logits = model(tokens, attention_mask=mask, use_cache=False, logits_to_keep=longest).logits
     logprobs = logits.float().log_softmax(-1)
-    return [
-        [
-            sum(float(logprobs[row, position - len(ids), token]) for position, token in enumerate(ids))
-            for _, _, ids in passes[sequence]
-        ]
-        for row, sequence in enumerate(sequences)
-    ]
+    likeliest = logprobs.argmax(-1)
+
+    def scored(row: int, ids: Ids) -> Scored:
+        places = [(row, position - len(ids)) for position in range(len(ids))]
+        total = sum(float(logprobs[place][token]) for place, token in zip(places, ids, strict=True))
+        return Scored(total, all(int(likeliest[p]) == token for p, token in zip(places, ids, strict=True)))
+
+    return [[scored(row, ids) for _, _, ids in passes[sequence]] for row, sequence in enumerate(sequences)]

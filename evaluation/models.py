@@ -149,7 +149,8 @@ class HFModel:
             else:
                 own = self.tokenizer(list(names), add_special_tokens=False)["input_ids"]
                 pairs.append([(prompt, ids) for ids in own])
-        return continuation_logprobs(self.model, pairs, self.batch_size, self.progress)
+        found = continuation_logprobs(self.model, pairs, self.batch_size, self.progress)
+        return [[one.logprob for one in several] for several in found]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """As `Model.count_tokens`."""

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from evaluation.evaluate import judge
+from evaluation.harness import main as harness_main
 from evaluation.judging.questions import load_questions
 from evaluation.models import Written
 from evaluation.tasks import FOLDER, load_task, names
@@ -65,6 +66,7 @@ def test_letters_are_those_of_lm_evaluation_harness(tmp_path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
+    from evaluation.harness import harness_model
     from evaluation.models import HFModel
 
     task = load_task("medmcqa")
@@ -80,6 +82,9 @@ def test_letters_are_those_of_lm_evaluation_harness(tmp_path):
     requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(asked)]
     found = [score for score, _ in theirs.loglikelihood(requests, disable_tqdm=True)]
     assert torch.tensor(ours).flatten().tolist() == pytest.approx(found, abs=1e-4)
+    behind = harness_model(model).loglikelihood(requests[:40])  # our model behind its `LM`
+    assert [score for score, _ in behind] == pytest.approx(found[:40], abs=1e-4)
+    assert [greedy for _, greedy in behind] == [greedy for _, greedy in theirs.loglikelihood(requests[:40], True)]
     picks = ["ABCD"[max(range(4), key=scores.__getitem__)] for scores in ours]
     assert sum(pick == question.answer for pick, question in zip(picks, questions, strict=True)) == 85
 
@@ -145,3 +150,24 @@ def test_the_calls_that_are_expected_come_from_the_row(tmp_path):
         "".join(json.dumps({"messages": messages} | more) + "\n" for more in ({}, {"accepted": [{"f": {}}]}))
     )
     assert [question.data for question in load_questions(path)] == [[{"f": {"x": [1]}}], [{"f": {}}]]
+
+
+@pytest.mark.full
+def test_the_harness_runs_its_tasks_from_local_files_with_our_model(tmp_path, monkeypatch, capsys):
+    """A task file and a JSON of two rows, no network: every answer's letter is asked of pico."""
+    rows = [{"question": f"Sort {n}, 1", "right": 0} for n in (2, 3)]
+    (tmp_path / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'rows.json'}\n"
+        "doc_to_text: '{{question}}'\ndoc_to_choice: ['A', 'B']\ndoc_to_target: right\n"
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "harness.json"
+    command = ["harness.py", "pico", "--tasks", "mine", "--include", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", command)
+    assert harness_main() == 0
+    assert "mine: acc,none" in capsys.readouterr().out
+    assert json.loads(out.read_text())["results"]["mine"]["acc,none"] in (0.0, 0.5, 1.0)

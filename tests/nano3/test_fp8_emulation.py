@@ -11,6 +11,7 @@ from conversion.dequantize import dequantize
 from evaluation.evaluate import evaluate_model
 from evaluation.hf_model import load_reference
 from evaluation.judging.questions import Question
+from evaluation.models import plain_folder
 from nano3.arch import PRESETS
 from nano3.cli import UserError
 from nano3.fp8_emulation import ActivationScales, rounded
@@ -163,6 +164,20 @@ def test_a_result_says_whether_activations_were_rounded(pico, tmp_path):  # noqa
         dequantize(pico, tmp_path / "plain", activations)
         result = evaluate_model(tmp_path / "plain", [question], max_new_tokens=2, progress=False)
         assert result["settings"]["fp8_activations"] is activations
+
+
+def test_an_fp8_folder_is_scored_as_the_values_it_stands_for(pico, tmp_path):  # noqa: F811
+    """What evaluate.py does for the user: the answers of a dequantized folder, which is gone afterwards."""
+    question = Question("a", "b", ({"role": "user", "content": "Sort 2, 1"},), "1, 2")
+    dequantize(pico, tmp_path / "plain")
+    expected = evaluate_model(tmp_path / "plain", [question], max_new_tokens=4, progress=False)
+    with plain_folder(pico, tmp_path / "near") as folder:
+        result = evaluate_model(folder, [question], max_new_tokens=4, progress=False)
+    assert result["answers"] == expected["answers"]
+    assert result["settings"]["fp8_activations"]
+    assert list((tmp_path / "near").iterdir()) == []
+    with plain_folder(tmp_path / "plain", tmp_path / "near") as folder:
+        assert folder == tmp_path / "plain"
 
 
 @pytest.mark.parametrize(
