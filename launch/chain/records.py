@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from launch.chain.stages import NAMES, TRAIN, Stage
 from nano3.cli import UserError, alone, fresh_file
-from nano3.documents import Name, Text, read_json
+from nano3.documents import Name, Sha256, Text, read_json
 from nano3.file_digests import remembered_sha256
 from nano3.file_system import LOCK
 
@@ -40,7 +40,7 @@ class FinishedStage(TypedDict):
     """stages/NAME.json."""
 
     commands: list[list[Text]]
-    inputs: dict[Text, list[int]]
+    inputs: dict[Text, Sha256]
     exit_code: int
 
 
