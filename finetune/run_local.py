@@ -120,15 +120,16 @@ def check_data(run: Run, arch: Arch, contents: bool = True) -> None:
         raise UserError("no data: give --data STORE, a token store made by data_prep/prepare.py")
     train, multiple = run.settings.train, run.settings.document_multiple
     mixture = read_mixture(run.data) if run.data else None
-    stores = [(store, mixture.curriculum) for store in mixture.stores] if mixture else []
+    trains = not run.eval_only
+    stores = [(store, mixture.curriculum, trains) for store in mixture.stores] if mixture else []
     if run.validation:
-        stores.append((Path(run.validation), None))
-    for store, curriculum in stores:
+        stores.append((Path(run.validation), None, False))
+    for store, curriculum, trained_on in stores:
         packs = PackedDataset(store, train.seq_length, multiple, curriculum)
         if contents:
             packs.check_contents()
         packs.store.check_tokenizer(run.model)
-        if store == run.data and not run.eval_only:
+        if trained_on:
             packs.store.check_trainable()
         largest = packs.store.manifest["max_token_id"]
         if largest >= arch.vocab_size:

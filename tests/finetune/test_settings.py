@@ -257,6 +257,17 @@ def test_a_run_trains_on_nothing_that_is_for_evaluation_only(tmp_path, monkeypat
     check("evaluation", "training", eval_only=True)
     with pytest.raises(UserError, match="evaluation holds rows for evaluation only"):
         check("evaluation", "training")
+    stores["mixed"] = tmp_path / "mix.yaml"
+    stores["mixed"].write_text("stores: [{path: training, weight: 1}, {path: evaluation, weight: 1}]")
+    with pytest.raises(UserError, match="evaluation holds rows for evaluation only"):
+        check("mixed", "training")
+    # Epochs in the mixture bound the run: each store has one pack, so that two steps of one pack are all there is.
+    stores["mixed"].write_text("stores: [{path: training, epochs: 2}]")
+    settings.train.steps, settings.train.global_batch = 2, 1
+    check("mixed", "evaluation")
+    settings.train.steps = 3
+    with pytest.raises(UserError, match=r"set train\.steps=2"):
+        check("mixed", "evaluation")
 
 
 @pytest.mark.parametrize(
