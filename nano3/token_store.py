@@ -119,6 +119,7 @@ class TokenStore:
         expected = _FILES_OF[version] | ({ORDER} if manifest.get("order") else set())
         if set(manifest["files"]) != expected:
             raise UserError(f"{path} does not list the files {', '.join(sorted(expected))}; {_REBUILD}")
+        _check_counts(manifest, path)
         return manifest
 
     def __len__(self) -> int:
@@ -235,6 +236,20 @@ class TokenStore:
 
     def _map(self, name: str) -> np.ndarray:
         return mapped(self.folder / name, DTYPES[name])
+
+
+def _check_counts(manifest: dict[str, Any], path: Path) -> None:
+    """What the manifest says twice: how many values there are, and the bytes of the files that hold them."""
+    documents, tokens = manifest["documents"], manifest["tokens"]
+    per_token, per_document = ("tokens.bin", "loss_mask.bin", "stages.bin"), ("sources.bin", ORDER)
+    counts = dict.fromkeys(per_token, tokens) | dict.fromkeys(per_document, documents)
+    counts |= {"documents.idx": documents + 1, "origins.bin": 2 * documents}
+    for name, facts in manifest["files"].items():
+        if facts["bytes"] != counts[name] * np.dtype(DTYPES[name]).itemsize:
+            raise UserError(
+                f"{path}: {documents:,} documents of {tokens:,} tokens do not make {facts['bytes']} bytes of {name}; "
+                f"{_REBUILD}"
+            )
 
 
 def mapped(path: Path, dtype: str) -> np.ndarray:
