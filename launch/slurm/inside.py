@@ -40,7 +40,9 @@ def main() -> int:
     if wrong:
         print(
             f"error: {sys.executable} has other packages than were tested: {'; '.join(wrong)}. Put the tested ones "
-            "beside the image: python launch/slurm/bundle.py FOLDER, then bundle: FOLDER in cluster.yaml",
+            "beside the image: python launch/slurm/bundle.py FOLDER, then bundle: FOLDER in cluster.yaml. What is "
+            "compiled and missing in the image goes there too, with the image's own pip: "
+            "pip install --no-deps --target FOLDER/packages NAME==VERSION",
             file=sys.stderr,
         )
         return 2

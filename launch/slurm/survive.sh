@@ -129,11 +129,13 @@ lost_nodes() {
         sort -u | paste -sd ';' || true
 }
 
-# What failed, in a line: nodes that Slurm gave up; else the first launcher or rank that a signal ended, since the others
-# end with an error of their own then; else what srun names first.
+# What failed, in a line: nodes that Slurm gave up; else a rank that no longer answered or did not get on; else the first
+# launcher or rank that a signal ended, since the others end with an error of their own then; else what srun names first.
 culprit() {
     local words
     words="$(lost_nodes)"
+    [[ -n $words ]] || words="$(this_attempt | sed -n -e 's/^error: \(no answer for [^:]*\):.*/\1/p' \
+        -e 's/^error: \(rank [0-9]* did not get on .*\)\. All ranks end.*/\1/p' | sed -n 1p)"
     [[ -n $words ]] || words="$(this_attempt | awk '
         said { next }
         / host +: / { host = $NF } / rank +: / { rank = $(NF - 2) }

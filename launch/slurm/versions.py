@@ -28,6 +28,7 @@ IMAGE = {
     "triton": "",
     "pandas": "",
     "pydantic": "2.7",
+    "google-re2": "1.1",
     "PyYAML": "6.0",
     "tiktoken": "",
     "sentencepiece": "",

@@ -101,6 +101,11 @@ def test_a_job_that_ends_well_leaves_the_folder_to_others(job):
         ),
         ("srun: error: node7: task 0: Exited with exit code 1\n", "node7: task 0: Exited with exit code 1"),
         (FAILED, "rank 11 on node8 ended by signal 9"),
+        (
+            "error: no answer for 60 s from rank 2 (process 9 on node7, in step 12): stopped, or its machine stands "
+            "still. All ranks end; the same command resumes the run\n" + FAILED,
+            "no answer for 60 s from rank 2 (process 9 on node7, in step 12)",
+        ),
         ("", ""),
     ],
 )
