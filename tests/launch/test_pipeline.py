@@ -116,7 +116,7 @@ def test_no_job_is_chained_behind_one_that_can_never_start(tmp_path, monkeypatch
     for number, stage in enumerate(stages, 1):
         records.submitted(stage, number)
     sent, cancelled = iter(range(11, 20)), []
-    monkeypatch.setattr(pipeline, "submit", lambda *_: next(sent))
+    monkeypatch.setattr(pipeline, "hand_in", lambda *_: next(sent))
     monkeypatch.setattr(pipeline, "_submit_training", lambda *_: next(sent))
     monkeypatch.setattr(pipeline, "cancel", cancelled.append)
     alive = {2: "RUNNING", 4: "PENDING (DependencyNeverSatisfied)", 5: "PENDING (Dependency)"}
