@@ -17,8 +17,7 @@ from finetune.config_file import PLACES, read_config
 from finetune.eval_only import evaluate, evaluation_run
 from finetune.initial import adopt
 from finetune.recipe_file import Recipe, recipe_of, refuse_while_loading
-from finetune.run_local import KIND, refuse_finished
-from finetune.run_record import length_of_run, with_steps
+from finetune.run_local import KIND, length_of_run, refuse_finished, with_steps
 from finetune.setting_sentences import help_text, text_of
 from finetune.settings import Run, Settings
 from launch.plan.layout import Layout

@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.run_local import KIND, import_base
-from finetune.run_record import write_run
+from finetune.run_local import KIND, import_base, write_run
 from finetune.settings import Run
 from nano3.cli import UserError, fresh_output, owner_of
 from nano3.documents import read_json

@@ -12,8 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.checks import plan_of
-from finetune.run_local import KIND, check_data, import_base, last_checkpoint, refuse_finished
-from finetune.run_record import length_of_run, with_steps, write_run, write_settings
+from finetune.run_local import (
+    KIND,
+    check_data,
+    import_base,
+    last_checkpoint,
+    length_of_run,
+    refuse_finished,
+    with_steps,
+    write_run,
+    write_settings,
+)
 from finetune.settings import Run
 from launch.plan.hardware import find_gpu
 from launch.plan.mounts import parse_mount
