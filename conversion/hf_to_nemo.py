@@ -15,8 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
-from conversion.certificates.certificate import Claim, write_certificate
-from conversion.certificates.revision import base_revision
+from conversion.certificates.certificate import Claim, base_revision, write_certificate
 from conversion.checkpoint.model_folder import HFFolder, ModelFolder, side_files
 from conversion.checkpoint.output_folder import (
     CONTEXT,

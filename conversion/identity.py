@@ -66,7 +66,7 @@ def remembered_hash(source: Path) -> str:
 
 def record(checkpoint: Path, facts: Facts, base: dict[str, str]) -> None:
     """Writes `base.json` into a NeMo checkpoint whose tensors have `facts`; `base` says what it descends from
-    (certificates/revision.py)."""
+    (certificates/certificate.py)."""
     (checkpoint / FILE).write_text(json.dumps({"sha256": content_hash(facts), "base": base}, indent=1) + "\n")
 
 

@@ -18,14 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conversion.adapters.lora_json import training_facts
 from conversion.adapters.peft_names import CONFIG as PEFT_CONFIG
-from conversion.adapters.training_run import training_facts
 from conversion.certificates.certificate import Claim, previous_certificate, write_certificate
 from conversion.checkpoint.model_folder import named_model, open_model, side_files
 from conversion.checkpoint.output_folder import (
     HF_KIND,
     NEMO_KIND,
     UnfinishedOutput,
+    add_push,
     check_room,
     copy_files,
     refuse_overlap,
@@ -38,7 +39,7 @@ from conversion.checkpoint.safetensors_writer import Passage, rewrite
 from conversion.checkpoint.tensor_digests import Fact, content_hash, scan
 from conversion.hf_to_nemo import write_checkpoint
 from conversion.identity import record
-from conversion.push import add_push, asked_hub, push
+from conversion.push import Hub
 from nano3.cli import UserError, check_output, run
 
 if TYPE_CHECKING:
@@ -146,10 +147,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.nemo and args.push:
         raise UserError("--push uploads Hugging Face folders; leave out --nemo or --push")
-    hub = asked_hub(args)
+    hub = Hub(args.push) if args.push else None  # refuses at once what would fail after hours
     summary = merge(named_model(args.base), args.adapter, args.out, args.nemo)
     print(f"{args.out}: {summary}")
-    push(hub, args.out)
+    if hub is not None:
+        print(hub.upload(args.out))
     return 0
 
 

@@ -18,6 +18,7 @@ from conversion.certificates.certificate import Claim, write_certificate
 from conversion.checkpoint.model_folder import NemoFolder, side_files
 from conversion.checkpoint.output_folder import (
     HF_KIND,
+    add_push,
     check_room,
     copy_files,
     progress,
@@ -31,7 +32,7 @@ from conversion.checkpoint.safetensors_writer import SafetensorsWriter
 from conversion.checkpoint.tensor_digests import largest_magnitude, refuse_not_finite
 from conversion.checkpoint.tensor_groups import TensorGroup, tensor_groups, tensor_names
 from conversion.identity import source_stamps
-from conversion.push import add_push, asked_hub, push
+from conversion.push import Hub
 from nano3.arch import resolve_model
 from nano3.cli import check_output, run
 
@@ -102,11 +103,12 @@ def main() -> int:
     )
     add_push(parser)
     args = parser.parse_args()
-    hub = asked_hub(args)
+    hub = Hub(args.push) if args.push else None  # refuses at once what would fail after hours
     begin = time.monotonic()
     size = convert(args.source, args.out, resolve_model(args.hf) if args.hf else None)
     print(f"{args.out}: Hugging Face model, {rate(size, time.monotonic() - begin)}")
-    push(hub, args.out)
+    if hub is not None:
+        print(hub.upload(args.out))
     return 0
 
 

@@ -93,26 +93,6 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in sorted(names) if name != README} | {README: folder / CARD}
 
 
-def add_push(parser: argparse.ArgumentParser) -> None:
-    """The option `--push` of the tools that write Hugging Face folders."""
-    parser.add_argument(
-        "--push",
-        metavar="NAME",
-        help="then upload to this private repository, ORGANIZATION/NAME, of the Hugging Face Hub (conversion/push.py)",
-    )
-
-
-def asked_hub(args: argparse.Namespace) -> Hub | None:
-    """The repository that `--push` names, None without it. Raises `UserError` at once for one that would not do."""
-    return Hub(args.push) if args.push else None
-
-
-def push(hub: Hub | None, folder: Path) -> None:
-    """Uploads a folder where `--push` asked for it, and says where."""
-    if hub is not None:
-        print(hub.upload(folder))
-
-
 def _check_name(repository: str) -> None:
     from huggingface_hub.utils import validate_repo_id
 
@@ -130,7 +110,7 @@ def main() -> int:
     parser.add_argument("--public", action="store_true", help="let everybody see it")
     args = parser.parse_args()
     files_to_push(args.folder)
-    push(Hub(args.repository, args.public), args.folder)
+    print(Hub(args.repository, args.public).upload(args.folder))
     return 0
 
 

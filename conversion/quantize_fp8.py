@@ -24,6 +24,7 @@ from conversion.checkpoint.model_folder import HFFolder, side_files
 from conversion.checkpoint.output_folder import (
     HF_KIND,
     UnfinishedOutput,
+    add_push,
     check_room,
     copy_files,
     refuse_overlap,
@@ -34,7 +35,7 @@ from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.checkpoint.safetensors_writer import Change, Passage, rewrite
 from conversion.checkpoint.tensor_digests import Fact, scan
 from conversion.fp8.selection import E4M3_MAX, KV_SCALES, Selection
-from conversion.push import add_push, asked_hub, push
+from conversion.push import Hub
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError, check_output, run
 from nano3.hf_config import read_config
@@ -205,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = parser().parse_args()
-    hub = asked_hub(args)
+    hub = Hub(args.push) if args.push else None  # refuses at once what would fail after hours
     source = resolve_model(args.source)
     if args.samples < 1 or args.tokens < 1:
         raise UserError("--samples and --tokens must be at least 1")
@@ -228,7 +229,8 @@ def main() -> int:
         f"calibrated on {found.tokens:,} tokens; {idle} of {arch.n_routed_experts * len(found.idle)} experts saw none"
     )
     print(f"{args.out}: FP8 checkpoint; check it with conversion/lint_export.py")
-    push(hub, args.out)
+    if hub is not None:
+        print(hub.upload(args.out))
     return 0
 
 

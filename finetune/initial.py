@@ -8,7 +8,7 @@ from pathlib import Path
 from conversion.adapters.lora_json import read_lora_json
 from finetune.settings import LoraSettings
 from nano3.cli import UserError
-from nano3.lora_settings import KIND
+from nano3.targets import KIND
 
 
 def adopt(lora: LoraSettings) -> None:

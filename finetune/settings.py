@@ -16,9 +16,9 @@ from launch.plan.layout import Layout
 from launch.plan.plan_settings import CheckpointPlan, TrainPlan
 from nano3.cli import UserError
 from nano3.documents import Name, Positive, Sha256, Text, parse_json
-from nano3.lora_settings import LoraSettings
 from nano3.overrides import apply_values, flatten, nested_keys
 from nano3.ranges import MOST_STEPS, SEED_BITS, Range
+from nano3.targets import LoraSettings
 
 
 @dataclass

@@ -39,6 +39,9 @@ MAY = {
 }
 """Kind of certificate -> what may happen to a tensor. Nothing casts or drops: an expert that is gone is an error."""
 
+UNKNOWN = "unknown"
+"""What a base's revision is said to be where nothing says it."""
+
 BALANCE = "router=balance"
 """What changes a correction bias, where training moved those."""
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from conversion.certificates.certificate_json import chain, happened
-from conversion.certificates.revision import UNKNOWN
+from conversion.certificates.certificate_json import UNKNOWN, chain, happened
 
 _TITLES = {
     "import": "{} as a NeMo checkpoint",

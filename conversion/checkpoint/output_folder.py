@@ -11,6 +11,7 @@ resumes; or, between the last two renamings, one that is the whole result.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -223,3 +224,12 @@ def progress(total: int, what: str) -> Any:
 def rate(size: int, seconds: float) -> str:
     """What was done, in words: bytes of weights, time and speed."""
     return f"{size / 1e9:.3f} GB of weights in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s"
+
+
+def add_push(parser: argparse.ArgumentParser) -> None:
+    """The option `--push` of the tools that write Hugging Face folders."""
+    parser.add_argument(
+        "--push",
+        metavar="NAME",
+        help="then upload to this private repository, ORGANIZATION/NAME, of the Hugging Face Hub (conversion/push.py)",
+    )

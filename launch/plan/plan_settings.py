@@ -13,9 +13,8 @@ from launch.plan.layout import Layout
 from launch.plan.memory import IMBALANCE, Workload
 from launch.plan.weights import Adapters
 from nano3.arch import Arch
-from nano3.lora_settings import LoraSettings
 from nano3.ranges import MOST_STEPS, Range
-from nano3.targets import Size
+from nano3.targets import LoraSettings, Size
 
 Recompute = Literal["full", "moe", "moe_act", "shared_experts", "layernorm", "mamba"]
 

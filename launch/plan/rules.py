@@ -11,9 +11,8 @@ from launch.plan.layout import Layout
 from launch.plan.plan_settings import Plan, TrainPlan
 from nano3.arch import Arch
 from nano3.cli import UserError
-from nano3.lora_settings import AdapterKind
 from nano3.overrides import check_ranges
-from nano3.targets import EMBEDDING, Size, is_routed
+from nano3.targets import EMBEDDING, AdapterKind, Size, is_routed
 
 ONE_PACK = (
     "a pack is one sequence with its own document boundaries (cu_seqlens), so a forward pass takes exactly one; for "

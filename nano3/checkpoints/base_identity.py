@@ -22,7 +22,7 @@ _REMEDY = "import it again with conversion/hf_to_nemo.py"
 
 
 class Origin(TypedDict):
-    """Which published model the tensors are (conversion/certificates/revision.py)."""
+    """Which published model the tensors are (conversion/certificates/certificate.py)."""
 
     name: Name
     revision: Name

@@ -35,8 +35,7 @@ from nano3.lora.adapters import (
 from nano3.lora.dropout import seed_dropout
 from nano3.lora.expert_adapters import EachExpertAdapter, SharedExpertsAdapter
 from nano3.lora.vocabulary_adapters import AdaptedEmbedding, AdaptedOutput, EmbeddingAdapter, OutputAdapter
-from nano3.lora_settings import AdapterKind
-from nano3.targets import EMBEDDING, OUTPUT, Size, is_routed
+from nano3.targets import EMBEDDING, OUTPUT, AdapterKind, Size, is_routed
 
 
 def initial_a(name: str, rank: int, in_features: int, seed: int) -> torch.Tensor:

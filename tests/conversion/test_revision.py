@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conversion.certificates.revision import base_revision
+from conversion.certificates.certificate import base_revision
 
 HASH = "5e" * 32
 COMMIT, OTHER = "2d59de1cbd51c0adf384eb906b766d1aee0e0517", "e0ac9ee3dfd02be21b5479edfc2f671ed269d0a2"

@@ -4,8 +4,8 @@
 
 A command enters every file of which it calls a function. A value is followed from station to station: where it is
 taken from the command line, written for the ranks, read by them, and where it takes effect. A file is on the way when
-it declares the value, or when one of its functions is on the call stack at a station. Side roads, such as checks and
-reports, are no part of it.
+one of its functions is on the call stack at a station; so are the script and the files that declare the value. Side
+roads, such as checks and reports, are no part of it.
 What a dataclass generates counts for the file that declares it; what runs when a module is imported does not count.
 """
 
@@ -53,8 +53,11 @@ WAYS: dict[str, list[Station]] = {
 }
 
 
-DECLARED = {"--data": ["finetune/settings.py"], "layout.ep": ["finetune/settings.py", "launch/plan/layout.py"]}
-"""Where a value and its meaning are written down: a reader looks there, whoever calls whom."""
+DECLARED = {
+    "--data": ["recipes/nemotron_lora.py", "finetune/settings.py"],
+    "layout.ep": ["recipes/nemotron_lora.py", "finetune/settings.py", "launch/plan/layout.py"],
+}
+"""The script that one starts, and where the value and its meaning are written down: a reader looks there first."""
 
 
 class FilesEntered:
