@@ -62,10 +62,12 @@ _OF = r"(?:\s+(?:to|for|of|here|in)\b[^.:\n]{0,60}?)?"
 _IS = r"\s*(?:(?:is|are|was|will\s+be|would\s+be|should\s+be|must\s+be|therefore|thus|clearly|probably)\b\s*|[=:]\s*)+"
 _NAMED = r"(?:the\s+)?(?:option\s+|choice\s+|letter\s+|answer\s+)?:?\s*"
 _OPENINGS = (
-    rf"\b{_ANSWER}{_OF}{_IS}{_NAMED}",  # the answer is, Answer:, the best option would be
+    rf"\b{_ANSWER}{_OF}(?:{_IS}|\s+[-–—]\s+){_NAMED}",  # the answer is, Answer:, the best option would be
     rf"\b(?:I|we)(?:['’]ll|['’]d|\s+would|\s+will|\s+shall)?\s+(?:choose|pick|select|go\s+with|answer)\s+{_NAMED}",
 )
-_END = r"(?=\s*(?:$|[.,;:!?)\]\n(]|[-–—]\s)|\s+(?:because|since|as|for|which|due|given|instead|here|based)\b)"
+_CONCLUDING = r"\b(?:so|hence|thus|therefore|it['’]s|it\s+is)\b\s*[,:]?\s*"
+"""With nothing but the letter after it."""
+_END = r"(?=\s*(?:$|[.,;:!?)\]}\n(]|[-–—]\s)|\s+(?:because|since|as|for|which|due|given|instead|here|based)\b)"
 _AND = r"\s*(?:,|/|&|\bor\b|\band\b)\s*(?:option\s+|choice\s+)?"
 _IS_RIGHT = r"\s+is\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best|answer)\b"
 
@@ -73,12 +75,14 @@ _IS_RIGHT = r"\s+is\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best|answer)\b"
 def _clean(text: str) -> str:
     r"""Without marks of Markdown, quotes, dollar signs and `\text{}` around words."""
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?i)<answer>\s*(.*?)\s*</answer>", r"\nAnswer: \1\n", text, flags=re.S)
     return re.sub(r"[*_`\"“”$]|\\[()\[\]]", "", text).strip()
 
 
 def _mark(letters: str) -> str:
-    """A capital, in brackets or not, or a small letter with a bracket after it."""
-    return rf"(?:\(?[{letters}]\)?(?![A-Za-z'’])|\(?[{letters.lower()}]\))"
+    """A capital, in brackets or not, or a small letter with a bracket after it or at the end of a line."""
+    small = letters.lower()
+    return rf"(?:[\[(]?[{letters}][)\]]?(?![A-Za-z'’])|[\[(]?[{small}][)\]]|[{small}](?=[.!]?[ \t]*(?:\n|$)))"
 
 
 def _letters_in(text: str, letters: str) -> list[str]:
@@ -89,7 +93,8 @@ def choice(text: str, options: Sequence[str]) -> Extracted:
     """The letter that the text states for one of `options` (A is the first), thinking already cut off.
 
     Rules, in order: a box; nothing but the letter, with or without its option's text; a final answer; a stated answer;
-    nothing but an option's text; a letter with a mark at the very beginning, where no other stands like that.
+    nothing but an option's text; a letter that leads with a mark or stands on a line of its own, where no other does; a
+    letter that concludes ("So, B.").
     """
     letters, plain = LETTERS[: len(options)], _clean(text)
     final = [match.start() for match in re.finditer(r"(?i)\bfinal\s+(?:answer|choice)\b", plain)]
@@ -103,7 +108,10 @@ def choice(text: str, options: Sequence[str]) -> Extracted:
         return found  # it may correct what stands before it
     if found := decide("stated", stated):
         return found
-    return decide("leading letter", _leading(plain, letters)) or NOTHING
+    if found := decide("leading letter", _leading(plain, letters)):
+        return found
+    concluded = re.findall(rf"(?i:{_CONCLUDING})({_mark(letters)}){_END}", plain, re.M)
+    return decide("conclusion", _letters_in(" ".join(concluded), letters)) or NOTHING
 
 
 def _against(found: Extracted, stated: Sequence[str]) -> Extracted:
@@ -114,7 +122,7 @@ def _against(found: Extracted, stated: Sequence[str]) -> Extracted:
 def _whole(text: str, letters: str, options: Sequence[str]) -> list[str]:
     """`B`, `(b)`, `Option B.`, `b) Atrophy`, `Atrophy`, `B and C`: letters and options that are all the text."""
     either = letters + letters.lower()
-    if re.fullmatch(rf"(?i:option\s+|choice\s+)?\(?[{either}]\)?(?:{_AND}\(?[{either}]\)?)*[.:)\]]*", text):
+    if re.fullmatch(rf"(?i:option\s+|choice\s+)?[\[(]?[{either}][)\]]?(?:{_AND}\(?[{either}]\)?)*[.:)\]]*", text):
         return _letters_in(text, letters)
     marked = re.fullmatch(rf"(?i:option\s+|choice\s+)?\(?([{either}])[).:\]]+\s*(.+)", text, re.S)
     if marked and _same_text(marked[2], options[letters.index(marked[1].upper())]):
@@ -134,13 +142,17 @@ def _stated_letters(text: str, letters: str, options: Sequence[str]) -> list[str
         found += [(match.start(), _letters_in(match[1], letters)) for match in re.finditer(pattern, text, re.M)]
         for match in re.finditer(rf"(?i:{opening}({texts})){_END}", text, re.M):
             found.append((match.start(), _whole(match[1], letters, options)))
-    subject = rf"(?:(?i:\b(?:option|choice|answer)\s+)|(?:^|(?<=[.\n]))\s*)({mark}){_IS_RIGHT}"
+    subject = rf"(?:(?i:\b(?:option|choice|answer)\s+)|(?:^|(?<=[.\n,;:]))\s*)({mark}){_IS_RIGHT}"
     found += [(match.start(), _letters_in(match[1], letters)) for match in re.finditer(subject, text, re.M)]
     return [letter for _, several in sorted(found) for letter in several]
 
 
 def _leading(text: str, letters: str) -> list[str]:
-    """`B) because ...`: the letter at the beginning, and all others that stand like that at the beginning of a line."""
+    """`B) because ...`, `B, since ...`, or a line that is a letter: it, and all others that begin a line like that."""
+    alone = re.findall(rf"^[ \t]*[\[(]?([{letters}])[)\].:]*[ \t]*$", text, re.M)
+    reason = re.match(rf"[\[(]?([{letters}])[)\]]?,?\s+(?:because|since|as)\b", text)
+    if alone or reason:
+        return [*alone, *([reason[1]] if reason else [])]
     mark = rf"(?:\([{letters}]\)|[{letters}][).:])(?=\s|$)"
     return _letters_in(" ".join(re.findall(rf"^\s*({mark})", text, re.M)), letters) if re.match(mark, text) else []
 
@@ -169,14 +181,14 @@ def value(text: str, same: Callable[[str, str], bool]) -> Extracted:
     is short enough to be the value itself; a last line that concludes ("So ...", "Therefore ...") and has one number,
     or an equation. `same` says whether two values are equal: `\boxed{0.5}` and `\boxed{1/2}` do not contradict.
     """
-    text = text.strip()
+    text = re.sub(r"(?i)<answer>\s*(.*?)\s*</answer>", r"\nAnswer: \1\n", text, flags=re.S).strip()
     rules = (
         ("boxed", boxed(text)),
         ("hashes", [found.strip() for found in re.findall(r"^\s*####\s*(.+)$", text, re.M)]),
         ("final answer", _stated_values(text, final=True)),
         ("stated", _stated_values(text, final=False)),
-        ("value alone", [text] if text and "\n" not in text and len(text.split()) <= 4 else []),
         ("conclusion", _conclusion(text)),
+        ("value alone", [_bare(text)] if text and "\n" not in text and len(_bare(text).split()) <= 4 else []),
     )
     for rule, found in rules:
         distinct: list[str] = []
@@ -194,8 +206,15 @@ def _stated_values(text: str, final: bool) -> list[str]:
         text = text[openings[0] :] if openings else ""
     text = re.sub(r"[*_]{2}", "", text)
     found = [match["value"].strip() for match in re.finditer(rf"(?i:{_STATED_VALUE}){_VALUE}", text, re.M)]
-    several = [part for one in found for part in re.split(r"\s+or\s+", one)]
+    several = [_bare(part) for one in found for part in re.split(r"\s+or\s+", one)]
     return [one for one in several if not re.match(r"(?i:not\b|n't|unclear|unknown|either\s+unclear)", one)]
+
+
+def _bare(text: str) -> str:
+    """Without words before a value that do not change what it is."""
+    return re.sub(
+        r"(?i)^(?:it\s+is|it['’]s|approximately|about|around|roughly|exactly|equal\s+to|≈|~)\s+", "", text.strip()
+    )
 
 
 def _conclusion(text: str) -> list[str]:

@@ -47,3 +47,31 @@ def test_the_first_letter_of_a_text_is_no_answer():
         wrong += (first_letter(output.removesuffix(CUT)) == expected) != (outcome == "right")
         assert (judged(kind, expected, output).outcome == "right") == (outcome == "right")
     assert wrong >= 15
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        *("It's B.", "Hence B.", "So, B.", "Answer - B", "[B]", "<answer>B</answer>", '{"answer": "B"}', "answer: b"),
+        *("B\n\nExplanation: A is wrong, since it shrinks.", "B, because A is wrong", "The answer is B, not C."),
+        *("Among the options, B is the right answer.", "The answer is:\n\nB", "**B) Hyperplasia**"),
+        "So (A) is out, and it is dysplasia only rarely. The answer is B",
+    ],
+)
+def test_ways_to_state_a_letter(output):
+    assert judged("letter", "B", output).outcome == "right"
+
+
+@pytest.mark.parametrize(
+    ("expected", "output"),
+    [
+        *(("-7", "answer is -7"), ("12", "The answer is about 12."), ("18", "<answer>18</answer>"), ("18", "It is 18")),
+        *(
+            ("5", "Therefore x equals 5."),
+            ("3/4", "Thus the answer is 3/4 of a cup."),
+            ("1000000", "Answer: 1,000,000"),
+        ),
+    ],
+)
+def test_ways_to_state_a_value(expected, output):
+    assert judged("mathematics", expected, output).outcome == "right"
