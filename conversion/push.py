@@ -22,8 +22,13 @@ from conversion.checkpoint.output_folder import CARD, CERTIFICATE
 from conversion.checkpoint.safetensors_layout import INDEX, FileLayout
 from nano3.arch import is_nemo_checkpoint
 from nano3.cli import UserError, run
+from nano3.network import check_address, within, without
 
 README = "README.md"
+ANSWER_SECONDS = 300.0
+"""Longest wait for an answer of the Hub, all of it; an upload may take as long again as its bytes at `SLOWEST`."""
+SLOWEST = 250_000.0
+"""Bytes a second below which an upload is given up."""
 _OURS = (INDEX, "hf_quant_config.json", "adapter_config.json", "chat_template.jinja", "generation_config.json")
 """What an earlier upload may have left that makes readers take this model for another."""
 
@@ -36,10 +41,11 @@ class Hub:
     """
 
     def __init__(self, repository: str, public: bool = False) -> None:
-        from huggingface_hub import HfApi, get_token
+        from huggingface_hub import HfApi, constants, get_token
 
         if not get_token():
             raise UserError("no token for the Hugging Face Hub: `hf auth login`, or set HF_TOKEN, then again")
+        check_address(constants.ENDPOINT)
         self.repository, self.public, self._api = repository, public, HfApi()
         self._ask("validate", _check_name, repository)
         self.exists = self._ask("look for", self._api.repo_exists, repository)
@@ -65,21 +71,24 @@ class Hub:
             *(CommitOperationDelete(name) for name in stale),
         ]
         message = f"{read_certificate(folder)['kind']}, certified"
-        commit = self._ask("write", self._api.create_commit, self.repository, operations, commit_message=message)
+        seconds = ANSWER_SECONDS + sum(path.stat().st_size for path in files.values()) / SLOWEST
+        commit = self._ask(
+            "write", self._api.create_commit, self.repository, operations, commit_message=message, seconds=seconds
+        )
         return commit.commit_url
 
-    def _ask(self, what: str, call: Any, *arguments: Any, **more: Any) -> Any:
+    def _ask(self, what: str, call: Any, *arguments: Any, seconds: float = ANSWER_SECONDS, **more: Any) -> Any:
         import httpx
+        from huggingface_hub import get_token
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
-            return call(*arguments, **more)
-        except (
-            HfHubHTTPError,
-            ValueError,
-            httpx.TransportError,
-        ) as error:  # a wrong name or card is a ValueError
-            raise UserError(f"cannot {what} {self.repository} on the Hub: {' '.join(str(error).split())}") from None
+            return within(seconds, lambda: call(*arguments, **more))
+        except TimeoutError:
+            raise UserError(f"cannot {what} {self.repository}: no answer of the Hub in {seconds:.0f} s") from None
+        except (HfHubHTTPError, ValueError, httpx.TransportError) as error:  # a wrong name or card is a ValueError
+            reason = without(get_token(), " ".join(str(error).split()))
+            raise UserError(f"cannot {what} {self.repository} on the Hub: {reason}") from None
 
 
 def files_to_push(folder: Path) -> dict[str, Path]:

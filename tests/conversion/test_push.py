@@ -176,3 +176,17 @@ def test_a_merge_uploads_what_it_made_and_asks_before_it_starts(hub, merged, tmp
     assert merge_lora.main() == 0
     assert f"/{NAME}/commit/" in capsys.readouterr().out
     assert hub[NAME]["files"]["config.json"] == (tmp_path / "out/config.json").read_bytes()
+
+
+def test_the_hub_has_a_deadline_and_the_token_stands_in_no_message(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub = object.__new__(Hub)
+    hub.repository = NAME
+
+    def refuse() -> None:
+        raise ValueError("wrong token hf_secret\nin the header")
+
+    with pytest.raises(UserError, match=r"cannot read someone/merged on the Hub: wrong token \*\*\* in the header"):
+        hub._ask("read", refuse)
+    with pytest.raises(UserError, match="cannot read someone/merged: no answer of the Hub in 0 s"):
+        hub._ask("read", threading.Event().wait, 2, seconds=0.05)
