@@ -13,6 +13,14 @@ now, after you changed it on purpose: one that is not what was written is refuse
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, check_output, fresh_output, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import json
 from dataclasses import asdict
@@ -37,7 +45,6 @@ from conversion.checkpoint.safetensors_layout import FileLayout, TensorTable, ma
 from conversion.checkpoint.safetensors_writer import SafetensorsWriter
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from nano3.arch import Arch, resolve_model
-from nano3.cli import UserError, check_output, fresh_output, run
 from nano3.documents import read_json
 from nano3.sealed_folder import MARKER, seal, sealed
 

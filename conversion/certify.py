@@ -14,6 +14,14 @@ as claimed. `card` prints the model card. Exit code 1 for a difference.
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 from pathlib import Path
 from typing import Any
@@ -35,7 +43,6 @@ from conversion.checkpoint.model_folder import FOREIGN_WEIGHTS, NemoFolder, name
 from conversion.checkpoint.output_folder import CERTIFICATE, side_folder
 from conversion.checkpoint.tensor_digests import Facts, facts_of
 from nano3.arch import Arch, is_nemo_checkpoint
-from nano3.cli import UserError, run
 from nano3.hf_config import read_config
 from nano3.sealed_folder import check_seal
 

@@ -13,6 +13,14 @@ the response a list with null for the first token and {token id: {logprob, rank,
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import http.client
 import json
@@ -26,7 +34,6 @@ from annotated_types import MinLen
 from typing_extensions import TypedDict
 
 from conversion.fp8.golden_file import Golden
-from nano3.cli import UserError, run
 from nano3.documents import Count, Name, parse_json
 from nano3.network import Answer, ask, check_address, without
 

@@ -10,6 +10,14 @@ both as a server would (nano3/fp8_emulation.py). So the cost of FP8 is measured 
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, check_output, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import json
 from functools import partial
@@ -23,7 +31,6 @@ from conversion.checkpoint.safetensors_layout import FP8, FileLayout
 from conversion.checkpoint.safetensors_writer import Passage, rewrite
 from conversion.fp8.selection import scale_problem
 from conversion.identity import source_stamps, weight_files
-from nano3.cli import UserError, check_output, run
 
 if TYPE_CHECKING:
     import torch

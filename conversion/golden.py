@@ -14,6 +14,14 @@ texts of our own are taken. The output must not lie in the model's folder, where
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run, scratch_folder
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 from dataclasses import asdict
 from importlib.metadata import version
@@ -29,7 +37,6 @@ from conversion.checkpoint.safetensors_layout import FP8
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.fp8.golden_file import Golden, Tolerance
 from nano3.arch import resolve_model
-from nano3.cli import UserError, run, scratch_folder
 from nano3.documents import parse_json_line
 
 if TYPE_CHECKING:

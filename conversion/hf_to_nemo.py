@@ -10,6 +10,14 @@ conversion/identity.py). `conversion/nemo_to_hf.py` gives SRC back, bit for bit.
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import check_output, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import shutil
 import time
@@ -34,7 +42,6 @@ from conversion.checkpoint.plan import Plan, make_plan
 from conversion.checkpoint.tensor_digests import Fact, content_hash
 from conversion.identity import Watch, record, source_stamps, weight_files
 from nano3.arch import resolve_model
-from nano3.cli import check_output, run
 from nano3.quiet import quiet_imports
 
 

@@ -9,6 +9,14 @@ given. Tensors are read in pieces, on all cores, so a 63 GB model costs one pass
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import json
 import sys
@@ -20,7 +28,6 @@ from conversion.checkpoint.model_folder import HFFolder, named_model, open_model
 from conversion.checkpoint.output_folder import SIDE
 from conversion.checkpoint.tensor_digests import Facts, content_hash, facts_of
 from nano3.checkpoints.base_identity import FILE, recorded_sha256
-from nano3.cli import UserError, run
 from nano3.file_digests import Stamp, file_sha256, recall, remember, stamp
 from nano3.sealed_folder import PROSE, check_seal
 

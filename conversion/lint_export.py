@@ -9,6 +9,14 @@ nothing is wrong, 1 with one line per finding and the reader concerned, 2 when D
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +30,6 @@ from conversion.checkpoint.pieces import row_steps
 from conversion.checkpoint.safetensors_layout import FP8
 from conversion.fp8.readers import READERS, loaded_modules, vllm_cache_scale
 from conversion.fp8.selection import KV_SCALES, SCALES, matrices, scale_problem
-from nano3.cli import UserError, run
 from nano3.documents import Name, check, read_json
 from nano3.sealed_folder import check_seal
 

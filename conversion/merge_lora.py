@@ -12,6 +12,14 @@ OUT/certificate.json says so tensor by tensor; conversion/certify.py recomputes 
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, check_output, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +48,6 @@ from conversion.checkpoint.tensor_digests import Fact, content_hash, scan
 from conversion.hf_to_nemo import write_checkpoint
 from conversion.identity import record
 from conversion.push import Hub
-from nano3.cli import UserError, check_output, run
 
 if TYPE_CHECKING:
     from conversion.adapters.adapter_folder import Adapter, Merged

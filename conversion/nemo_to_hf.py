@@ -9,6 +9,14 @@ checkpoint, the vocabulary's padding is cut off, config.json and tokenizer come 
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import check_output, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import time
 from pathlib import Path
@@ -34,7 +42,6 @@ from conversion.checkpoint.tensor_groups import TensorGroup, tensor_groups, tens
 from conversion.identity import source_stamps
 from conversion.push import Hub
 from nano3.arch import resolve_model
-from nano3.cli import check_output, run
 
 
 def convert(source: Path, out: Path, hf: Path | None = None) -> int:

@@ -10,6 +10,14 @@ commit, which also removes weights and settings that an earlier upload left ther
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 from pathlib import Path
 from typing import Any
@@ -21,7 +29,6 @@ from conversion.checkpoint.model_folder import WEIGHT_ENDS, side_files
 from conversion.checkpoint.output_folder import CARD, CERTIFICATE
 from conversion.checkpoint.safetensors_layout import INDEX, FileLayout
 from nano3.arch import is_nemo_checkpoint
-from nano3.cli import UserError, run
 from nano3.network import check_address, within, without
 
 README = "README.md"

@@ -11,6 +11,14 @@ leaves its work beside OUT, and the same command goes on from it.
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, check_output, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import hashlib
 import json
@@ -37,7 +45,6 @@ from conversion.checkpoint.tensor_digests import Fact, scan
 from conversion.fp8.selection import E4M3_MAX, KV_SCALES, Selection
 from conversion.push import Hub
 from nano3.arch import Arch, resolve_model
-from nano3.cli import UserError, check_output, run
 from nano3.hf_config import read_config
 from nano3.store_contents import check_store
 from nano3.token_store import TokenStore

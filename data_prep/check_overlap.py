@@ -6,11 +6,18 @@ data_prep/clean.py A --out C --exclude B` leaves them out. What counts as near i
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 from pathlib import Path
 
 from data_prep.overlap import overlap_of_files
-from nano3.cli import UserError, run
 from nano3.rows import write_rows
 
 SHOWN = 10

@@ -10,6 +10,14 @@ Each reason is printed with its count and three examples, and stands in `clean.j
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, fresh_file, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import json
 import tempfile
@@ -24,7 +32,6 @@ from tqdm import tqdm
 from data_prep.chat_rows import ChatRows, form_named, read_conversations
 from data_prep.overlap import HeldOut
 from data_prep.quality import Consistency, Limits, Templates, kept, reason_alone
-from nano3.cli import UserError, fresh_file, run
 from nano3.conversations import conversation
 from nano3.rows import about_file
 

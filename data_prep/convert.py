@@ -12,6 +12,14 @@ left out and why.
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, fresh_file, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import hashlib
 import heapq
@@ -29,7 +37,6 @@ from data_prep.drops import Drops
 from data_prep.forms.mapping import mapped_form
 from data_prep.overlap import HeldOut, compared_text
 from data_prep.sources.source import Source
-from nano3.cli import UserError, fresh_file, run
 from nano3.conversations import Conversation, conversation
 from nano3.rows import Row, about_file
 

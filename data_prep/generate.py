@@ -10,6 +10,14 @@ No question occurs twice in the file, and with `--exclude` none that is, or near
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +29,6 @@ from data_prep.chat_rows import read_conversations
 from data_prep.overlap import HeldOut, distinct_new
 from data_prep.puzzles.kinds import KINDS, PREFIX, puzzle_rows
 from data_prep.sources.reasoning_gym import reasoning_gym_rows
-from nano3.cli import UserError, run
 from nano3.documents import parse_json
 from nano3.rows import write_rows
 

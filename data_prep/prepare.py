@@ -8,6 +8,14 @@ data_prep/repack.py, which leaves the tokens as they are; for validation data ru
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, check_output, fresh_output, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import re
 from collections.abc import Iterator, Sequence
@@ -27,7 +35,6 @@ from data_prep.packing import build_packs, check_settings
 from data_prep.store import StoreWriter
 from data_prep.summary import Finds, Turns, print_summary
 from data_prep.tokens import ChatTokenizer
-from nano3.cli import UserError, check_output, fresh_output, run
 from nano3.conversations import Conversation, Conversations
 from nano3.pack_index import Curriculum
 from nano3.rows import open_rows

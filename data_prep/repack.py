@@ -5,12 +5,19 @@ python data_prep/repack.py runs/data/train --seq-length 8192
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 
 from data_prep.packing import build_packs
 from data_prep.prepare import add_packing_options, packing_arguments
 from data_prep.summary import print_packs
-from nano3.cli import run
 from nano3.store_contents import check_store
 from nano3.token_store import TokenStore
 

@@ -8,6 +8,14 @@ it is alone. Your lines come from the terminal or a pipe. `/new` begins another 
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -19,7 +27,6 @@ from evaluation.judging.extraction import THINK_END, after_thinking
 from evaluation.judging.questions import Question
 from evaluation.models import HFModel, beside, plain_folder
 from nano3.arch import resolve_model
-from nano3.cli import UserError, run
 from nano3.hf_config import read_config
 
 

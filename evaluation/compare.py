@@ -7,6 +7,14 @@ Both are results of evaluation/evaluate.py. They compare only when questions, pr
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 from pathlib import Path
 from typing import Any, NotRequired
@@ -24,7 +32,6 @@ from evaluation.comparison import (
     split_gain,
     table,
 )
-from nano3.cli import UserError, run
 from nano3.documents import Name, read_json
 
 

@@ -11,6 +11,14 @@ are put side by side by evaluation/compare.py, and shown by evaluation/report.py
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, fresh_file, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import json
 import math
@@ -31,7 +39,6 @@ from evaluation.models import HFModel, Model, Written, beside, identity_of, plai
 from evaluation.significance import wilson_interval
 from evaluation.tasks import Task, load_task, names
 from nano3.arch import resolve_model
-from nano3.cli import UserError, fresh_file, run
 from nano3.documents import read_json
 from nano3.hf_config import read_config
 

@@ -7,6 +7,14 @@
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, fresh_file, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import json
 import sys
@@ -18,7 +26,6 @@ from evaluation.generation import write_answers
 from evaluation.letters import continuation_logprobs, encode_pair
 from evaluation.models import HFModel, beside, plain_folder
 from nano3.arch import resolve_model
-from nano3.cli import UserError, fresh_file, run
 from nano3.hf_config import read_config
 
 KIND = "harness-result"

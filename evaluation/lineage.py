@@ -8,6 +8,14 @@ such). Every link is computed again from the files: no account and no network. E
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import hashlib
 from collections.abc import Iterator
@@ -18,7 +26,6 @@ from typing import Any
 from conversion.certificates.certificate import folder_sha256
 from conversion.certificates.certificate_json import CERTIFICATE, read_certificate
 from conversion.identity import model_sha256
-from nano3.cli import UserError, run
 from nano3.documents import read_json
 
 RUN_FILE = "run.json"

@@ -9,6 +9,14 @@ base's is known from their names (scores-base.json, scores.json), or said by --b
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, fresh_file, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +33,6 @@ from evaluation.judging.judges import OUTCOMES
 from evaluation.lineage import Link, Parts, lineage, parts_of
 from evaluation.page import facts_table, page, points, section, signed, table
 from evaluation.significance import SMALL_GROUP
-from nano3.cli import UserError, fresh_file, run
 from nano3.documents import json_lines, read_json
 
 PAGE = "report-run.html"

@@ -13,6 +13,14 @@ Nothing here imports what they run.
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, alone, check_output, free_disk, fresh_output, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import os
 import re
@@ -35,7 +43,6 @@ from launch.slurm.cluster import Cluster
 from launch.slurm.job_queue import cancel, queue
 from launch.slurm.sbatch import Job, hand_in, render
 from nano3.arch import Arch
-from nano3.cli import UserError, alone, check_output, free_disk, fresh_output, run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESOURCES = ("nodes", "gpus_per_node", "ranks")

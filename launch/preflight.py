@@ -11,6 +11,14 @@ and nothing runs on a GPU. What the figures stand on: docs/memory.md. **Not veri
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import math
 from dataclasses import dataclass, replace
@@ -38,7 +46,6 @@ from launch.plan.run_length import steps_of
 from launch.plan.search import Candidate, fitting, refuse_layout
 from launch.plan.throughput import Estimate, errors, estimate
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
-from nano3.cli import UserError, run
 from nano3.overrides import apply_overrides
 
 SHOWN = 12

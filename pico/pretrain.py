@@ -14,6 +14,14 @@ bias goes up by a fixed step for experts with less than their share of a batch's
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, check_output, fresh_output, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import itertools
 import json
@@ -26,7 +34,6 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.chat import render
 from data_prep.overlap import HeldOut
-from nano3.cli import UserError, check_output, fresh_output, run
 from pico import tasks as pico_tasks
 
 if TYPE_CHECKING:

@@ -15,11 +15,18 @@ recipe of your own, copy this file anywhere and change the two functions: recipe
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 from typing import Any
 
 from finetune.command import main
 from finetune.settings import Run, Settings
-from nano3.cli import run
 
 
 def settings() -> Settings:

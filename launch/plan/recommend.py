@@ -5,13 +5,20 @@ python launch/plan/recommend.py [h100 ...]
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 
 from launch.plan.hardware import GIB, HARDWARE, Gpu, find_gpu
 from launch.plan.layout import Layout
 from launch.plan.search import recommend
 from nano3.arch import Arch, resolve_model
-from nano3.cli import run
 
 LENGTHS = (4096, 8192, 32768, 131072, 262144)
 """Tokens of a pack. The model was made for 262,144 at most."""

@@ -12,6 +12,14 @@ Tried with an interpreter that lacks the packages (tests/launch/test_bundle.py).
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, fresh_output, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import importlib.metadata
 import json
@@ -27,7 +35,6 @@ from typing_extensions import TypedDict
 
 from launch.slurm.cluster import PACKAGES, PROJECT
 from launch.slurm.versions import NO_RUN_NEEDS, REQUIREMENTS, ROOT, pins
-from nano3.cli import UserError, fresh_output, run
 from nano3.documents import Name, Text, read_json
 
 KIND = "bundle"

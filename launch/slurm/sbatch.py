@@ -11,6 +11,14 @@ Imports neither torch nor NeMo.
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import shlex
 import sys
@@ -20,7 +28,6 @@ from pathlib import Path
 from launch.slurm.cluster import EXAMPLE, Cluster
 from launch.slurm.job_queue import cancel, follow, status, submit
 from launch.slurm.shell import SEED, option, quote, refuse_unwritable, words, write_private
-from nano3.cli import UserError, run
 
 RENDEZVOUS = '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$MASTER_ADDR:$((20000 + SLURM_JOB_ID % 10000))"'
 """Where rank 0's node listens for the others: another port for every job, below those that the kernel gives away."""
