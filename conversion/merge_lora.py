@@ -82,6 +82,7 @@ def merge(base: Path, adapter_folder: Path, out: Path, nemo: bool = False, conte
     `nemo`: a NeMo checkpoint in place of a Hugging Face folder, with NeMo's own `context/` unless told otherwise.
     """
     kind = NEMO_KIND if nemo else HF_KIND
+    # Refuse what cannot be right before a tensor is read: that takes minutes for a real model.
     refuse_overlap(out, base, adapter_folder)
     check_output(out, kind)
     if not (adapter_folder / PEFT_CONFIG).is_file():
@@ -89,14 +90,17 @@ def merge(base: Path, adapter_folder: Path, out: Path, nemo: bool = False, conte
     with open_model(base) as model:
         from conversion.adapters.adapter_folder import Adapter, Merged
 
+        # Adapter and base fit by name and shape, and the disk has room.
         adapter = Adapter(adapter_folder, model.arch)
         same_routers = adapter.check_base(model.rows)
         side = side_files(model.side)
         needed = model.layout.total_bytes + sum((model.side / path).stat().st_size for path in side)
         check_room(out, needed)
+        # One pass over the base: NaN, and whether it is the one that was tuned and still what its certificate says.
         before, _ = scan(model)
         adapter.info.refuse_other_base(base, content_hash(before), adapter_folder)
         previous_certificate(base, before)
+        # What decides the bytes of the output is the job: a killed merge is resumed only by the same one.
         merged, facts = Merged(model, adapter), _facts(adapter)
         job = {"tool": "merge", "base": {name: fact.sha256 for name, fact in before.items()}, **facts}
         job |= {"layout": model.layout.to_json(), "chunk": CHUNK_BYTES if nemo else None}

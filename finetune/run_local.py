@@ -38,12 +38,14 @@ def train(run: Run, overwrite: bool = False) -> int:
     """
     from launch.local import run_ranks
 
+    # Say how long the run is before the import takes its minutes.
     print("\n".join(length_of_run(run).describe()), file=sys.stderr)
     run, out = with_steps(run), Path(run.out)
     if owner_of(out) != KIND:
         with fresh_output(out, KIND, grows=True):
             pass
     with alone(out, f"another run is writing to {out}; wait for it, or choose another --out"):
+        # Alone in OUT: make sure of what lies there, and import the base, before ranks start.
         if overwrite:
             _put_aside(out)
         refuse_finished(out)
@@ -51,6 +53,7 @@ def train(run: Run, overwrite: bool = False) -> int:
         import_base(run)
         _announce(run)
         write_run(run)
+        # The ranks read run.json. However they end, say what is left and how to resume.
         started = time.monotonic()
         environment = {"NANO3_CPU": "1" if run.cpu else "0"}
         try:

@@ -20,10 +20,12 @@ def main() -> int:
     die_with_parent()  # torch.distributed.run gives every rank a session of its own, where nothing else would end it
     run = Run.from_json(Path(sys.argv[1]).read_text())
     os.environ["NANO3_CPU"] = "1" if run.cpu else "0"
+    # The backend first: NeMo binds to the CUDA libraries, or to their stand-ins, when it is imported.
     with quiet_imports():
         from nano3 import cpu
 
         cpu.enable()  # before NeMo is imported
+        # From here on somebody watches whether this rank still answers; the imports take many seconds.
         patience = run.settings.supervision
         supervisor = supervision.start(patience.silent_seconds, patience.stuck_minutes, patience.slow)
         import fiddle

@@ -134,6 +134,7 @@ def unfinished_output(
         work = UnfinishedOutput(folder)
         try:
             yield work
+            # All is written. In this order a kill leaves the old result or the new one, nothing between.
             mark(folder, kind)
             work.seal()
             work.reveal()

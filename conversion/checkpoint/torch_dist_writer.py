@@ -65,6 +65,7 @@ def write_weights(
     `advance` is told the bytes of every chunk when it is written. Raises `UserError` for NaN or infinity, by name.
     """
     (work.folder / WEIGHTS).mkdir(exist_ok=True)
+    # A file is a task: whole Hugging Face tensors, so that one thread hashes each from its first row to its last.
     rows = {name: entry.rows for name, entry in hf.layout.entries.items()}
     tasks = {
         f"{WEIGHTS}/__0_{number}.distcp": group
@@ -76,6 +77,7 @@ def write_weights(
         syncs: list[Future[None]] = []
 
         def do(file: str) -> None:
+            # What a killed run has finished is read and compared, not written again.
             found = _taken_over(work, file, tasks[file], hf)
             if found is None:
                 digests, places[file] = _write_file(work.folder / file, tasks[file], hf, advance)
@@ -90,7 +92,8 @@ def write_weights(
 
         in_parallel(tasks, do)
         for sync in syncs:
-            sync.result()
+            sync.result()  # the disk may have been full
+    # Last of all: with .metadata the folder is a checkpoint.
     _write_metadata(work, plan, ((file, tasks[file], places[file]) for file in tasks))
     return facts
 
