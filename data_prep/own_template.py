@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from data_prep.chat import TEMPLATE_FILE, render, text_of
 from nano3.cli import UserError
@@ -199,7 +199,7 @@ def compiled(text: str) -> Any:
     class Generation(Extension):
         """The `{% generation %}` marks of the usual loss mask: they write nothing."""
 
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
         def parse(self, parser: Any) -> Node | list[Node]:
             next(parser.stream)

@@ -209,7 +209,7 @@ def _checked_message(message: object, before: Sequence[Message]) -> dict[str, An
         raise UserError("a tool message must follow an assistant message that calls it")
     if role != "assistant" and message.get("content") is None:
         raise UserError("'content' is missing; it must be text")
-    checked = {"role": role, "content": _text("'content'", message.get("content") or "")}
+    checked: dict[str, Any] = {"role": role, "content": _text("'content'", message.get("content") or "")}
     checked |= _checked_loss(role, given)
     return checked | _checked_assistant(given) if role == "assistant" else checked
 
@@ -253,9 +253,9 @@ def _checked_assistant(given: Message) -> dict[str, Any]:
 
 
 def _checked_call(call: object) -> dict[str, Any]:
-    function = call.get("function") or call if isinstance(call, Mapping) else None
+    function = call.get("function") or call if isinstance(call, Mapping) else {}
     name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str) or not name:
+    if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise UserError("every tool call needs a function name")
     arguments = function.get("arguments")
     if isinstance(arguments, str):

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, NotRequired
+from typing import Annotated, Any, NotRequired
 
 from annotated_types import Ge, MinLen
 from typing_extensions import TypedDict
@@ -96,9 +96,11 @@ def read_mixture(data: Path | str) -> MixtureFile:
 
 def _check_keys(path: Path, entry: MixtureEntry) -> None:
     """Refuses keys that nobody reads: a curriculum that is spelled wrong would be none."""
-    known = {"": ({"stores", "curriculum"}, [entry])}
-    known["stores: "] = ({"path", "weight", "epochs"}, entry["stores"])
-    known["curriculum: "] = ({"order", "blocks"}, [entry.get("curriculum", {})])
+    known: dict[str, tuple[set[str], list[Any]]] = {
+        "": ({"stores", "curriculum"}, [entry]),
+        "stores: ": ({"path", "weight", "epochs"}, [*entry["stores"]]),
+        "curriculum: ": ({"order", "blocks"}, [entry.get("curriculum", {})]),
+    }
     for where, (keys, values) in known.items():
         unknown = sorted({key for value in values for key in value} - keys)
         if unknown:

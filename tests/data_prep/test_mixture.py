@@ -138,7 +138,7 @@ def test_a_curriculum_goes_through_its_blocks(tmp_path: Path) -> None:
             mask = np.ones(len(tokens), np.uint8)
             mask[0] = 0
             writer.add(tokens, mask, "x", order=level)
-        writer.finish(SimpleNamespace(sha256="none", vocab_size=300))  # type: ignore[arg-type]
+        writer.finish(SimpleNamespace(sha256="0" * 64, vocab_size=300))  # type: ignore[arg-type]
     curriculum = Curriculum("level", 4)
     facts = build_packs(TokenStore(tmp_path / "a"), 32, curriculum=curriculum)
     assert sum(facts["blocks"]) == facts["packs"]

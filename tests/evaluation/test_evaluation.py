@@ -305,3 +305,14 @@ def test_the_script_refuses_fast_and_without_a_traceback(tmp_path):
     assert done.stderr.startswith(f"error: model '{tmp_path}' is neither a preset")
     assert done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+def test_a_question_is_asked_with_its_tools_and_a_template_may_refuse_it():
+    tokenizer = load_tokenizer("nano3/presets/pico")
+    asked = [[{"role": "user", "content": "x"}]] * 2
+    with_tools, without = encode_prompts(tokenizer, asked, tools=[[{"name": "now", "parameters": None}], []])
+    assert "<name>now</name>" in tokenizer.decode(with_tools)
+    assert "now" not in tokenizer.decode(without)
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(UserError, match=r"refuses question 1 \(no\)"):
+        encode_prompts(tokenizer, asked)
