@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -205,3 +206,27 @@ def test_light_modules_load_neither_torch_nor_nemo():
     code = f"import sys, {', '.join(LIGHT)}; print(sorted({{'torch', 'nemo', 'megatron'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "[]\n"
+
+
+READERS = {
+    "nano3/documents.py": "the one reader of JSON and YAML",
+    "nano3/pickles.py": "the one reader of what torch.save wrote",
+    "nano3/conversations.py": "text inside a row that was read",
+    "nano3/file_digests.py": "what we remember ourselves, in a folder that only you can write to",
+    "nano3/parity/processes.py": "what our own ranks wrote into a folder of this process",
+    "nano3/token_store.py": "what the tokenizers library wrote a moment ago",
+    "nano3/training/supervision.py": "what ranks of one run tell each other",
+    "launch/local.py": "the same",
+    "data_prep/clean.py": "scratch of this process",
+    "data_prep/convert.py": "scratch of this process",
+    "data_prep/quality.py": "scratch of this process",
+    "data_prep/sources/champ.py": "a data set in one file, larger than a document; fetched by hash",
+}
+"""File -> why it parses by itself. Everything else goes through `nano3.documents` and `nano3.pickles`."""
+PARSES = re.compile(r"\bjson\.loads?\(|\byaml\.(safe_)?load\(|\bpickle\.loads?\(|\btorch\.load\(|\bread_metadata\(\)")
+
+
+def test_documents_and_pickles_are_read_in_one_place():
+    found = {str(file.relative_to(ROOT)) for file in FILES if PARSES.search(file.read_text())}
+    assert found == set(READERS)
+    assert PARSES.search("pickle.load(file)")
