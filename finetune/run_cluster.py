@@ -108,7 +108,8 @@ def site_of(file: Path, nodes: int, per_node: int | None, example: bool = False)
             "account and partition; or see what would run with --dry-run"
         )
     if not file.is_file():
-        return replace(Cluster.example(), **({} if per_node is None else {"gpus_per_node": per_node}))
+        shown = Cluster.example()
+        return shown if per_node is None else replace(shown, gpus_per_node=per_node)
     cluster = Cluster.load(file)
     if per_node not in (None, cluster.ranks_per_node):
         raise UserError(f"--gpus-per-node {per_node}, but {file} has gpus_per_node: {cluster.gpus_per_node}")

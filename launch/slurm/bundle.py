@@ -101,7 +101,7 @@ def chosen(tested: dict[str, str]) -> dict[str, importlib.metadata.Distribution]
 
     What a package of the image's requires is the image's too. `UserError` where a tested one is of another version.
     """
-    waiting, found = list(tested), {}
+    waiting, found = list(tested), dict[str, importlib.metadata.Distribution]()
     while waiting:
         package = find(waiting.pop())
         if package is None or package.name in {*found, *NO_RUN_NEEDS} or not portable(package):
