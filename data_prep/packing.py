@@ -249,6 +249,11 @@ class PackedDataset:
         """
         return self._sequence(self.documents(number).tolist())
 
+    def filled(self) -> np.ndarray:
+        """Positions of each pack that hold a token of a document, (packs,) int64."""
+        positions = (self.store.lengths() - 1)[self._documents]
+        return np.diff(np.concatenate([[0], np.cumsum(positions)])[self._offsets])
+
     def padding(self) -> dict[str, np.ndarray]:
         """A sequence without any document: what fills a batch up and changes no sum over tokens."""
         return self._sequence([])

@@ -33,8 +33,10 @@ from data_prep.forms.form import Form
 from data_prep.own_template import TemplateCheck
 from data_prep.packing import build_packs, check_settings
 from data_prep.store import StoreWriter
+from data_prep.store_view import Viewer
 from data_prep.summary import Finds, Turns, print_summary
 from data_prep.tokens import ChatTokenizer
+from data_prep.xray import print_documents, some_rows
 from nano3.conversations import Conversation, Conversations
 from nano3.pack_index import Curriculum
 from nano3.rows import open_rows
@@ -111,6 +113,7 @@ def prepare(
                 raise UserError(f"nothing is left to train on: all {finds.empty_rows} rows have empty answers only")
             writer.finish(
                 encoder,
+                tokenizer_folder=str(tokenizer),
                 template=template.facts(),
                 thinking=options.thinking,
                 no_loss=list(options.no_loss),
@@ -313,6 +316,7 @@ def main() -> int:
     )
     store, facts = prepare(args.input, args.tokenizer, args.out, options=options, **packing)
     print_summary(store, facts)
+    print_documents(Viewer(store, None), some_rows(len(store)))
     return 0
 
 

@@ -87,6 +87,10 @@ class ChatTokenizer:
                     "which this tokenizer reads as a token of its own kind; remove it or write it differently"
                 )
 
+    def is_added(self, token: int) -> bool:
+        """Whether it is one of the added tokens, control tokens among them."""
+        return token in self._added
+
     def bytes_of(self, token: int) -> bytes:
         """The UTF-8 bytes that a token stands for; those of one character may be spread over several tokens."""
         if token not in self._bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from nano3.token_store import MANIFEST, TokenStore
 
 KIND = "pack-index"
 VERSION = 1
+PREFIX = "packs-"
+"""What the name of every pack index begins with."""
 DOCUMENTS, OFFSETS, FACTS = "documents.bin", "packs.idx", "packs.json"
 
 
@@ -40,6 +43,15 @@ def index_name(seq_length: int, pad_multiple: int, curriculum: Curriculum | None
     """Name of the pack index's folder in its store."""
     padding = "" if pad_multiple == 1 else f"-pad{pad_multiple}"
     return f"packs-{seq_length}{padding}" + (f"-by-{curriculum.order}-{curriculum.blocks}" if curriculum else "")
+
+
+def parse_index_name(name: str) -> tuple[int, int, Curriculum | None]:
+    """The arguments that `index_name` made a name of. Raises `UserError` for another one."""
+    match = re.fullmatch(r"packs-(\d+)(?:-pad(\d+))?(?:-by-(\w+)-(\d+))?", name)
+    if not match:
+        raise UserError(f"{name!r} names no packs; it looks like packs-4096 or packs-4096-pad4")
+    seq_length, padding, order, blocks = match.groups()
+    return int(seq_length), int(padding or 1), Curriculum(order, int(blocks)) if order else None
 
 
 def read_index(

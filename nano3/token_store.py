@@ -207,6 +207,14 @@ class TokenStore:
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
         return self._stages[start:end] if "stages.bin" in self.manifest["files"] else np.zeros(end - start, np.uint8)
 
+    def stage_counts(self) -> np.ndarray:
+        """Tokens of each stage, (256,) int64; reads the whole file, a few megabytes at a time."""
+        counts = np.zeros(256, dtype=np.int64)
+        if "stages.bin" in self.manifest["files"]:
+            for start in range(0, len(self._stages), 1 << 22):
+                counts += np.bincount(self._stages[start : start + (1 << 22)], minlength=256)
+        return counts
+
     @cached_property
     def _stages(self) -> np.ndarray:
         return self._map("stages.bin")

@@ -25,6 +25,7 @@ from nano3.token_store import TokenStore, tokenizer_sha256
 from tests.helpers.slurm_site import NODES, Slurm, processes_of, require_slurm, slurm_site
 from tests.helpers.tiny_run import metrics
 from tests.helpers.tiny_store import tiny_store
+from tests.launch.test_bundle import image
 
 pytestmark = pytest.mark.full
 
@@ -154,6 +155,38 @@ def test_two_nodes_train_what_two_local_ranks_train(slurm, folder, reference):
     assert slurm.wait(number, "COMPLETED")["NodeList"] == "node[1-2]"
     assert_same(folder / "nodes", reference)
     assert not (folder / "nodes" / "job").exists()
+
+
+BARE = ["layout.ep=2", "lora.rank=4", "train.steps=3", "train.warmup=0", "train.global_batch=4", "train.seq_length=64"]
+
+
+def test_the_bare_line_trains_on_two_nodes_and_sends_what_its_dry_run_prints(slurm, folder, tmp_path):
+    """From a folder whose name a shell would take for much else, with an interpreter that has no project installed."""
+    here = tmp_path / "it's $(touch PWNED) `touch PWNED` #1"
+    here.mkdir()
+    content = SITE | {"logs": str(here / "logs"), "model": "pico", "data": str(folder / "store"), "settings": BARE}
+    content |= {"python": str(image(tmp_path / "image", set())), "options": ["comment=it's $(touch PWNED) #1"]}
+    (here / "cluster.yaml").write_text(yaml.safe_dump(content))
+
+    def line(*more: str) -> str:
+        command = [sys.executable, str(ROOT / "recipes" / "nemotron_lora.py"), "--nodes", "2", *more]
+        done = subprocess.run(
+            command, cwd=here, env=os.environ | slurm.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    dry = line("--dry-run")
+    number = int(line().split("submitted job ")[1].split(";")[0])
+    sent = slurm.run("scontrol", "write", "batch_script", str(number), "-")
+    assert dry[dry.index("#!/bin/bash") :] == sent
+    assert slurm.wait(number, "COMPLETED")["NodeList"] == "node[1-2]"
+    shown = slurm.run("scontrol", "show", "job", str(number))
+    assert "Comment=it's $(touch PWNED) #1" in shown
+    assert f"StdOut={here}/logs/lora-{number}.log" in shown
+    assert (here / "runs" / "lora" / "adapter" / "lora.json").exists()
+    assert len(metrics(here / "runs" / "lora")) == 3
+    assert not [*tmp_path.rglob("PWNED"), *ROOT.glob("PWNED")]
 
 
 def test_sigterm_before_the_time_limit_loses_no_step_and_nobody_else_may_write(slurm, folder, reference):
