@@ -129,11 +129,13 @@ def test_our_checkpoint_loads_where_the_keys_are_demanded(results: dict[str, Any
 
 
 def test_a_checkpoint_with_fp8_state_loads_here(results: dict[str, Any]):
-    """The pickle names Transformer Engine's own classes; it is put aside unread, and the weights are the same."""
+    """The pickle names Transformer Engine's own classes. It is never read: the object comes back empty, and the weights
+    are the same."""
     content = base64.b64decode(RECORD["fp8_state"])
     named = {argument for _, argument, _ in pickletools.genops(content) if isinstance(argument, str)}
     assert {"transformer_engine.common.recipe", "DelayedScaling", "scale_fwd", "amax_history_fwd"} <= named
-    assert results["fp8"]["bytes"] == [results["state_bytes"]] == [len(content)]
+    assert results["state_bytes"] == len(content)
+    assert results["fp8"]["bytes"] == [0]
     assert results["fp8"]["digest"] == results["ours"]["digest"] > 0
 
 

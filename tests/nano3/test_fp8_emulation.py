@@ -183,8 +183,8 @@ def test_an_fp8_folder_is_scored_as_the_values_it_stands_for(pico, tmp_path):  #
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is damaged"),
-        (json.dumps({"inputs": {IN_PROJ: 0.0}, "cache": {}}), "is damaged"),
+        ("{", "fp8_activations.json: not valid JSON"),
+        (json.dumps({"inputs": {IN_PROJ: 0.0}, "cache": {}}), "is 0.0; it must be above 0.0"),
         (json.dumps({"inputs": {"backbone.layers.77.mixer.in_proj": 1.0}, "cache": {}}), "scales of another model"),
     ],
 )
