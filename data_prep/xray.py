@@ -9,6 +9,14 @@ Text that the loss counts is coloured by its weight, and stands in [[ ]] where t
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, fresh_file, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import os
 import shutil
@@ -20,7 +28,6 @@ from typing import Any
 from data_prep.packing import PackedDataset
 from data_prep.store_view import DocumentView, Overview, Viewer, label_of, overview, runs
 from data_prep.xray_page import page
-from nano3.cli import UserError, fresh_file, run
 from nano3.pack_index import PREFIX, parse_index_name
 from nano3.token_store import TokenStore
 
