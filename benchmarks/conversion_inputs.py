@@ -75,6 +75,17 @@ def write_adapter(folder: Path, config: dict[str, Any], preset: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     dcp.save(tensors, checkpoint_id=folder / "weights", no_dist=True)
     (folder / "weights" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
-    facts = {"format": 1, "rank": RANK, "alpha": 64, "targets": targets, "experts": "shared", "base_config": config}
+    facts = {
+        "format": 2,
+        "rank_pattern": [],
+        "alpha_pattern": [],
+        "rslora": False,
+        "dora": False,
+        "rank": RANK,
+        "alpha": 64,
+        "targets": targets,
+        "experts": "shared",
+        "base_config": config,
+    }
     (folder / "lora.json").write_text(json.dumps(facts))
     return folder

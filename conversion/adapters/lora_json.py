@@ -1,8 +1,6 @@
 """`lora.json`, what an adapter folder says of itself, checked field by field; and what is known of its training run.
 
-Format 1 (rank, alpha, targets, experts, base_config) knew plain LoRA only; what format 2 adds (rank_pattern,
-alpha_pattern, rslora, dora) is what decides a merge, so a format 2 without one of them is refused, and so is a format 1
-that has one.
+Every field that decides a merge is required: rank_pattern, alpha_pattern, rslora and dora too.
 """
 
 from __future__ import annotations
@@ -54,8 +52,6 @@ class LoraInfo(AdapterKind):
             )
 
 
-_FORMAT_2: dict[str, Any] = {"rank_pattern": [], "alpha_pattern": [], "rslora": False, "dora": False}
-"""What format 1 means."""
 _OPTIONAL: dict[str, Any] = {"router": "frozen", "router_sha256": None, "base_sha256": None}
 _REMEDY = "copy the adapter again"
 _Targets = Annotated[list[Name], MaxLen(100_000)]
@@ -91,15 +87,10 @@ def read_lora_json(folder: Path, as_is: bool = False) -> LoraInfo:
 def parse_lora_json(info: Any, where: str) -> LoraInfo:
     """Checks the content of a `lora.json`, which messages call `where`. Raises `UserError` naming the field."""
     version = info.get("format") if isinstance(info, dict) else None
-    if version not in (1, 2) or isinstance(version, bool):
+    if version != 2:
         raise UserError(
-            f"{where} is of format {shown(version)}; this version reads format 1 and 2: use the one that wrote it"
+            f"{where} is of format {shown(version)}; this version reads format 2: use the one that wrote it"
         )
-    if version == 1:
-        newer = [name for name in _FORMAT_2 if name in info]
-        if newer:
-            raise UserError(f"{where} is of format 1 and has {', '.join(newer)} of format 2; {_REMEDY}")
-        info = info | _FORMAT_2
     checked = check(_OPTIONAL | info, LoraFile, where, _REMEDY)
     if checked["experts"] not in EXPERTS:
         raise UserError(f"{where}: experts is {checked['experts']!r}; it must be one of {', '.join(EXPERTS)}")

@@ -25,6 +25,7 @@ from tests.conversion.test_conversion import tree, truncate
 from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
 
 RANK, ALPHA = 4, 8.0
+FORMAT_2: dict[str, Any] = {"format": 2, "rank_pattern": [], "alpha_pattern": [], "rslora": False, "dora": False}
 A = 0.125
 """Value of every element of every A: a row of B of value b then adds ALPHA / RANK * RANK * A * b = b to its row."""
 
@@ -52,12 +53,12 @@ def write_adapter(
     **info: Any,
 ) -> Path:
     """An adapter folder after `change(tensors)`, written by PyTorch's own checkpoint code."""
-    made = {name: info[name] for name in ("dora", "rank_pattern") if name in info and info.get("format") == 2}
+    made = {name: info[name] for name in ("dora", "rank_pattern") if name in info}
     tensors = adapter_tensors(Arch.from_config(config), targets, experts, **made)
     change(tensors)
     dcp.save(tensors, checkpoint_id=folder / "weights", no_dist=True)
     (folder / "weights" / "metadata.json").write_text(json.dumps(BACKENDS))
-    lora = {"format": 1, "rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": list(targets), "experts": experts}
+    lora = {"rank": RANK, "alpha": ALPHA, "dropout": 0.0, "targets": list(targets), "experts": experts, **FORMAT_2}
     (folder / "lora.json").write_text(json.dumps(lora | {"base_config": config, "router_sha256": None} | info))
     seal(folder)
     return folder
@@ -235,7 +236,6 @@ def test_the_base_must_have_the_routers_of_the_training_run(rounded: bool, tmp_p
 IN = "module.decoder.layers.0.mixer.out_proj.adapter.linear_in.weight"
 UP = "module.decoder.layers.1.mlp.experts.experts.linear_fc1.adapter.linear_out.weight"
 OTHER = TINY_CONFIG | {"hybrid_override_pattern": "MEM*M"}
-FORMAT_2: dict[str, Any] = {"format": 2, "rank_pattern": [], "alpha_pattern": [], "rslora": False, "dora": False}
 # "said": what lora.json says besides, or instead of, what the tensors were made for.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": ({"config": OTHER}, "pattern: MEM[*]M != MEM[*]E"),
@@ -253,8 +253,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "NaN": ({"change": lambda t: t[IN].fill_(float("nan"))}, f"{IN} holds NaN"),
     "integers": ({"change": lambda t: t.update({IN: torch.zeros(4, 64).int()})}, "known are"),
     "later format": ({"format": 3}, "format 3"),
-    "format 2 without its fields": ({"format": 2}, "rank_pattern is missing"),
-    "format 1 with a field of format 2": ({"said": {"dora": True}}, "format 1 and has dora"),
+    "without a field that decides the merge": (
+        {"said": {"rank_pattern": None}},
+        "rank_pattern is None; it must be a valid list",
+    ),
+    "format 1": ({"said": {"format": 1}}, "is of format 1; this version reads format 2"),
     "a flag that is a word": ({"said": FORMAT_2 | {"dora": "no"}}, "dora is 'no'; it must be a valid boolean"),
     "a pattern that names nothing": (
         {"said": FORMAT_2 | {"rank_pattern": ["q_proj:8"]}},

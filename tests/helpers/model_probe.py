@@ -90,7 +90,17 @@ def main() -> None:
             if ".adapter." in name:
                 parameter.normal_(0, 0.1)
         results["adapted"] = logits(model, tokens, LENGTHS)
-    facts = {"format": 1, "rank": 4, "alpha": 8.0, "targets": list(PRESETS["all"]), "experts": "shared"}
+    facts = {
+        "format": 2,
+        "rank_pattern": [],
+        "alpha_pattern": [],
+        "rslora": False,
+        "dora": False,
+        "rank": 4,
+        "alpha": 8.0,
+        "targets": list(PRESETS["all"]),
+        "experts": "shared",
+    }
     save_adapter(model, adapter, {**facts, "base_config": json.loads((nemo / "hf/config.json").read_text())})
     results["adapters"] = torch.tensor(len(adapter_state(model)))
     results["guard"] = torch.tensor(_guard_fires(model))
