@@ -195,7 +195,7 @@ def resolve(
 
 def _site(args: argparse.Namespace) -> Cluster | None:
     """The cluster that the run goes to, None for this machine; without a site file --dry-run takes the example."""
-    if args.cluster is None and (args.nodes == 1 or args.local):
+    if args.cluster is None and (args.nodes in (None, 1) or args.local):
         return None
     example = args.dry_run and args.cluster is None
     return run_cluster.site_of(args.cluster or Path("cluster.yaml"), args.nodes, args.gpus_per_node, example)

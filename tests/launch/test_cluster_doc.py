@@ -13,6 +13,7 @@ import yaml
 
 from launch.pipeline import NAMES
 from tests.helpers.slurm_site import Slurm, require_slurm, slurm_site
+from tests.launch.test_bundle import image
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
@@ -28,12 +29,12 @@ def tried(variable: str) -> str:
 
 
 def site(work: Path) -> str:
-    """The site file as the page says that it was tried."""
+    """The site file as the page says that it was tried; its interpreter has the packages and not this project."""
     content = {
         "account": "tests", "partition": "batch", "hardware": "cpu", "gpus_per_node": 1, "time": "00:30:00",
         "cpu_partition": "cpu", "cpu_cores": 1, "cpu_time": "00:30:00", "exclusive": False,
-        "workdir": str(ROOT), "logs": str(work / "logs"), "python": sys.executable,
-        "environment": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        "workdir": str(ROOT), "logs": str(work / "logs"), "python": str(image(work / "image", set())),
+        "environment": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
     }  # fmt: skip
     return yaml.safe_dump(content)
 
@@ -41,7 +42,7 @@ def site(work: Path) -> str:
 def run(block: str, slurm: Slurm, work: Path) -> str:
     """What the block prints; an AssertionError with it, and with the jobs' logs, where it fails."""
     environment = slurm.environment | {name: tried(name) for name in ("MODEL", "SETTINGS", "CALIBRATION")}
-    environment |= {"WORK": str(work), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"WORK": str(work), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
