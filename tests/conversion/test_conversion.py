@@ -244,7 +244,7 @@ BROKEN: dict[str, tuple[int, Any, str]] = {
     "no weights": (1, lambda f: (f / "model.safetensors").unlink(), r"lacks model\.safetensors"),
     "missing shard": (3, lambda f: (f / "model-00002-of-00003.safetensors").unlink(), "lacks model-00002"),
     "no index": (3, lambda f: (f / INDEX).unlink(), r"lacks model\.safetensors"),
-    "index not JSON": (3, lambda f: (f / INDEX).write_text("{}"), "not a safetensors index"),
+    "index not JSON": (3, lambda f: (f / INDEX).write_text("{}"), "weight_map is missing"),
     "stray shard": (
         3,
         lambda f: shutil.copy(f / "model-00001-of-00003.safetensors", f / "x.safetensors"),

@@ -167,5 +167,5 @@ def test_differences_name_the_fields():
 
 
 def test_neither_torch_nor_nemo_is_imported():
-    code = "import sys, nano3.arch, conversion.checkpoint.hf_folder; print('torch' in sys.modules)"
+    code = "import sys, nano3.arch, conversion.checkpoint.model_folder; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
