@@ -13,7 +13,9 @@ from conversion.checkpoint.pieces import PIECE, in_parallel
 from conversion.checkpoint.plan import PREFIX
 from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.checkpoint.safetensors_writer import SafetensorsWriter
+from conversion.checkpoint.torch_dist_writer import BACKENDS
 from nano3.arch import Arch
+from nano3.sealed_folder import seal
 from nano3.targets import PRESETS, select
 
 RANK = 32
@@ -74,7 +76,7 @@ def write_adapter(folder: Path, config: dict[str, Any], preset: str) -> Path:
             tensors[prefix + name] = torch.randn(shape, generator=generator) * 0.01
     shutil.rmtree(folder, ignore_errors=True)
     dcp.save(tensors, checkpoint_id=folder / "weights", no_dist=True)
-    (folder / "weights" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (folder / "weights" / "metadata.json").write_text(json.dumps(BACKENDS))
     facts = {
         "format": 2,
         "rank_pattern": [],
@@ -88,4 +90,5 @@ def write_adapter(folder: Path, config: dict[str, Any], preset: str) -> Path:
         "base_config": config,
     }
     (folder / "lora.json").write_text(json.dumps(facts))
+    seal(folder)
     return folder
