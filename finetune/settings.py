@@ -39,7 +39,7 @@ class TrainSettings(TrainPlan):
     """Of AdamW."""
     beta2: Annotated[float, Range(0, 1, below=True)] = 0.95
     """Of AdamW; beta1 is 0.9."""
-    clip: Annotated[float, Range(0, 1e6, above=True)] = 1.0
+    clip: Annotated[float, Range(0, 1e9, above=True)] = 1.0
     """Largest norm of the gradient."""
     divergence: Annotated[float, Range(1, 1e6, above=True, zero=True)] = 3.0
     """Stop when the loss is above its first level and this multiple of its lowest for 20 steps in a row; 0: never."""
