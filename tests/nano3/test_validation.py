@@ -14,6 +14,7 @@ from conversion.merge_lora import merge
 from data_prep.epochs import LOGGED_SOURCES, OTHER_SOURCES, Once, logged_sources, validation_plan
 from data_prep.packing import PackedDataset, build_packs
 from finetune.eval_only import evaluate, evaluation_run
+from finetune.recipe_file import keep
 from finetune.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
 from launch.plan.layout import Layout
 from nano3.cli import UserError
@@ -86,6 +87,7 @@ def test_an_evaluation_gives_the_same_figures_on_every_layout(folder, ranks):
     for name, layout in LAYOUTS.items():
         settings = replace(run.settings, layout=layout)
         there = replace(run, out=str(folder / name), ranks_per_node=2, settings=settings)
+        keep(there.recipe, Path(there.out))
         path = folder / f"{name}.json"
         path.write_text(evaluation_run(there, str(folder / "run" / "adapter")).to_json())
         assert ranks.run(path) == [0, 0], name
