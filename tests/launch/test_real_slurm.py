@@ -19,7 +19,8 @@ from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
 from data_prep.packing import build_packs
 from launch.slurm.cluster import Cluster
-from launch.slurm.sbatch import Job, render
+from launch.slurm.sbatch import Job, private_environment, render
+from launch.slurm.shell import write_private
 from nano3.arch import resolve_model
 from nano3.token_store import TokenStore, tokenizer_sha256
 from tests.helpers.slurm_site import NODES, Slurm, processes_of, require_slurm, slurm_site
@@ -144,7 +145,8 @@ def hopeless(slurm: Slurm, folder: Path) -> tuple[int, Path]:
     """A job whose ranks die at once, whenever it starts; it is looked at when the others are through."""
     site, out = Cluster.load(folder / "cluster.yaml"), folder / "hopeless"
     out.mkdir()
-    script = render(site, Job("hopeless", ["--no-python", "false"], 2, out=str(out)))
+    write_private(out / "job.env", private_environment(site))
+    script = render(site, Job("hopeless", ["--no-python", "false"], 2, out=str(out), private=str(out / "job.env")))
     Path(site.logs).mkdir(exist_ok=True)
     return slurm.submit(script), out
 
