@@ -4,6 +4,9 @@ PYTHON ?= python3.11
 GPU_PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+WORKERS ?= 2
+# Files of tests side by side; many start two ranks of their own.
+TESTS := $(PY) -m pytest -n $(WORKERS) --dist loadgroup
 INSTALLED := $(VENV)/.installed
 REFERENCE := build/reference
 PACKAGES := nano3 finetune recipes pico data_prep conversion evaluation launch tests benchmarks
@@ -24,10 +27,10 @@ demo: $(INSTALLED) ## questions -> tokens -> import -> LoRA on 2 CPU ranks -> me
 	$(PY) recipes/demo.py
 
 test: $(INSTALLED) $(REFERENCE)/.done ## the fast tests, at most 10 minutes on 2 cores
-	$(PY) -m pytest -m "not full"
+	$(TESTS) -m "not full"
 
 test-full: $(INSTALLED) $(REFERENCE)/.done $(REFERENCE)/data/.done ## all tests
-	$(PY) -m pytest
+	$(TESTS)
 
 check: $(INSTALLED) ## format, lint, types, and that imports go one way
 	$(VENV)/bin/ruff format --check .
