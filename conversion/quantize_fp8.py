@@ -6,7 +6,7 @@ The published recipe of the model by default: attention, the Mamba layers that f
 embeddings and lm_head stay as they are, everything else and the KV cache becomes FP8 E4M3 with static scales. STORE is
 a token store (data_prep/prepare.py) of what the model will see; its documents set the activations' scales. OUT is a
 unified Hugging Face checkpoint in NVIDIA ModelOpt's format. --selection FILE.yaml chooses other matrices. A killed run
-leaves its work beside OUT, and the same command goes on from it.
+leaves its work beside OUT, and the same command resumes from it.
 """
 
 from __future__ import annotations

@@ -296,7 +296,7 @@ def main(description: str | None, defaults: Callable[[], Settings], recipe: Call
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if not run.cpu and gpus < run.ranks_per_node:
         raise UserError(
-            f"the run wants {run.ranks_per_node} NVIDIA GPUs and this machine has {gpus}; give --gpus-per-node, add "
+            f"the run requires {run.ranks_per_node} NVIDIA GPUs and this machine has {gpus}; give --gpus-per-node, add "
             "--local to run on CPU ranks, or --dry-run to see the recipe"
         )
     if run.eval_only:

@@ -178,7 +178,7 @@ def _how_to_go_on(out: Path) -> str:
     if not found:
         return "the run ended early and wrote no adapter and no checkpoint: the same command starts from the beginning"
     return (
-        f"the run ended early and wrote no adapter: the same command goes on after step {step_of(found[-1])} "
+        f"the run ended early and wrote no adapter: the same command resumes after step {step_of(found[-1])} "
         f"({found[-1]})"
     )
 

@@ -68,7 +68,7 @@ class TrainSettings(TrainPlan):
 
 @dataclass
 class CheckpointSettings(CheckpointPlan):
-    """How much work an interruption may cost. All of it may change when a run goes on."""
+    """How much work an interruption may cost. All of it may change when a run resumes."""
 
     every: Annotated[int, Range(0, MOST_STEPS)] = 200
     """Steps between checkpoints; 0: by `minutes` only."""
@@ -94,7 +94,7 @@ class LogSettings:
 
 @dataclass
 class SupervisionSettings:
-    """When a run that hangs is ended, and who is called slow. All of it may change when a run goes on."""
+    """When a run that hangs is ended, and who is called slow. All of it may change when a run resumes."""
 
     silent_seconds: Annotated[float, Range(1, 86400)] = 60.0
     """Seconds without an answer after which a rank counts as stopped: it is named and the run ends."""
@@ -112,7 +112,7 @@ class Settings:
     lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     router: Literal["frozen", "balance"] = "frozen"
-    """Weight and correction bias stay, verified by hash; or `balance`: the bias goes on moving towards equal load."""
+    """Weight and correction bias stay, verified by hash; or `balance`: the bias keeps moving towards equal load."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
     supervision: SupervisionSettings = field(default_factory=SupervisionSettings)

@@ -6,7 +6,7 @@
 
 The stages are prepare, import, train, merge, quantize, evaluate; README.md has how to score the FP8 checkpoint as well.
 On Slurm every stage is a job that waits for the one before (afterok), on CPU nodes where no GPU is needed; the site is
-in cluster.yaml. Key=value are the recipe's. The same command again goes on: finished stages are not repeated, a
+in cluster.yaml. Key=value are the recipe's. The same command again resumes: finished stages are not repeated, a
 training that was interrupted resumes. Stages are command lines (launch/chain/stages.py).
 Nothing here imports what they run.
 """
@@ -157,7 +157,7 @@ def run_here(stages: tuple[Stage, ...], records: Records) -> int:
         code = run_stage(stage, records)
         if code:
             print(
-                f"error: stage {stage.name} ended with exit code {code}; the same command goes on from there",
+                f"error: stage {stage.name} ended with exit code {code}; the same command resumes from there",
                 file=sys.stderr,
             )
             return code

@@ -127,7 +127,7 @@ class PeftFile:
         wanted |= {MAGNITUDE} if self.config.dora else set()
         if keys.keys() != wanted:
             raise UserError(
-                f"{self.folder / WEIGHTS}: {name} has {some(sorted(keys))} where {CONFIG} wants {some(sorted(wanted))}"
+                f"{self.folder / WEIGHTS}: {name} has {some(sorted(keys))}; {CONFIG} requires {some(sorted(wanted))}"
             )
         if self.config.dora and (path == EMBEDDING or part is None):
             raise UserError(f"{self.folder}: DoRA of {name} is none that training here knows (lengths by row)")

@@ -119,7 +119,7 @@ def check_consumer(consumer: str, arch: Arch, info: LoraInfo, sizes: dict[str, S
             len(set(sizes.values())) > 1
         )
         layers = {path.rpartition(".")[0] for path in routed}
-        wrong["linear_fc1 or linear_fc2 of routed experts alone: vLLM wants both"] = len(routed) != 2 * len(layers)
+        wrong["linear_fc1 or linear_fc2 of routed experts alone: vLLM requires both"] = len(routed) != 2 * len(layers)
     for what, holds in wrong.items():
         if holds:
             raise UserError(

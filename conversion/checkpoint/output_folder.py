@@ -141,7 +141,7 @@ def unfinished_output(
             replace_folder(folder, out)
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, *stays)):
-                print(f"unfinished work stays in {folder}: the same command goes on from it", file=sys.stderr)
+                print(f"unfinished work stays in {folder}: the same command resumes from it", file=sys.stderr)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -67,7 +67,7 @@ class Chain:
             if not path.is_file():
                 raise UserError(f"{path} is not there; give chat JSONL, one conversation a line")
         if is_nemo_checkpoint(self.model):
-            raise UserError(f"{self.model} is a NeMo checkpoint; the merge wants the Hugging Face folder: give that")
+            raise UserError(f"{self.model} is a NeMo checkpoint; the merge requires the Hugging Face folder: give that")
         wrong = [name for name in self.extra if name not in EXTENDABLE]
         if wrong:
             raise UserError(f"--with {wrong[0]}=...: only {', '.join(EXTENDABLE)} take more flags")

@@ -80,7 +80,7 @@ class Job:
             )
         text = " ".join([*self.command, *(self.prepare or []), self.out or ""])
         if bool(self.seeds) != (SEED in text):
-            raise UserError("an array of seeds wants {seed} in the command, and {seed} wants --array SEEDS")
+            raise UserError("an array of seeds requires {seed} in the command, and {seed} requires --array SEEDS")
 
 
 def sbatch_options(cluster: Cluster, job: Job) -> dict[str, str]:
@@ -225,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--name", default="nano3", help="of the job (default: nano3)")
     parse.add_argument("--prepare", help="python arguments, in one string, that run once before")
     parse.add_argument("--array", help="seeds of an array, such as 1,2,3; {seed} in the command is replaced")
-    parse.add_argument("--survive", metavar="OUT", help="the run in OUT goes on when it is started again: requeue it")
+    parse.add_argument("--survive", metavar="OUT", help="the run in OUT resumes when it is started again: requeue it")
     parse.add_argument("--after", type=int, help="job that must have succeeded before")
     parse.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
     parse.add_argument("action", nargs="?", choices=("submit", "status", "cancel", "follow"), default="submit")
@@ -266,7 +266,7 @@ def main() -> int:
 
 def _look(args: argparse.Namespace) -> int:
     if args.job is None:
-        raise UserError(f"{args.action} wants the number of a job, such as: {args.action} 1234")
+        raise UserError(f"{args.action} requires the number of a job, such as: {args.action} 1234")
     if args.action == "follow":
         return follow(args.job, Path(Cluster.load(args.cluster).logs))
     if args.action == "cancel":

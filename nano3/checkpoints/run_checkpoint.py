@@ -151,7 +151,7 @@ class RunCheckpoints(pl.Callback):
             self.save(trainer, pl_module)
         if ending:
             if trainer.is_global_zero:
-                print(f"SIGTERM: ended after step {step}; the same command goes on from there", flush=True)
+                print(f"SIGTERM: ended after step {step}; the same command resumes from there", flush=True)
             raise SIGTERMException
 
     def _restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule, saved: dict[str, Any]) -> None:

@@ -234,7 +234,7 @@ def test_what_is_interrupted_stays_and_what_fails_does_not(tmp_path: Path, capsy
         with pytest.raises(type(error)):
             stopped_by(error)
         assert os.listdir(tmp_path) == left
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
 
 
 def test_a_full_disk_of_a_file_that_is_closed_in_the_background_is_an_error(inputs: Path, tmp_path: Path, monkeypatch):

@@ -242,7 +242,7 @@ def test_the_command_itself_terminated_then_killed_goes_on(folder):
             assert lines[-1], "".join(lines)
         process.send_signal(number)
         rest = process.communicate(timeout=180)[0]
-        assert number != signal.SIGTERM or "the same command goes on after step" in rest, rest
+        assert number != signal.SIGTERM or "the same command resumes after step" in rest, rest
         return process.returncode
 
     assert until(3, signal.SIGTERM) == 128 + signal.SIGTERM

@@ -49,7 +49,7 @@ def run_toys(folder: Path, stages: tuple[Stage, ...]) -> tuple[int, list[str]]:
 
 def test_a_failed_stage_ends_the_run_and_the_next_goes_on_from_there(tmp_path, capsys):
     assert run_toys(tmp_path, toy_stages(tmp_path, fails="merge")) == (3, ["prepare", "import", "train"])
-    assert "stage merge ended with exit code 3; the same command goes on from there" in capsys.readouterr().err
+    assert "stage merge ended with exit code 3; the same command resumes from there" in capsys.readouterr().err
     assert Records(tmp_path).describe(toy_stages(tmp_path)[3], {}).startswith("FAILED with exit code 3")
     assert run_toys(tmp_path, toy_stages(tmp_path)) == (0, ["merge", "quantize", "evaluate"])
     assert run_toys(tmp_path, toy_stages(tmp_path)) == (0, [])

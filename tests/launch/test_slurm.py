@@ -211,10 +211,10 @@ def test_without_slurm_one_is_told_so(tmp_path):
     [
         ({"command": []}, "no command"),
         ({"command": ["x"], "nodes": 0}, "--nodes 0"),
-        ({"command": ["x"], "seeds": (1,)}, "an array of seeds wants {seed}"),
-        ({"command": ["{seed}"]}, "wants --array"),
+        ({"command": ["x"], "seeds": (1,)}, "an array of seeds requires {seed}"),
+        ({"command": ["{seed}"]}, "requires --array"),
         ({"command": ["x"], "name": "a/b"}, "without / and %"),
-        ({"command": ["x"], "out": "{seed}"}, "wants --array"),
+        ({"command": ["x"], "out": "{seed}"}, "requires --array"),
     ],
 )
 def test_jobs_that_mean_nothing_are_refused(job, message):

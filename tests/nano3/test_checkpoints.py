@@ -260,7 +260,7 @@ def test_how_to_go_on_is_said(base, tmp_path, monkeypatch, capsys):
     assert train(run) == 1
     said = capsys.readouterr().err
     assert "going on after step 4" in said
-    assert "the same command goes on after step 4" in said
+    assert "the same command resumes after step 4" in said
     assert train(run, overwrite=True) == 1
     assert "going on" not in capsys.readouterr().err
     assert checkpoints(tmp_path / "out") == []

@@ -252,7 +252,7 @@ def kill(command: list[str], rank: int, after: int) -> None:
     assert living(list(pids.values())) == []
     assert run.returncode == 128 + signal.SIGKILL, said
     assert f"rank {rank} failed with exit code 137 (killed by SIGKILL" in said, said
-    assert f"the same command goes on after step {SAVED}" in said, said
+    assert f"the same command resumes after step {SAVED}" in said, said
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
