@@ -165,7 +165,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: tensors(f, lambda t: t.update({k.replace("layers.0", "layers.9"): t[k].clone() for k in list(t)})),
         r"adapts model\.layers\.9",
     ),
-    "A without B": (lambda f: tensors(f, lambda t: t.pop(f"{UP}.lora_B.weight")), "has lora_A where"),
+    "A without B": (
+        lambda f: tensors(f, lambda t: t.pop(f"{UP}.lora_B.weight")),
+        "has lora_A; adapter_config.json requires lora_A, lora_B",
+    ),
     "NaN": (lambda f: tensors(f, lambda t: t[f"{IN}.lora_A.weight"].fill_(math.nan)), "in_proj.* holds NaN"),
     "an unknown tensor": (lambda f: tensors(f, lambda t: t.update({"x": torch.ones(1)})), "holds x, which is no"),
     "integers": (
