@@ -1,33 +1,20 @@
-"""Slurm: one description of a job, rendered as a plain sbatch script.
+"""One description of a job, rendered as a plain sbatch script.
 
-    python launch/slurm/sbatch.py --cluster cluster.yaml --nodes 2 --dry-run -- -m finetune.worker OUT/run.json
-    python launch/slurm/sbatch.py --cluster cluster.yaml status 1234        # or cancel 1234, follow 1234
-
-What is after `--` runs on every GPU under torchrun, one launcher per node; what `--prepare` names runs first, once.
-Before each, launch/slurm/inside.py compares the packages there with the tested ones. All text is quoted by
+The job's command runs on every GPU under torchrun, one launcher per node; what prepares it runs first, once. Before
+each, launch/slurm/inside.py compares the packages there with the tested ones. All text is quoted by
 launch/slurm/shell.py. The site's `environment` is not in the script: it lies beside it, in a file that is yours alone.
 Imports neither torch nor NeMo.
 """
 
 from __future__ import annotations
 
-try:
-    from nano3.cli import UserError, run
-except ModuleNotFoundError as missing:
-    import sys
-
-    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
-    raise SystemExit(2) from None
-
-import argparse
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.slurm.cluster import EXAMPLE, Cluster
-from launch.slurm.job_queue import cancel, follow, status, submit
+from launch.slurm.job_queue import submit
 from launch.slurm.shell import SEED, option, quote, refuse_unwritable, words, write_private
+from nano3.cli import UserError
 
 RENDEZVOUS = '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$MASTER_ADDR:$((20000 + SLURM_JOB_ID % 10000))"'
 """Where rank 0's node listens for the others: another port for every job, below those that the kernel gives away."""
@@ -215,24 +202,6 @@ def private_note(cluster: Cluster, job: Job) -> str:
     return f"environment of cluster.yaml: not in the script; it goes to {job.private}, which only you can read (0600)"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Flags of the job; the site is in cluster.yaml."""
-    parse = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parse.add_argument("--cluster", type=Path, default=Path("cluster.yaml"), help="site file (default: cluster.yaml)")
-    parse.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
-    parse.add_argument("--name", default="nano3", help="of the job (default: nano3)")
-    parse.add_argument("--prepare", help="python arguments, in one string, that run once before")
-    parse.add_argument("--array", help="seeds of an array, such as 1,2,3; {seed} in the command is replaced")
-    parse.add_argument("--survive", metavar="OUT", help="the run in OUT resumes when it is started again: requeue it")
-    parse.add_argument("--after", type=int, help="job that must have succeeded before")
-    parse.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
-    parse.add_argument("action", nargs="?", choices=("submit", "status", "cancel", "follow"), default="submit")
-    parse.add_argument("job", nargs="?", type=int, help="number of the job to look at")
-    return parse
-
-
 def read_seeds(text: str) -> tuple[int, ...]:
     """The seeds in `1,2,3`, all different; `UserError` otherwise."""
     try:
@@ -242,40 +211,3 @@ def read_seeds(text: str) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"--array {text}: seeds must be different, and at least 0")
     return seeds
-
-
-def main() -> int:
-    own = sys.argv[1:]
-    place = own.index("--") if "--" in own else len(own)
-    args, command = parser().parse_args(own[:place]), own[place + 1 :]
-    if args.action != "submit":
-        return _look(args)
-    cluster = Cluster.load(args.cluster)
-    seeds = read_seeds(args.array) if args.array else ()
-    prepare = shlex.split(args.prepare) if args.prepare else None
-    private = str(Path(cluster.logs).resolve() / f"{args.name}.env")
-    job = Job(args.name, command, args.nodes, prepare, seeds, args.after, args.survive, private=private)
-    if args.dry_run:
-        print(render(cluster, job), end="")
-        if note := private_note(cluster, job):
-            print(note, file=sys.stderr)
-    else:
-        print(f"submitted job {hand_in(cluster, job)}; logs in {cluster.logs}")
-    return 0
-
-
-def _look(args: argparse.Namespace) -> int:
-    if args.job is None:
-        raise UserError(f"{args.action} requires the number of a job, such as: {args.action} 1234")
-    if args.action == "follow":
-        return follow(args.job, Path(Cluster.load(args.cluster).logs))
-    if args.action == "cancel":
-        cancel(args.job)
-        print(f"cancelled {args.job}")
-    else:
-        print(status(args.job) or f"job {args.job} is not in the queue")
-    return 0
-
-
-if __name__ == "__main__":
-    run(main)

@@ -172,7 +172,7 @@ def test_a_failed_preparation_ends_the_job(tmp_path):
 
 
 def script(*arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "launch" / "slurm" / "sbatch.py"), *arguments]
+    command = [sys.executable, str(ROOT / "launch" / "slurm.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=cwd)
 
 
