@@ -76,6 +76,10 @@ IGNORED = {
     "auto_map": "names of the remote code, which we never run",
     "bos_token_id": _GENERATION,
     "eos_token_id": _GENERATION,
+    "id2label": _LABEL,
+    "label2id": _LABEL,
+    "unsloth_fixed": _LABEL,
+    "unsloth_version": _LABEL,
     "expand": "the width of the Mamba layers is mamba_num_heads * mamba_head_dim",
     "mamba_ssm_cache_dtype": "the cache of generation",
     "moe_shared_expert_overlap": "how kernels are scheduled",
@@ -170,6 +174,10 @@ def architecture_fields(config: dict[str, Any], source: str) -> dict[str, Any]:
     _refuse_unsupported(config, source)
     check(config, Layers, source, _NOT_OURS)
     values: dict[str, Any] = {"pattern": _pattern(config, source), "dtype": _dtype(config, source)}
+    if "E" not in values["pattern"] and "n_routed_experts" not in config:
+        raise UserError(
+            f"{source}: a dense model of the family, without mixture of experts; this project reads those with experts"
+        )
     check(config, Sizes, source, _NOT_OURS)
     for name, kind in Sizes.__annotations__.items():
         values[name] = float(config[name]) if "float" in str(kind) else config[name]
@@ -211,8 +219,8 @@ def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
 def _refuse_unknown(config: dict[str, Any], source: str) -> None:
     read_here = {*Sizes.__annotations__, *Layers.__annotations__}
     known = sorted(read_here | FIXED.keys() | IGNORED.keys() | ALIASES.keys())
-    for name in config:
-        if name not in known:
+    for name, value in config.items():
+        if name not in known and value is not None:  # null is what transformers writes for: not given
             near = get_close_matches(name, known, 1)
             hint = f" (nearest known field: {near[0]})" if near else ""
             raise UserError(f"{source}: unknown field {name!r}{hint}; we cannot tell whether it changes the network")

@@ -6,6 +6,7 @@ one at a time.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,11 +164,15 @@ class PeftFile:
         self._check_alike(modules, linear)
 
     def _check_alike(self, modules: list[Module], linear: Linear) -> None:
-        """What becomes one module of ours must be alike in all but the values; the rank may differ of q, k and v."""
+        """What becomes one module of ours must be alike in all but the values; the rank may differ of q, k and v.
+
+        Their scales may differ by a power of two: the rows of B take that factor, and not a bit is lost.
+        """
         first = modules[0]
         for module in modules:
+            exact = not linear.experts and math.frexp(module.scale / first.scale)[0] == 0.5
             for what, mine, other in (
-                ("scale", module.scale, first.scale),
+                ("scale", first.scale if exact else module.scale, first.scale),
                 ("rank", module.rank if linear.experts else 0, first.rank if linear.experts else 0),
                 *((f"dtype of {kind}", self.dtype(module, kind), self.dtype(first, kind)) for kind in (A, B)),
             ):

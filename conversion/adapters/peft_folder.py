@@ -132,7 +132,9 @@ class PeftFolder:
         for module, value in zip(modules, values, strict=True):
             width = self._ranks[path] if one_a else module.rank
             columns = (slice(column, column + width),) if kind == B else ()
-            _fill(result, columns, module, value)
+            # One module has one scale, the first part's; B takes what a part's own scale is more (a power of two).
+            own = value * (module.scale / modules[0].scale) if kind == B else value
+            _fill(result, columns, module, own)
             column += 0 if one_a else width
         return result[cut]
 

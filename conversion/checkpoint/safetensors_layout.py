@@ -34,6 +34,9 @@ FP8 = "F8_E4M3"
 ITEM_BYTES = PLAIN_BYTES | {FP8: 1}
 """The same with that of our quantized checkpoints."""
 
+OLD_EMBEDDING = "backbone.embedding.weight"
+"""What transformers 5.3.0 called `backbone.embeddings.weight` when it saved; other releases do not load it."""
+
 SHARD_BYTES = 5_000_000_000
 """Largest file of a layout that we make ourselves (Hugging Face's own limit for uploads)."""
 
@@ -204,6 +207,11 @@ class FileLayout:
 def check_tensors(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises `UserError` naming the tensors that are missing in `found`, unknown, or of another shape."""
     missing = [name for name in expected if name not in found]
+    if OLD_EMBEDDING in found and missing:
+        raise UserError(
+            f"{where} has {OLD_EMBEDDING}, as transformers 5.3 named the embedding; load it there and save it with a "
+            f"later one, or rename it: {some(missing)}"
+        )
     if missing:
         raise UserError(f"{where} lacks {some(missing)}: it is not a complete model of its config.json")
     unknown = [name for name in found if name not in expected]

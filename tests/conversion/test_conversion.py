@@ -19,7 +19,7 @@ from conversion.checkpoint import pieces
 from conversion.checkpoint.names import RowBlock, linears, megatron_tensors
 from conversion.checkpoint.output_folder import CARD, CERTIFICATE
 from conversion.checkpoint.plan import make_plan
-from conversion.checkpoint.safetensors_layout import INDEX, FileLayout
+from conversion.checkpoint.safetensors_layout import INDEX, OLD_EMBEDDING, FileLayout
 from conversion.checkpoint.torch_dist import TorchDistReader
 from nano3.arch import PRESETS, Arch
 from nano3.cli import UserError
@@ -255,6 +255,11 @@ BROKEN: dict[str, tuple[int, Any, str]] = {
         3,
         lambda f: edit_index(f, lambda m: m.update({"lm_head.weight": m["backbone.embeddings.weight"]})),
         "lm_head.weight",
+    ),
+    "embedding as transformers 5.3": (
+        1,
+        lambda f: resave(f, lambda t: t.update({OLD_EMBEDDING: t.pop("backbone.embeddings.weight")})),
+        "has backbone.embedding.weight, as transformers 5.3 named the embedding",
     ),
     "missing tensor": (1, lambda f: resave(f, lambda t: t.pop(NORM)), f"lacks {NORM}"),
     "unknown tensor": (1, lambda f: resave(f, lambda t: t.update({"mtp.w": torch.zeros(2)})), r"holds mtp\.w"),

@@ -40,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "down alone": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
     "rslora": {"target_modules": [*LINEAR, "embeddings"], "target_parameters": EXPERTS, "use_rslora": True},
     "dora": {"target_modules": [*LINEAR, "lm_head"], "use_dora": True},
+    "q alone louder": {"target_modules": LINEAR, "alpha_pattern": {"q_proj": 24.0}},  # four times the scale of k and v
     "patterns": {
         "target_modules": LINEAR,
         "target_parameters": EXPERTS,

@@ -142,6 +142,21 @@ def test_an_unknown_field_names_its_nearest():
         arch(hidden_sizes=3)
 
 
+def test_what_other_tools_leave_in_a_config_does_not_matter():
+    """Labels, and fields that are null: not given."""
+    plain = arch()
+    labelled = arch(unsloth_fixed=True, unsloth_version="2026.11", id2label={"0": "a"}, label2id={"a": 0}, moe_new=None)
+    assert labelled.differences(plain) == []
+    with pytest.raises(UserError, match="unknown field 'moe_new'"):
+        arch(moe_new=1)
+
+
+def test_a_dense_member_is_refused_for_what_it_is():
+    dense = {name: value for name, value in TINY_CONFIG.items() if "expert" not in name}
+    with pytest.raises(UserError, match="a dense model of the family, without mixture of experts"):
+        Arch.from_config(dense | {"hybrid_override_pattern": "M*-M", "num_hidden_layers": 4})
+
+
 def test_config_files_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(UserError, match=r"no config\.json"):
         Arch.load(tmp_path)
