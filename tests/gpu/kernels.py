@@ -150,7 +150,8 @@ def largest_error(actual: dict[str, Any], expected: dict[str, Any]) -> float:
 def compare(
     loaded: list[Case], sizes: tuple[Size, ...], device: str, dtypes: tuple[str, ...], bound: float | None
 ) -> Iterator[Row]:
-    """A row for the stand-in against the original, and two for how far each is from FP64. No `bound`: `BOUNDS`."""
+    """A row for the stand-in against the original, in FP32 another for the CPU's own loops, and two for how far each is
+    from FP64. No `bound`: `BOUNDS`."""
     for size in sizes:
         seq_idx = torch.repeat_interleave(torch.arange(len(size.lengths)), torch.tensor(size.lengths))[None].int()
         for case in loaded:
@@ -164,6 +165,12 @@ def compare(
                 original, standin = (run(f, cast, options, cotangent) for f in (case.original, case.standin))
                 label = f"{case.name}, {size.name}, {name}"
                 yield Row(f"{label}: stand-in against Triton", largest_error(standin, original), bound or BOUNDS[name])
+                if name == "float32":
+                    # On a CPU compiled loops compute what PyTorch's operations do elsewhere: these are compared too.
+                    here = {k: v.cpu() for k, v in cast.items()}
+                    loops = run(case.standin, here, case.options(size, seq_idx), cotangent.cpu())
+                    error = largest_error(loops, {k: v.cpu() for k, v in original.items()})
+                    yield Row(f"{label}: compiled loops of the CPU against Triton", error, bound or BOUNDS[name])
                 yield Row(f"{label}: Triton against FP64", largest_error(original, exact))
                 yield Row(f"{label}: stand-in against FP64", largest_error(standin, exact))
 
