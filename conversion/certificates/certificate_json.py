@@ -105,12 +105,18 @@ class DataFacts(TypedDict):
     sources: NotRequired[list[Name]]
 
 
+class TrainingSettings(TypedDict, total=False):
+    """The settings that a card tells of; the other groups are there too."""
+
+    train: dict[Name, Any]
+
+
 class TrainingFacts(TypedDict, total=False):
     """The run that wrote the adapter of a merge."""
 
     steps: Count
     data: DataFacts
-    settings: dict[Name, Any]
+    settings: TrainingSettings
     ranks: Positive
 
 

@@ -362,7 +362,8 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Any:
 
 def _swapped(document: Any, swaps: list[tuple[tuple[Any, ...], str, Any]]) -> bytes:
     document = copy.deepcopy(document)
-    for path, what, value in swaps:
+    for path, what, odd in swaps:
+        value = copy.deepcopy(odd)
         if not path:
             document = value if what == "set" else document
             continue
