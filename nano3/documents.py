@@ -267,11 +267,17 @@ def _yaml_loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """PyYAML's safe loader without two habits: the last of equal keys wins, merges of merges grow without end."""
+        """PyYAML's safe loader; equal keys, merges of merges (which grow and grow) and endless numbers are refused."""
 
         def flatten_mapping(self, node: Any) -> None:
             if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
                 raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not read", node.start_mark)
+
+        def construct_yaml_int(self, node: Any) -> int:
+            value = super().construct_yaml_int(node)
+            if value.bit_length() > 64:  # in hexadecimal of any length, which Python would not even print
+                raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
+            return value
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
             mapping = super().construct_mapping(node, deep)
@@ -280,6 +286,7 @@ def _yaml_loader() -> Any:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {shown(twice)} twice", node.start_mark)
             return mapping
 
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     return Loader
 
 

@@ -105,7 +105,7 @@ class Cluster:
         """The time limit of a job in seconds, None for no limit. Raises `UserError` for what Slurm cannot read."""
         if self.time.lower() in ("infinite", "unlimited"):
             return None
-        found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", self.time, re.ASCII)
+        found = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", self.time, re.ASCII)
         if found is None:
             raise UserError(
                 f'cluster.yaml: time: "{self.time}" is not [DAYS-]HOURS:MINUTES:SECONDS, such as "04:00:00"'
