@@ -5,8 +5,8 @@ GPU_PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 WORKERS ?= 2
-# Files of tests side by side; many start two ranks of their own.
-TESTS := $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+# Whole files side by side: tests of one file share what they set up. Many start two ranks of their own.
+TESTS := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 INSTALLED := $(VENV)/.installed
 REFERENCE := build/reference
 PACKAGES := nano3 finetune recipes pico data_prep conversion evaluation launch tests benchmarks

@@ -13,6 +13,7 @@ The nodes claim more cores and memory than the machine may have; jobs are not bo
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
@@ -138,7 +139,16 @@ class Slurm:
 
 @contextmanager
 def slurm_site() -> Iterator[Slurm]:
-    """A private Slurm, both nodes idle; ended and removed afterwards. Needs the programs: `require_slurm`."""
+    """A private Slurm, both nodes idle; ended and removed afterwards. Needs the programs: `require_slurm`.
+
+    One at a time on a machine: jobs of two sites would take the same ports, which go by job number.
+    """
+    with open(Path(tempfile.gettempdir()) / f"nano3-slurm-{os.getuid()}.lock", "w") as alone:
+        fcntl.flock(alone, fcntl.LOCK_EX)
+        yield from _site()
+
+
+def _site() -> Iterator[Slurm]:
     site = subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.slurm_site", "--until-stdin-closes"],
         cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
