@@ -138,17 +138,16 @@ class Slurm:
 
 
 @contextmanager
-def slurm_site() -> Iterator[Slurm]:
-    """A private Slurm, both nodes idle; ended and removed afterwards. Needs the programs: `require_slurm`.
-
-    One at a time on a machine: jobs of two sites would take the same ports, which go by job number.
-    """
+def only_site() -> Iterator[None]:
+    """One at a time on a machine: jobs of two sites would take the same ports, which go by job number."""
     with open(Path(tempfile.gettempdir()) / f"nano3-slurm-{os.getuid()}.lock", "w") as alone:
         fcntl.flock(alone, fcntl.LOCK_EX)
-        yield from _site()
+        yield
 
 
-def _site() -> Iterator[Slurm]:
+@contextmanager
+def slurm_site() -> Iterator[Slurm]:
+    """A private Slurm, both nodes idle; ended and removed afterwards. Needs the programs: `require_slurm`."""
     site = subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.slurm_site", "--until-stdin-closes"],
         cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,

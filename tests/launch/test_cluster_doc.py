@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from launch.pipeline import NAMES
-from tests.helpers.slurm_site import Slurm, require_slurm, slurm_site
+from tests.helpers.slurm_site import Slurm, only_site, require_slurm, slurm_site
 from tests.launch.test_bundle import image
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_the_page_has_its_commands():
 def test_every_command_of_the_page_works_in_its_order(tmp_path):
     require_slurm()
     said = []
-    with slurm_site() as slurm:
+    with only_site(), slurm_site() as slurm:
         for block in BLOCKS:
             said.append(run(block, slurm, tmp_path))
             if COPY in block:

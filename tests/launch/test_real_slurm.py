@@ -23,7 +23,7 @@ from launch.slurm.sbatch import Job, private_environment, render
 from launch.slurm.shell import write_private
 from nano3.arch import resolve_model
 from nano3.token_store import TokenStore, tokenizer_sha256
-from tests.helpers.slurm_site import NODES, Slurm, processes_of, require_slurm, slurm_site
+from tests.helpers.slurm_site import NODES, Slurm, only_site, processes_of, require_slurm, slurm_site
 from tests.helpers.tiny_run import metrics
 from tests.helpers.tiny_store import tiny_store
 from tests.launch.test_bundle import image
@@ -49,7 +49,7 @@ SITE = {
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Slurm]:
     require_slurm()
-    with slurm_site() as site:
+    with only_site(), slurm_site() as site:
         yield site
 
 
