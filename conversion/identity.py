@@ -60,9 +60,10 @@ class Watch:
         remember(_CONTENT, self._files, self._stamps, self._begun, sha256)
 
 
-def remembered_hash(source: Path) -> str:
-    """The content hash of a Hugging Face folder; its tensors are read unless they were before and did not change."""
-    with HFFolder(source) as hf:
+def remembered_hash(source: Path, quantized: bool = False) -> str:
+    """The content hash of a Hugging Face folder, with `quantized` of one that may be FP8 too; its tensors are read
+    unless they were before and did not change."""
+    with HFFolder(source, quantized=quantized) as hf:
         known, watch = recall(_CONTENT, weight_files(hf)), Watch(hf)
         if isinstance(known, str):
             return known
