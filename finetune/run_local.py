@@ -165,7 +165,7 @@ def last_checkpoint(run: Run) -> Path | None:
 def _announce(run: Run) -> None:
     """Says where the run begins; refuses checkpoints that are damaged or of another run."""
     out, last = Path(run.out), last_checkpoint(run)
-    where = f", going on after step {step_of(last)}" if last else ""
+    where = f", resuming after step {step_of(last)}" if last else ""
     for old in ("logs", "nemo"):
         shutil.rmtree(out / old, ignore_errors=True)
     kind = "CPU" if run.cpu else "GPU"

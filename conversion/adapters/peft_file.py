@@ -155,7 +155,7 @@ class PeftFile:
                 if found != shape:
                     raise UserError(
                         f"{self.folder}: {module.keys[kind]} has shape {found}; rank {module.rank} in {CONFIG} and "
-                        f"this base want {shape}: an adapter of another rank or base"
+                        f"this base require {shape}: an adapter of another rank or base"
                     )
         there = {module.part.expert for module in modules if module.part is not None}
         missing = [f"experts.{number}" for number in range(linear.experts) if there and number not in there]

@@ -154,7 +154,7 @@ def _begin(folder: Path, job: dict[str, Any]) -> None:
     except UserError:
         same = False
     if same:
-        print(f"going on with the unfinished work in {folder}", file=sys.stderr)
+        print(f"resuming the unfinished work in {folder}", file=sys.stderr)
         _only_weights(folder)
         return
     if not (folder / _RECORDS).is_dir() and owner_of(folder) is None and any(folder.iterdir()):
@@ -205,7 +205,7 @@ def require_space(out: Path, needed: int) -> None:
     """Refuses to begin when the disk of `out` has less than `needed` bytes free (an old output stays until the end)."""
     parent, free = free_disk(out)
     if free < needed:
-        raise UserError(f"{out} needs {needed / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} GB free; make room")
+        raise UserError(f"{out} needs {needed / 1e9:.2f} GB but {parent} has {free / 1e9:.2f} GB free; free some space")
 
 
 def copy_files(source: Path, files: Iterable[Path], target: Path) -> None:

@@ -33,7 +33,7 @@ class TrainPlan:
     """Positions in a pack; the token store must have a pack index of this length."""
     pad_multiple: Annotated[int, Range(0, 1 << 20)] = 0
     """Every document in a pack takes a multiple of this many positions; 0: what the layout needs, 2 * layout.cp where
-    that is above 1. A run can go on under any layout.cp that its multiple fits."""
+    that is above 1. A run can resume under any layout.cp that its multiple fits."""
     recompute: list[Recompute] = field(default_factory=list)
     """What the backward pass computes again instead of keeping: `full`, or some of moe, moe_act, shared_experts,
     layernorm, mamba."""

@@ -170,7 +170,7 @@ give_way() { # EXIT_CODE
         rm -f "$OUT/job"
         exit 2
     fi
-    scontrol requeue "$JOB" && echo "requeued: it goes on from the newest checkpoint in $OUT"
+    scontrol requeue "$JOB" && echo "requeued: it resumes from the newest checkpoint in $OUT"
     exit "$1"
 }
 

@@ -72,7 +72,7 @@ def newest(out: Path | str) -> Path | None:
     except UserError as error:
         older = f"from step {step_of(found[-2])}" if len(found) > 1 else "from the beginning: there is no older one"
         raise UserError(
-            f"the newest checkpoint is damaged: {error}. Restore the file, or remove the folder {found[-1]} to go on "
+            f"the newest checkpoint is damaged: {error}. Restore the file, or remove the folder {found[-1]} to resume "
             f"{older}"
         ) from None
     return found[-1]
@@ -88,10 +88,10 @@ def _refuse_other_step(folder: Path) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """`training/state.json` of a checkpoint. Raises `UserError` for one of another format, and for a damaged one."""
     path = folder / TRAINING / STATE
-    state = read_json(path, dict[str, Any], "restore the file, or remove the folder to go on from an older checkpoint")
+    state = read_json(path, dict[str, Any], "restore the file, or remove the folder to resume from an older checkpoint")
     if state.get("format") != FORMAT:
         raise UserError(
-            f"{folder} is a checkpoint of format {shown(state.get('format', 1))} and this code reads {FORMAT}: go on "
+            f"{folder} is a checkpoint of format {shown(state.get('format', 1))} and this code reads {FORMAT}: resume "
             "with the version of this repository that wrote it, or start over here with --overwrite"
         )
     check(state, TrainingState, str(path), "restore the file")
@@ -107,7 +107,7 @@ def refuse_other_run(folder: Path, identity: Mapping[str, Any]) -> None:
     if different:
         what = "; ".join(f"{name} was {recorded.get(name)!r} and is {identity.get(name)!r}" for name in different[:5])
         raise UserError(
-            f"{folder} is a checkpoint of another run: {what}. Go on with what it was, choose another --out, or start "
+            f"{folder} is a checkpoint of another run: {what}. Resume with what it was, choose another --out, or start "
             "over here with --overwrite"
         )
 
@@ -149,5 +149,5 @@ def disk_full(out: Path, needed: int | None) -> UserError:
     wants = f"{needed:,} bytes are needed and " if needed is not None else ""
     return UserError(
         f"the disk is full: {out} could not be written; {wants}{free:,} bytes are free in {parent}. What was saved "
-        "before is whole. Make room, or lower checkpoint.keep, and start the same command again"
+        "before is whole. Free some space, or lower checkpoint.keep, and start the same command again"
     )

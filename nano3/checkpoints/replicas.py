@@ -62,6 +62,6 @@ def require_equal_replicas(state: dict[str, Any], what: str) -> None:
     if found:
         raise UserError(
             f"{what}: {len(found)} tensors differ between ranks that must hold the same, and nothing is saved: "
-            f"{'; '.join(found[:5])}. A reduction is missing or a device computes wrongly; go on from the checkpoint "
+            f"{'; '.join(found[:5])}. A reduction is missing or a device computes wrongly; resume from the checkpoint "
             "before, on other hardware if it happens again"
         )

@@ -155,7 +155,7 @@ class Progress(pl.Callback):
         if "validation_loss" not in row:  # not a number, on all ranks alike
             raise UserError(
                 f"step {step}: the validation loss is not a number: the run diverged; lower train.lr or train.clip, or "
-                "lengthen train.warmup, and go on from a checkpoint before it or start over with --overwrite"
+                "lengthen train.warmup, and resume from a checkpoint before it or start over with --overwrite"
             )
         if trainer.is_global_zero:
             self._write(step, row)

@@ -321,7 +321,7 @@ def test_outputs_are_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(UserError, match="overlap"):
             to_nemo(source, out)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match="free; make room"):
+    with pytest.raises(UserError, match="free; free some space"):
         to_nemo(source, tmp_path / "nemo")
     assert sorted(os.listdir(tmp_path)) == ["mine", "source"]
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]

@@ -183,7 +183,7 @@ def test_finished_files_of_a_killed_run_are_used_again(tool: str, inputs: Path, 
         file.seek(-300, os.SEEK_END)
         file.write(bytes([old[0] ^ 1]))
     TOOLS[tool](inputs, out)
-    assert "going on with the unfinished work" in capsys.readouterr().err
+    assert "resuming the unfinished work" in capsys.readouterr().err
     after = {path.name: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     kept = {name for name in found if after[name] == inodes[name]}
     assert kept == found.keys() - {spoilt}
@@ -197,7 +197,7 @@ def test_the_work_of_another_job_is_thrown_away(inputs: Path, tmp_path: Path, ca
     in_child(lambda: hf_to_nemo.convert(inputs / "hf", out, context=False), calls // 2)
     assert (tmp_path / ".out.unfinished").is_dir()
     hf_to_nemo.convert(other, out, context=False)
-    assert "going on" not in capsys.readouterr().err
+    assert "resuming" not in capsys.readouterr().err
     assert verify(out, other) == []
 
 

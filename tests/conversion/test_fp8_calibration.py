@@ -148,7 +148,7 @@ def test_a_killed_quantization_calibrates_no_sample_twice(tmp_path, monkeypatch,
     capsys.readouterr()
     steps.clear()
     quantize(model, out, selection, samples())
-    assert "going on with the unfinished work" in capsys.readouterr().err
+    assert "resuming the unfinished work" in capsys.readouterr().err
     assert len(steps) == 1 + left
     assert content(out) == content(tmp_path / "undisturbed")
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "undisturbed", work}

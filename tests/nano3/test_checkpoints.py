@@ -98,7 +98,7 @@ def test_a_damaged_newest_checkpoint_is_refused_and_the_way_out_named(tmp_path, 
     with pytest.raises(UserError) as refused:
         newest(tmp_path)
     assert words in str(refused.value)
-    assert f"remove the folder {folder} to go on from step 2" in str(refused.value)
+    assert f"remove the folder {folder} to resume from step 2" in str(refused.value)
 
 
 def test_a_copy_under_a_higher_step_is_refused(tmp_path):
@@ -259,10 +259,10 @@ def test_how_to_go_on_is_said(base, tmp_path, monkeypatch, capsys):
     run.ranks_per_node, run.settings.layout = 4, Layout(ep=4)
     assert train(run) == 1
     said = capsys.readouterr().err
-    assert "going on after step 4" in said
+    assert "resuming after step 4" in said
     assert "the same command resumes after step 4" in said
     assert train(run, overwrite=True) == 1
-    assert "going on" not in capsys.readouterr().err
+    assert "resuming" not in capsys.readouterr().err
     assert checkpoints(tmp_path / "out") == []
 
 
