@@ -171,14 +171,15 @@ class ServerModel:
     def _body(self, question: Question, limit: int, sampling: Sampling, sample: int) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.served,
-            "messages": list(question.messages),
+            "messages": _openai_messages(question.messages),
             "max_tokens": limit,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": sampling.seed * 1000 + sample,
             "chat_template_kwargs": {"enable_thinking": self.thinking},
         }
-        return body | ({"tools": list(question.tools)} if question.tools else {})
+        tools = [{"type": "function", "function": tool} for tool in question.tools]
+        return body | ({"tools": tools} if tools else {})
 
     def _answer(self, key: str, body: Mapping[str, Any]) -> None:
         """One answer, kept as soon as it is there."""
@@ -285,6 +286,29 @@ class ServerModel:
     def done(self) -> None:
         """The result is written: the answers need not be kept."""
         self.cache.unlink(missing_ok=True)
+
+
+def _openai_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as servers take them: a call has an id and its arguments as JSON text, a tool's answer names its call.
+
+    Answers come in the order of the calls. Other messages are as they were.
+    """
+    sent: list[dict[str, Any]] = []
+    open_calls: list[str] = []
+    for number, message in enumerate(messages):
+        one = dict(message)
+        if calls := one.get("tool_calls"):
+            open_calls = [f"call-{number}-{place}" for place in range(len(calls))]
+            one["tool_calls"] = [_openai_call(name, call) for name, call in zip(open_calls, calls, strict=True)]
+        elif one["role"] == "tool" and open_calls:
+            one["tool_call_id"] = open_calls.pop(0)
+        sent.append(one)
+    return sent
+
+
+def _openai_call(name: str, call: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(call["arguments"], ensure_ascii=False)
+    return {"id": name, "type": "function", "function": {"name": call["name"], "arguments": arguments}}
 
 
 def _seconds(header: str | None) -> float:

@@ -31,6 +31,7 @@ class Fake:
 
     def __init__(self, fault: str, wait_after: int | None = None) -> None:
         self.fault, self.wait_after = fault, wait_after
+        self.bodies: list[bytes] = []
         self.asked, self.answered = Counter[str](), Counter[str]()
         self.requests, self.lock = 0, threading.Lock()
 
@@ -49,8 +50,10 @@ def serving(fake: Fake) -> Iterator[str]:
             self.send(json.dumps({"object": "list", "data": [{"id": "pico"}]}).encode())
 
         def do_POST(self) -> None:
-            question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            question = json.loads(body)["messages"][-1]["content"]
             with fake.lock:
+                fake.bodies.append(body)
                 fake.requests += 1
                 number = fake.requests
                 fake.asked[question] += 1
@@ -205,3 +208,32 @@ def test_equal_requests_are_sent_once_and_a_refusal_is_final(held, tmp_path, mon
             model.answers([Question("new", "s", ({"role": "user", "content": "What is 9?"},), "9")], 40, GREEDY)
     with pytest.raises(UserError, match="no whole answer in 2 attempts"):
         ServerModel(url, None, tmp_path / "kept", 1.0, 2, False)
+
+
+def test_tools_and_calls_are_sent_in_openais_form_and_plain_messages_as_they_are(tmp_path):
+    tool = {"name": "look", "parameters": {"type": "object", "properties": {"where": {"type": "string"}}}}
+    calls = [{"name": "look", "arguments": {"where": "Zürich"}}, {"name": "look", "arguments": {}}]
+    asked = (
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "here"},
+        {"role": "tool", "content": "there"},
+        {"role": "user", "content": "What is 7?"},
+    )
+    plain = ({"role": "user", "content": "What is 8?"},)
+    fake = Fake("honest")
+    with serving(fake) as url:
+        model = ServerModel(url, None, tmp_path / "kept", 5.0, 1, False)
+        model.answers([Question("a", "s", asked, "7", tools=(tool,)), Question("b", "s", plain, "8")], 40, GREEDY)
+    with_tools, without = fake.bodies
+    sent = json.loads(with_tools)
+    assert sent["tools"] == [{"type": "function", "function": tool}]
+    assert sent["messages"][1]["tool_calls"] == [
+        {"id": "call-1-0", "type": "function", "function": {"name": "look", "arguments": '{"where": "Zürich"}'}},
+        {"id": "call-1-1", "type": "function", "function": {"name": "look", "arguments": "{}"}},
+    ]
+    assert [message.get("tool_call_id") for message in sent["messages"]] == [None, None, "call-1-0", "call-1-1", None]
+    assert without == (
+        b'{"model": "pico", "messages": [{"role": "user", "content": "What is 8?"}], "max_tokens": 40, "temperature": '
+        b'0.0, "top_p": 1.0, "seed": 0, "chat_template_kwargs": {"enable_thinking": false}}'
+    )
