@@ -57,9 +57,8 @@ def bar_chart(bars: Mapping[str, tuple[float, tuple[float, float] | None]], labe
         top = number * (_BAR + _GAP) + _GAP / 2
         middle = top + _BAR / 2
         parts.append(f"<text class='name' x='{_LABEL - 12}' y='{middle + 5}' text-anchor='end'>{escape(name)}</text>")
-        parts.append(
-            f"<rect class='bar s{number}' x='{_LABEL}' y='{top}' width='{span * share:.1f}' height='{_BAR}' rx='3'/>"
-        )
+        width = f"{span * share:.1f}"
+        parts.append(f"<rect class='bar s{number % 4}' x='{_LABEL}' y='{top}' width='{width}' height='{_BAR}' rx='3'/>")
         note = ""
         if interval:
             low, high = (_LABEL + span * side for side in interval)

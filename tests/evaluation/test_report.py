@@ -6,11 +6,13 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from evaluation.charts import line_chart
+from evaluation import charts
+from evaluation.charts import bar_chart, line_chart
 from evaluation.tuning_report import REQUIRED, examples_from, write_report
 
 REPORT = {
@@ -70,6 +72,13 @@ def test_a_curve_lies_where_its_axes_say():
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
     assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=0.2)
     assert y[0] > y[2]  # SVG counts downwards
+
+
+def test_every_bar_has_a_colour():
+    styled = set(re.findall(r"svg \.bar\.(s\d) ", (Path(charts.__file__).with_name("report.css")).read_text()))
+    bars = re.findall(r"class='bar (s\d+)'", bar_chart({str(n): (0.5, None) for n in range(9)}, "shares"))
+    assert len(bars) == 9
+    assert set(bars) == styled
 
 
 @pytest.mark.parametrize("field", REQUIRED)
