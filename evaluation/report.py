@@ -33,7 +33,8 @@ from evaluation.judging.judges import OUTCOMES
 from evaluation.lineage import Link, Parts, lineage, parts_of
 from evaluation.page import facts_table, page, points, section, signed, table
 from evaluation.significance import SMALL_GROUP
-from nano3.documents import json_lines, read_json
+from nano3.documents import read_json
+from nano3.training.journal import FILE, read_rows
 
 PAGE = "report-run.html"
 EXAMPLES = 6
@@ -81,7 +82,7 @@ def _comparable(before: Result, after: Result) -> bool:
 def report(out: Path, before: Path | None = None, after: Path | None = None) -> Path:
     """Writes the page and returns its path. Raises `UserError` for a folder that holds nothing to report."""
     parts = parts_of(out)
-    rows = [row for _, row in json_lines(parts.run / "metrics.jsonl")] if parts.run else []
+    rows = read_rows(parts.run / FILE) if parts.run else []
     results = {path: read_result(path) for path in parts.results}
     pairs = pairs_of(results, before, after)
     links = lineage(out)

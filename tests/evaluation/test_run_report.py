@@ -81,6 +81,13 @@ def test_the_page_of_a_run(folder):
     assert "prefers-color-scheme: dark" in html
 
 
+def test_the_page_of_a_run_that_was_killed_while_it_wrote_a_step(folder):
+    whole = report(folder).read_text()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "lo')
+    assert report(folder).read_text() == whole
+
+
 def test_verdicts_are_read_and_not_judged_again(folder):
     """A verdict that no judge would give stands as it is."""
     changed_result = result(30, "tuned")
