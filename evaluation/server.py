@@ -28,7 +28,7 @@ from evaluation.generation import Sampling
 from evaluation.judging.questions import Question
 from evaluation.models import Written, sha256_of
 from nano3.cli import UserError
-from nano3.documents import Count, Name, json_lines, parse_json
+from nano3.documents import Count, Name, check, json_lines, parse_json
 
 KEY_VARIABLE = "VLLM_API_KEY"
 """Environment variable whose value, if any, is sent as the server's key, as conversion/check_server.py does."""
@@ -259,10 +259,8 @@ class ServerModel:
         whole = data[: data.rfind(b"\n") + 1]
         if whole != data:
             os.truncate(self.cache, len(whole))
-        rows = [
-            parse_json(json.dumps(row), _Kept, where, f"remove {self.cache} and start again")
-            for where, row in json_lines(self.cache)
-        ]
+        remedy = f"remove {self.cache} and start again"
+        rows = [check(row, _Kept, where, remedy) for where, row in json_lines(self.cache)]  # type: ignore[arg-type]
         return {row["key"]: Written(row["text"], row["finished"], row["tokens"]) for row in rows}
 
     def letters(self, questions: Sequence[Question]) -> list[list[float]]:
