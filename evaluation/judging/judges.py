@@ -119,8 +119,9 @@ def scored(expected: Any, answer: str, score: Callable[[str, Any], float]) -> Ve
 _CALL = re.compile(r"<tool_call>\s*<function=([^>\n]+)>(.*?)</function>\s*</tool_call>", re.S)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.S)
 
-Accepted = Mapping[str, Mapping[str, Sequence[Any]]]
-"""Function -> argument -> values that are accepted; "" among them: the argument may be left out."""
+Accepted = Mapping[str, Mapping[str, Any]]
+"""Function -> argument -> list of the values that are accepted, or the only one; "" among them: the argument may be
+left out."""
 
 
 def tool_calls(expected: Sequence[Accepted], answer: str) -> Verdict:
@@ -138,18 +139,21 @@ def tool_calls(expected: Sequence[Accepted], answer: str) -> Verdict:
         return Verdict("format" if expected and named and marked else "unparsed", None, "tool call")
     left = list(expected)
     for name, arguments in calls:
-        fits = next((call for call in left if name in call and _accepts(call[name], arguments)), None)
+        fits = next((call for call in left if name in call and _accepts(call[name], arguments, _same_value)), None)
         if fits is None:
             return Verdict(WRONG, shown, "tool call")
         left.remove(fits)
     return Verdict(WRONG if left else RIGHT, shown, "tool call")
 
 
-def _accepts(accepted: Mapping[str, Sequence[Any]], given: Mapping[str, str]) -> bool:
-    if not set(given) <= set(accepted):
-        return False
-    return all(
-        any(_same_value(value, given[name]) for value in values) if name in given else "" in values
+def _accepts(accepted: Mapping[str, Any], given: Mapping[str, Any], same: Callable[[Any, Any], bool]) -> bool:
+    """Whether every argument has an accepted value by `same`, or may be left out and is, and none is unknown."""
+
+    def several(values: Any) -> Sequence[Any]:
+        return values if isinstance(values, list) else [values]
+
+    return set(given) <= set(accepted) and all(
+        any(same(one, given[name]) for one in several(values)) if name in given else "" in several(values)
         for name, values in accepted.items()
     )
 
@@ -173,30 +177,9 @@ def _same_parsed(value: Any, parsed: Any) -> bool:
     if isinstance(value, bool) or value is None:
         return parsed is value
     if isinstance(value, Mapping):
-        return isinstance(parsed, Mapping) and _accepts_parsed(value, parsed)
+        return isinstance(parsed, Mapping) and _accepts(value, parsed, _same_parsed)
     if isinstance(value, list):
         return isinstance(parsed, list) and len(value) == len(parsed) and all(map(_same_parsed, value, parsed))
     if isinstance(value, str):
         return isinstance(parsed, str) and _letters_and_digits(value) == _letters_and_digits(parsed)
     return type(parsed) in (int, float) and bool(value == parsed)
-
-
-def _accepts_parsed(accepted: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
-    def several(values: Any) -> Sequence[Any]:
-        return values if isinstance(values, list) else [values]
-
-    return set(given) <= set(accepted) and all(
-        any(_same_parsed(one, given[name]) for one in several(values)) if name in given else "" in several(values)
-        for name, values in accepted.items()
-    )
-
-
-def reasoning_gym_score(dataset: str) -> Callable[[str, Any], float]:
-    """`score(answer, entry)` of a reasoning-gym task; `entry` has question, answer and metadata."""
-    import reasoning_gym
-
-    try:
-        function = reasoning_gym.get_score_answer_fn(dataset)
-    except ValueError as error:
-        raise UserError(f"reasoning-gym has no task {dataset!r}: {error}") from None
-    return lambda answer, entry: float(function(answer=answer, entry=entry))

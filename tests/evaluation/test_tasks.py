@@ -128,6 +128,9 @@ def test_reasoning_gym_judges_itself():
         ([{"f": {"x": [1]}}], "<parameter=x>\n1\n</parameter>\n<parameter=z>\n1\n</parameter>", "wrong"),
         ([{"f": {"x": ["New York", "NYC"]}}], "<parameter=x>\nnew york\n</parameter>", "right"),
         ([{"f": {"x": [[1, 2.0]]}}], "<parameter=x>\n[1.0, 2]\n</parameter>", "right"),
+        ([{"f": {"x": "New York"}}], "<parameter=x>\nNew York\n</parameter>", "right"),  # one value, not its letters
+        ([{"f": {"x": "New York"}}], "<parameter=x>\nN\n</parameter>", "wrong"),
+        ([{"f": {"x": "New York"}}], "", "wrong"),
         ([{"f": {"x": [True]}}], "<parameter=x>\nTrue\n</parameter>", "right"),
         ([{"g": {}}], "", "wrong"),
         ([], "", "wrong"),
