@@ -47,9 +47,13 @@ def boxed(text: str) -> list[str]:
     return found
 
 
-def decide(rule: str, answers: Iterable[str]) -> Extracted | None:
-    """One answer, or several that are the same; ambiguous when they differ; None when there are none."""
-    distinct = list(dict.fromkeys(answers))
+def decide(rule: str, answers: Iterable[str], same: Callable[[str, str], bool] = str.__eq__) -> Extracted | None:
+    """One answer, or several that are the same, of which the first stands; ambiguous when they differ, and then the
+    last; None when there are none."""
+    distinct: list[str] = []
+    for one in answers:
+        if not any(same(one, other) for other in distinct):
+            distinct.append(one)
     if not distinct:
         return None
     return Extracted(distinct[-1], rule, ambiguous=len(distinct) > 1)
@@ -190,14 +194,8 @@ def value(text: str, same: Callable[[str, str], bool]) -> Extracted:
         ("conclusion", _conclusion(text)),
         ("value alone", [_bare(text)] if text and "\n" not in text and len(_bare(text).split()) <= 4 else []),
     )
-    for rule, found in rules:
-        distinct: list[str] = []
-        for one in found:
-            if one and not any(same(one, other) for other in distinct):
-                distinct.append(one)
-        if distinct:
-            return Extracted(distinct[-1], rule, ambiguous=len(distinct) > 1)
-    return NOTHING
+    decided = (decide(rule, filter(None, found), same) for rule, found in rules)
+    return next(filter(None, decided), NOTHING)
 
 
 def _stated_values(text: str, final: bool) -> list[str]:
