@@ -37,7 +37,7 @@ from conversion.checkpoint.safetensors_layout import FP8
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.fp8.golden_file import Golden, Tolerance
 from nano3.arch import resolve_model
-from nano3.documents import parse_json_line
+from nano3.documents import json_lines
 
 if TYPE_CHECKING:
     import torch
@@ -69,23 +69,18 @@ QUESTIONS = (
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The rows of a prompt file. Raises `UserError` naming the line that has neither messages nor prompt."""
-    rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        found = list(json_lines(path))
+    except OSError as error:
         raise UserError(f"{path} cannot be read ({error}); give a JSONL file") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row = parse_json_line(line, f"{path}:{number}")
-        kinds = {"prompt": str, "messages": list}
+    kinds = {"prompt": str, "messages": list}
+    for where, row in found:
         given = [key for key in kinds if key in row]
         if len(given) != 1 or not isinstance(row[given[0]], kinds[given[0]]):
-            raise UserError(f"{path}:{number}: give a JSON object with messages (a list) or prompt (a text)")
-        rows.append(row)
-    if not rows:
+            raise UserError(f"{where}: give a JSON object with messages (a list) or prompt (a text)")
+    if not found:
         raise UserError(f"{path} has no prompts; give a JSON object with messages or prompt a line")
-    return rows
+    return [row for _, row in found]
 
 
 def default_prompts() -> list[dict[str, Any]]:

@@ -233,6 +233,14 @@ def test_prompts_that_are_none_are_refused(tmp_path, content, message):
         read_prompts(tmp_path / "p.jsonl")
 
 
+def test_a_line_of_prompts_ends_where_json_lines_do(tmp_path):
+    """Python's str.splitlines() also cuts where a text may have a separator, which JSON allows inside strings."""
+    given = [{"prompt": "first\u2028second\u2029third\x85fourth"}, {"messages": []}]
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in given)
+    (tmp_path / "p.jsonl").write_text(text, encoding="utf-8")
+    assert read_prompts(tmp_path / "p.jsonl") == given
+
+
 def test_a_file_that_is_no_golden_file_is_refused(tmp_path):
     (tmp_path / "a").write_bytes(b"nothing")
     for path in (tmp_path / "a", tmp_path / "b", PRESETS["pico"] / "model.safetensors"):
