@@ -60,7 +60,7 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
         job = {"tool": "import", "source": str(source.resolve()), "files": stamps, "chunk": CHUNK_BYTES}
         with unfinished_output(out, NEMO_KIND, job | {"layout": hf.layout.to_json()}, needed) as work:
             facts = write_checkpoint(work, hf, plan, context)
-            watch.done(content_hash(facts))
+            watch.done(content_hash(facts), all_read=not work.resumed)
             record(work.folder, facts, base_revision(source, content_hash(facts)))
             write_certificate(work.folder, source, facts, facts, Claim("import"))
     return plan.total_bytes

@@ -28,7 +28,7 @@ from conversion.checkpoint.model_folder import HFFolder, named_model, open_model
 from conversion.checkpoint.output_folder import SIDE
 from conversion.checkpoint.tensor_digests import Facts, content_hash, facts_of
 from nano3.checkpoints.base_identity import FILE, recorded_sha256
-from nano3.file_digests import Stamp, file_sha256, recall, remember, stamp
+from nano3.file_digests import file_sha256, recall, remember, stamp
 from nano3.sealed_folder import PROSE, check_seal
 
 _CONTENT = "content"
@@ -40,9 +40,13 @@ def weight_files(hf: HFFolder) -> list[Path]:
     return [hf.path / name for name in sorted({entry.file for entry in hf.layout.entries.values()})]
 
 
-def source_stamps(paths: Iterable[Path]) -> dict[str, Stamp]:
-    """Name -> stamp of files that a long work reads: another one, and the work begins anew."""
-    return {path.name: stamp(path) for path in paths}
+def source_stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Name -> (bytes, mtime in ns) of files that a long work reads: another one, and the work begins anew.
+
+    These outlast a reboot, as the work must. They say less than a `Stamp`: nothing is remembered by them.
+    """
+    stats = {path.name: path.stat() for path in paths}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 class Watch:
@@ -52,12 +56,14 @@ class Watch:
         self._files, self._begun = weight_files(hf), time.time_ns()
         self._stamps = [stamp(path) for path in self._files]
 
-    def done(self, sha256: str) -> None:
-        """Remembers their content hash for `remembered_hash`. Raises `UserError` when one of them changed meanwhile."""
+    def done(self, sha256: str, all_read: bool = True) -> None:
+        """Remembers their content hash for `remembered_hash`, unless a part of it is from an earlier reading. Raises
+        `UserError` when one of them changed meanwhile."""
         for path, before in zip(self._files, self._stamps, strict=True):
             if stamp(path) != before:
                 raise UserError(f"{path} changed while it was read; begin again when nobody writes there")
-        remember(_CONTENT, self._files, self._stamps, self._begun, sha256)
+        if all_read:
+            remember(_CONTENT, self._files, self._stamps, self._begun, sha256)
 
 
 def remembered_hash(source: Path, quantized: bool = False) -> str:

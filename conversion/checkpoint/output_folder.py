@@ -50,10 +50,10 @@ _JOB = "job.json"
 
 
 class UnfinishedOutput:
-    """A work folder. Files are named relative to it."""
+    """A work folder. Files are named relative to it. `resumed`: it may hold files that a killed run finished."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, resumed: bool = False) -> None:
+        self.folder, self.resumed = folder, resumed
         self.hidden: list[str] = []
 
     def hide(self, file: str) -> Path:
@@ -130,8 +130,7 @@ def unfinished_output(
     with only_writer(out):
         folder = _folder(out)
         folder.mkdir(exist_ok=True)
-        _begin(folder, as_json(job))
-        work = UnfinishedOutput(folder)
+        work = UnfinishedOutput(folder, resumed=_begin(folder, as_json(job)))
         try:
             yield work
             # All is written. In this order a kill leaves the old result or the new one, nothing between.
@@ -147,8 +146,8 @@ def unfinished_output(
             raise
 
 
-def _begin(folder: Path, job: dict[str, Any]) -> None:
-    """Leaves in the folder only the finished files of the same job."""
+def _begin(folder: Path, job: dict[str, Any]) -> bool:
+    """Leaves in the folder only the finished files of the same job; returns whether it was the same."""
     try:
         same = read_json(folder / _RECORDS / _JOB, dict[str, Any]) == job
     except UserError:
@@ -156,7 +155,7 @@ def _begin(folder: Path, job: dict[str, Any]) -> None:
     if same:
         print(f"resuming the unfinished work in {folder}", file=sys.stderr)
         _only_weights(folder)
-        return
+        return True
     if not (folder / _RECORDS).is_dir() and owner_of(folder) is None and any(folder.iterdir()):
         raise UserError(
             f"{folder} holds files that no tool of this project left there; move them, or choose another output"
@@ -166,6 +165,7 @@ def _begin(folder: Path, job: dict[str, Any]) -> None:
     shutil.rmtree(folder / _RECORDS, ignore_errors=True)  # last: it says that the folder is ours
     (folder / _RECORDS).mkdir()
     (folder / _RECORDS / _JOB).write_text(json.dumps(job))
+    return False
 
 
 def _only_weights(folder: Path) -> None:

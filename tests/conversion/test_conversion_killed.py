@@ -24,10 +24,13 @@ from conversion.checkpoint.tensor_digests import scan
 from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.fp8.calibrate import Activations
 from conversion.fp8.selection import Selection
+from conversion.identity import holds
 from conversion.merge_lora import merge
 from conversion.quantize_fp8 import weight_scales, write
+from nano3 import file_digests
 from nano3.cli import UserError
 from tests.conversion.test_merge import write_adapter
+from tests.helpers.damage import change_keeping_size_and_time
 from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
 
 MOMENTS = 10
@@ -199,6 +202,39 @@ def test_the_work_of_another_job_is_thrown_away(inputs: Path, tmp_path: Path, ca
     hf_to_nemo.convert(other, out, context=False)
     assert "resuming" not in capsys.readouterr().err
     assert verify(out, other) == []
+
+
+@pytest.mark.parametrize("tool", ["import", "export"])
+def test_a_job_goes_on_after_a_reboot(tool: str, inputs: Path, tmp_path: Path, monkeypatch, capsys):
+    """And after what sets the ctime of a source's files and nothing else, as a backup or `chmod` does."""
+    expected, out = tmp_path / "expected", tmp_path / "work" / "out"
+    out.parent.mkdir()
+    calls = in_child(lambda: TOOLS[tool](inputs, expected), None)
+    in_child(lambda: TOOLS[tool](inputs, out), calls * 3 // 4)
+    for path in [path for path in inputs.rglob("*") if path.is_file()]:
+        before = path.stat()
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_ctime_ns > before.st_ctime_ns
+    monkeypatch.setattr(file_digests, "_boot", lambda: "the next start of this machine")
+    TOOLS[tool](inputs, out)
+    assert "going on with the unfinished work" in capsys.readouterr().err
+    assert same(out, expected)
+
+
+def test_a_source_that_changes_unseen_while_its_import_is_dead_is_found_by_content(tmp_path: Path, monkeypatch, capsys):
+    """The resumed import holds what was read before and after. It does not count as made from either."""
+    monkeypatch.setenv("NANO3_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(file_digests, "RECENT_NS", -(10**9))  # what was just written is remembered too
+    source, out = tiny_hf_folder(tmp_path / "hf", shards=3), tmp_path / "out"
+    calls = in_child(lambda: hf_to_nemo.convert(source, tmp_path / "whole", context=False), None)
+    in_child(lambda: hf_to_nemo.convert(source, out, context=False), calls * 3 // 4)
+    for path in source.glob("*.safetensors"):
+        change_keeping_size_and_time(path)
+    hf_to_nemo.convert(source, out, context=False)
+    assert "going on with the unfinished work" in capsys.readouterr().err
+    assert not holds(out, source)
+    hf_to_nemo.convert(source, out, context=False)
+    assert holds(out, source)
 
 
 def test_two_processes_do_not_write_one_output(tmp_path: Path):
