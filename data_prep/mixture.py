@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from data_prep.epochs import Epochs
 from data_prep.packing import PackedDataset
 from nano3.cli import UserError
-from nano3.mixture import MixtureFile, read_mixture
+from nano3.mixture import DataSize, MixtureFile, data_size, read_mixture, rounds_of
 
 CYCLE = 1000
 """Samples in which every store has its turns; more where a store's share is less than two of them."""
@@ -130,21 +130,11 @@ def open_packs(mixture: MixtureFile, seq_length: int, pad_multiple: int) -> list
     return [PackedDataset(store, seq_length, pad_multiple, mixture.curriculum) for store in mixture.stores]
 
 
-class Size(NamedTuple):
-    """What a pass over the data is: documents and packs; with `by_epochs` as often as the mixture says."""
-
-    rows: int
-    packs: int
-    by_epochs: bool
-
-
-def size_of(data: Path | str, seq_length: int, pad_multiple: int) -> Size:
+def size_of(data: Path | str, seq_length: int, pad_multiple: int) -> DataSize:
     """The size of a token store or of a mixture. Raises `UserError` for a store without its packs."""
     mixture = read_mixture(data)
     packs = open_packs(mixture, seq_length, pad_multiple)
-    rounds = _rounds(mixture, packs) if mixture.by_epochs else list(map(len, packs))
-    rows = sum(one.facts["documents"] * count / len(one) for one, count in zip(packs, rounds, strict=True))
-    return Size(round(rows), sum(rounds), mixture.by_epochs)
+    return data_size(mixture, [one.facts["documents"] for one in packs], list(map(len, packs)))
 
 
 def check_length(data: Path | str, seq_length: int, pad_multiple: int, steps: int, global_batch: int) -> None:
@@ -158,13 +148,8 @@ def check_length(data: Path | str, seq_length: int, pad_multiple: int, steps: in
         )
 
 
-def _rounds(mixture: MixtureFile, packs: Sequence[PackedDataset]) -> list[int]:
-    """Samples of each store that its epochs make."""
-    return [max(1, round(amount * len(one))) for amount, one in zip(mixture.amounts, packs, strict=True)]
-
-
 def _blend(mixture: MixtureFile, packs: Sequence[PackedDataset], seed: int) -> Blend:
-    amounts: Sequence[Any] = _rounds(mixture, packs) if mixture.by_epochs else mixture.amounts
+    amounts: Sequence[Any] = rounds_of(mixture, list(map(len, packs))) if mixture.by_epochs else mixture.amounts
     total = sum(amounts)
     shares = [Fraction(amount) / total for amount in amounts]
     return Blend(shares, seed, int(total) if mixture.by_epochs else None)

@@ -105,10 +105,16 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
 
 
 def filled(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with what the --config files say of paths and resources, then cluster.yaml, then the defaults."""
+    """The arguments with what the --config files say of paths and resources, then cluster.yaml, then the defaults.
+
+    What was read goes along: `site`, None for this machine, and `configs`, (file, paths, settings) of each file.
+    """
+    if hasattr(args, "site"):
+        return args
     filled = argparse.Namespace(**vars(args))
-    for file in reversed(args.config):
-        for name, value in read_config(file)[0].items():
+    filled.configs = [(str(file), *read_config(file)) for file in args.config]
+    for _, places, _ in reversed(filled.configs):
+        for name, value in places.items():
             if getattr(filled, name) in (None, False):
                 setattr(filled, name, Path(value) if name in ("base", "data", "validation", "out") else value)
     filled.out = filled.out or Path("runs/lora")
@@ -116,7 +122,7 @@ def filled(args: argparse.Namespace) -> argparse.Namespace:
     for flag in ("nodes", "gpus_per_node", "ranks"):
         if (number := getattr(filled, flag)) is not None and not 1 <= number <= MOST_RANKS:
             raise UserError(f"--{flag.replace('_', '-')} {number} must be at least 1 and at most {MOST_RANKS:,}")
-    site = _site(filled)
+    filled.site = site = _site(filled)
     filled.model = filled.model or (site and site.model) or "nano"
     filled.data = filled.data or (Path(site.data) if site and site.data else None)
     return filled
@@ -125,12 +131,11 @@ def filled(args: argparse.Namespace) -> argparse.Namespace:
 def layered(settings: Settings, args: argparse.Namespace) -> dict[str, str]:
     """Sets on a recipe's `settings` what cluster.yaml, the --config files and the command line give; the later wins.
 
-    Returns for every key that one of them gave who it was that won.
+    `args` are filled. Returns for every key that one of them gave who it was that won.
     """
     won: dict[str, str] = {}
-    site = _site(args)
-    layers = [("cluster.yaml", partial(apply_overrides, settings, site.settings))] if site else []
-    layers += [(str(file), partial(apply_values, settings, read_config(file)[1], str(file))) for file in args.config]
+    layers = [("cluster.yaml", partial(apply_overrides, settings, args.site.settings))] if args.site else []
+    layers += [(file, partial(apply_values, settings, values, file)) for file, _, values in args.configs]
     for where, apply in [*layers, ("command line", partial(apply_overrides, settings, args.settings))]:
         given = apply()
         won |= dict.fromkeys(given, where)
@@ -146,7 +151,7 @@ def resolve(
 ) -> tuple[Run, Arch]:
     """The run that the arguments describe, its settings, layout, targets and paths checked. Raises `UserError`."""
     args = filled(args)
-    site = _site(args)
+    site = args.site
     model, base = _model(args.model)
     arch = Arch.load(model)
     if args.base is not None:
@@ -222,12 +227,14 @@ def trainable_parameters(run: Run, arch: Arch) -> int:
     )
 
 
-def winners(args: argparse.Namespace, defaults: Settings, run: Run) -> dict[str, str]:
-    """Who gave each setting of the run, its paths and resources, where it was not the recipe or a default."""
-    given, args = args, filled(args)
-    site = _site(args)
+def winners(given: argparse.Namespace, args: argparse.Namespace, defaults: Settings, run: Run) -> dict[str, str]:
+    """Who gave each setting of the run, its paths and resources, where it was not the recipe or a default.
+
+    `given` are the arguments as typed, `args` the same filled.
+    """
+    site = args.site
     derived = {name: "cluster.yaml" for name in ("model", "data") if site is not None and getattr(site, name)}
-    derived |= {name: str(file) for file in args.config for name in read_config(file)[0]}
+    derived |= {name: file for file, places, _ in args.configs for name in places}
     derived |= {name: "command line" for name in PLACES if getattr(given, name) not in (None, False)}
     if not run.cpu and defaults.layout == Layout():
         derived["layout.ep"] = "derived from the GPUs of a node"
@@ -274,21 +281,23 @@ def _on_cluster(args: argparse.Namespace, site: Cluster, run: Run, arch: Arch) -
 def main(description: str | None, defaults: Callable[[], Settings], recipe: Callable[[Run], Any]) -> int:
     """A recipe's command line: its own defaults, and the function itself that makes its configuration."""
     refuse_while_loading()
-    args = parser(description).parse_intermixed_args()
-    if args.help_settings is not None:
-        print(help_text(defaults(), args.help_settings))
+    given = parser(description).parse_intermixed_args()
+    if given.help_settings is not None:
+        print(help_text(defaults(), given.help_settings))
         return 0
+    args = filled(given)
     run, arch = resolve(args, defaults, recipe_of(recipe))
-    won, args = winners(args, defaults(), run), filled(args)
+    won, site = winners(given, args, defaults(), run), args.site
     check_output(run.out, KIND)
-    site = _site(args)
     if site is None and (args.after is not None or args.follow or args.array):
         raise UserError("--after, --follow and --array are about jobs of Slurm; give --cluster too")
     if args.dry_run:
         if args.data and args.after is None:
             run_local.check_data(run, arch, contents=False)
-            print("\n".join(length_of_run(run).describe()))
-            run = with_steps(run)
+            if not run.eval_only:
+                length = length_of_run(run)
+                print("\n".join(length.describe()))
+                run = with_steps(run, length)
         print(describe(run, arch, won))
         return _on_cluster(args, site, run, arch) if site is not None else 0
     if site is not None:

@@ -97,8 +97,7 @@ def _places_of(run: Run) -> dict[str, Any]:
     """Paths and resources of a run, by the names of the flags."""
     where = {"local": True, "ranks": run.ranks} if run.cpu and run.nodes == 1 else {}
     where = where or {"nodes": run.nodes, "gpus_per_node": run.ranks_per_node}
-    own = run.base == str(Path(run.out) / "base")
-    paths = {"model": run.model, "base": None if own else run.base, "data": run.data or None}
+    paths = {"model": run.model, "base": None if run.own_base else run.base, "data": run.data or None}
     return {**paths, "validation": run.validation, "out": run.out, **where}
 
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.run_local import KIND, import_base, write_run
+from finetune.run_local import claim, import_base, run_worker, write_run
 from finetune.settings import Run
-from nano3.cli import UserError, fresh_output, owner_of
+from nano3.cli import UserError
 from nano3.documents import read_json
 from nano3.ranges import MOST_STEPS
 from nano3.sealed_folder import check_seal
@@ -46,20 +46,15 @@ def evaluation_run(run: Run, adapter: str | None) -> Run:
 
 def evaluate(run: Run) -> int:
     """Runs the evaluation on this machine's ranks and prints its results; returns the exit code."""
-    from launch.local import run_ranks
-
     out = Path(run.out)
-    if owner_of(out) != KIND:
-        with fresh_output(out, KIND, grows=True):
-            pass
+    claim(out)
     import_base(run)
     folder = out / FOLDER
     folder.mkdir(exist_ok=True)
     (folder / RESULTS).unlink(missing_ok=True)
     write_run(replace(run, out=str(folder)))
     print(f"evaluating {run.adapter or 'the base'} on {run.ranks} ranks; logs in {folder / 'logs'}", file=sys.stderr)
-    environment = {"NANO3_CPU": "1" if run.cpu else "0"}
-    code = run_ranks(["-m", "finetune.worker", str(folder / "run.json")], run.ranks, folder / "logs", environment)
+    code = run_worker(run, folder)
     if not (folder / RESULTS).exists():
         return code or 1
     print(summary(read_json(folder / RESULTS, dict[str, Any])))

@@ -19,8 +19,8 @@ def adopt(lora: LoraSettings) -> None:
     folder = Path(lora.init_from).resolve()
     info, defaults = read_lora_json(folder), {field.name: field.default for field in fields(LoraSettings)}
     lora.init_from = str(folder)
-    there = {**{name: getattr(info, name) for name in KIND}, "targets": info.targets}
-    here = {**{name: getattr(lora, name) for name in KIND}, "targets": lora.chosen_targets()}
+    there = info.kind() | {"targets": info.targets}
+    here = lora.kind() | {"targets": lora.chosen_targets()}
     given = {name for name in KIND if here[name] not in (defaults[name], [])}
     given |= {"targets"} if lora.targets or lora.preset != defaults["preset"] else set()
     for name in sorted(given):

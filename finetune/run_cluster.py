@@ -13,8 +13,8 @@ from pathlib import Path
 
 from finetune.checks import plan_of
 from finetune.run_local import (
-    KIND,
     check_data,
+    claim,
     import_base,
     last_checkpoint,
     length_of_run,
@@ -35,7 +35,8 @@ from launch.slurm.sbatch import Job, hand_in, private_note, render
 from launch.slurm.shell import write_private
 from nano3.arch import Arch
 from nano3.checkpoints.checkpoint_folder import clear_unfinished, newest
-from nano3.cli import UserError, fresh_output, owner_of, run
+from nano3.cli import UserError, run
+from nano3.mixture import is_mixture, read_mixture
 
 JOB = "job"
 """In OUT: the number of the one job that may write there, `12` or `12_SEED`; launch/slurm/survive.sh sees to that."""
@@ -49,9 +50,8 @@ def seed_folder(run: Run, seed: int | str) -> str:
 def of_seed(run: Run, seed: int) -> Run:
     """The run of one seed of an array: in a folder of its own, with a base of its own unless that is given."""
     out = seed_folder(run, seed)
-    own = Path(run.base) == Path(run.out) / "base"
     settings = replace(run.settings, train=replace(run.settings.train, seed=seed))
-    return replace(run, out=out, base=str(Path(out) / "base") if own else run.base, settings=settings)
+    return replace(run, out=out, base=str(Path(out) / "base") if run.own_base else run.base, settings=settings)
 
 
 def job_of(run: Run, after: int | None = None, seeds: tuple[int, ...] = ()) -> Job:
@@ -71,22 +71,30 @@ def job_of(run: Run, after: int | None = None, seeds: tuple[int, ...] = ()) -> J
     )
 
 
+def is_there(path: Path) -> bool:
+    """Whether a store or base is there; of a mixture, whether all its stores are."""
+    return path.exists() and (not is_mixture(path) or all(store.exists() for store in read_mixture(path).stores))
+
+
 def preflight(run: Run, cluster: Cluster, after: int | None = None, runs: int = 1) -> tuple[int, str]:
     """(exit code, what to print), see `launch.preflight.report`, for so many runs of an array, or one.
 
     What the job `after` will make is not looked at.
     """
     base = Path(run.base)
-    own = base == Path(run.out) / "base"
-    made = [path for path in (Path(run.data), base) if after is not None and not path.exists()]
-    read = {"--model": run.model, "--base": "" if own else run.base, "lora.init_from": run.settings.lora.init_from}
+    made = [path for path in (Path(run.data), base) if after is not None and not is_there(path)]
+    read = {
+        "--model": run.model,
+        "--base": "" if run.own_base else run.base,
+        "lora.init_from": run.settings.lora.init_from,
+    }
     paths = Paths(
-        model=Path(run.model) if own or base in made else base,
+        model=Path(run.model) if run.own_base or base in made else base,
         data=Path(run.data) if run.data and Path(run.data) not in made else None,
         validation=Path(run.validation) if run.validation else None,
         out=Path(run.out),
         mounts=tuple(map(parse_mount, cluster.mounts)) if cluster.container is not None else None,
-        imported=not own,
+        imported=not run.own_base,
         also={what: Path(path) for what, path in read.items() if path},
         runs=runs,
     )
@@ -147,9 +155,7 @@ def refuse_second_job(out: Path) -> None:
 
 def make_ready(out: Path) -> None:
     """The folder `out`, made a run's; `UserError` for a finished run, another job's, or a damaged checkpoint in it."""
-    if owner_of(out) != KIND:
-        with fresh_output(out, KIND, grows=True):
-            pass
+    claim(out)
     refuse_finished(out)
     refuse_second_job(out)
     newest(out)  # a damaged checkpoint is refused before the queue; one of another run before the ranks start
@@ -187,17 +193,18 @@ def submit(
         return code
     if code:
         return code
-    if run.data and Path(run.data).exists():
-        run = with_steps(run)
-    tasks = [of_seed(run, seed) for seed in seeds] or [run]
-    for folder in dict.fromkeys([out, *(Path(one.out) for one in tasks)]):
+    # What the job `after` makes anew may lie there already, of another time: the job's first step derives the steps.
+    if after is None and run.data:
+        run = with_steps(run, length_of_run(run))
+    runs = [of_seed(run, seed) for seed in seeds] or [run]
+    for folder in dict.fromkeys([out, *(Path(one.out) for one in runs)]):
         make_ready(folder)
-    for one in tasks:
+    for one in runs:
         write_run(one)
     write_private(out / "job.sbatch", script)
     number = hand_in(cluster, job)
     names = [f"{number}_{seed}" for seed in seeds] or [f"{number}"]
-    for one, name in zip(tasks, names, strict=True):
+    for one, name in zip(runs, names, strict=True):
         (Path(one.out) / JOB).write_text(f"{name}\n")
     print(f"submitted job {number}; logs in {cluster.logs}", flush=True)
     return follow(number, Path(cluster.logs)) if watch else 0
@@ -218,9 +225,10 @@ def first_step(run: Run) -> None:
     refuse_finished(Path(run.out))
     clear_unfinished(Path(run.out))
     check_data(run, Arch.load(run.model))  # what an earlier job of a chain has made was not there to be looked at
-    print("\n".join(length_of_run(run).describe()), flush=True)
+    length = length_of_run(run)
+    print("\n".join(length.describe()), flush=True)
     if run.settings.train.steps is None:
-        run = with_steps(run)
+        run = with_steps(run, length)
         write_settings(run)
     import_base(run)
     last_checkpoint(run)  # now, on one machine, and not when every rank waits for the one that reads it

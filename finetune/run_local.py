@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from conversion.identity import holds
-from data_prep.mixture import size_of
+from data_prep.mixture import check_length, size_of
+from data_prep.packing import PackedDataset
 from finetune.checks import check_run
 from finetune.config_file import config_text
 from finetune.recipe_file import keep
@@ -36,14 +37,11 @@ def train(run: Run, overwrite: bool = False) -> int:
     Raises:
         UserError: a finished run, or checkpoints of another one, in OUT without `overwrite`; a damaged checkpoint.
     """
-    from launch.local import run_ranks
-
     # Say how long the run is before the import takes its minutes.
-    print("\n".join(length_of_run(run).describe()), file=sys.stderr)
-    run, out = with_steps(run), Path(run.out)
-    if owner_of(out) != KIND:
-        with fresh_output(out, KIND, grows=True):
-            pass
+    length = length_of_run(run)
+    print("\n".join(length.describe()), file=sys.stderr)
+    run, out = with_steps(run, length), Path(run.out)
+    claim(out)
     with alone(out, f"another run is writing to {out}; wait for it, or choose another --out"):
         # Alone in OUT: make sure of what lies there, and import the base, before ranks start.
         if overwrite:
@@ -55,9 +53,8 @@ def train(run: Run, overwrite: bool = False) -> int:
         write_run(run)
         # The ranks read run.json. However they end, say what is left and how to resume.
         started = time.monotonic()
-        environment = {"NANO3_CPU": "1" if run.cpu else "0"}
         try:
-            code = run_ranks(["-m", "finetune.worker", str(out / RUN)], run.ranks, out / "logs", environment)
+            code = run_worker(run, out)
         finally:
             if not (out / "adapter" / "lora.json").exists():
                 print(f"{_how_to_go_on(out)}; see {out / 'logs'}", file=sys.stderr)
@@ -65,6 +62,20 @@ def train(run: Run, overwrite: bool = False) -> int:
         return code or 1
     print(f"adapter: {out / 'adapter'} ({time.monotonic() - started:.0f} s)")
     return code
+
+
+def claim(out: Path) -> None:
+    """Makes the folder `out` a run's. Raises `UserError` where it holds something else."""
+    if owner_of(out) != KIND:
+        with fresh_output(out, KIND, grows=True):
+            pass
+
+
+def run_worker(run: Run, folder: Path) -> int:
+    """Runs what `folder`/run.json says on this machine's ranks, whose logs go to `folder`/logs; the exit code."""
+    from launch.local import run_ranks
+
+    return run_ranks(["-m", "finetune.worker", str(folder / RUN)], run.ranks, folder / "logs", {})
 
 
 def refuse_finished(out: Path) -> None:
@@ -87,7 +98,7 @@ def _put_aside(out: Path) -> None:
 def import_base(run: Run) -> None:
     """Converts the Hugging Face folder into OUT/base, unless OUT/base was made from it and it has not changed."""
     base, model = Path(run.base), Path(run.model)
-    if base != Path(run.out) / "base":
+    if not run.own_base:
         return
     if not list(model.glob("*.safetensors")):
         raise UserError(
@@ -105,7 +116,7 @@ def check_base(run: Run, contents: bool = True) -> None:
     """Refuses a base that the run does not import itself and that is no NeMo checkpoint of its model, or not what was
     imported."""
     base = Path(run.base)
-    if base == Path(run.out) / "base":
+    if run.own_base:
         return
     if not is_nemo_checkpoint(base):
         raise UserError(f"{base} is no NeMo checkpoint: make it with conversion/hf_to_nemo.py {run.model} {base}")
@@ -122,9 +133,6 @@ def check_data(run: Run, arch: Arch, contents: bool = True) -> None:
     `contents`: everything in them is what was written. On the machine that trains, not where a job is only submitted:
     what is not known there to be unchanged is read.
     """
-    from data_prep.mixture import check_length
-    from data_prep.packing import PackedDataset
-
     check_base(run, contents)
     if not run.data and not run.eval_only:
         raise UserError("no data: give --data STORE, a token store made by data_prep/prepare.py")
@@ -141,10 +149,8 @@ def check_data(run: Run, arch: Arch, contents: bool = True) -> None:
         packs.store.check_tokenizer(run.model)
         if trained_on:
             packs.store.check_trainable()
-        largest = packs.store.manifest["max_token_id"]
-        if largest >= arch.vocab_size:
-            raise UserError(f"{store} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}")
-    if run.data and train.steps is not None:
+        packs.store.check_vocabulary(arch.vocab_size)
+    if run.data and trains and train.steps is not None:
         check_length(run.data, train.seq_length, multiple, train.steps, train.global_batch)
 
 
@@ -204,19 +210,14 @@ def write_settings(run: Run) -> None:
 def length_of_run(run: Run) -> RunLength:
     """Rows, packs, passes and steps of a run whose store is there. Raises `UserError` for a store without its packs."""
     train = run.settings.train
-    size = size_of(run.data, train.seq_length, run.settings.document_multiple)
-    if size.by_epochs and train.steps is None:
-        if train.epochs is not None:
-            raise UserError(f"{run.data} says epochs of its stores: leave train.epochs={train.epochs:g} out")
-        train = replace(train, epochs=1.0)
-    return length_of(train, size.rows, size.packs)
+    return length_of(train, size_of(run.data, train.seq_length, run.settings.document_multiple), run.data)
 
 
-def with_steps(run: Run) -> Run:
-    """The run with its number of steps, derived from its store where that was not given, and checked with it."""
+def with_steps(run: Run, length: RunLength) -> Run:
+    """The run with its number of steps, that of its `length` where none was given, and checked with it."""
     if run.settings.train.steps is not None:
         return run
-    train = replace(run.settings.train, steps=length_of_run(run).steps, epochs=None)
+    train = replace(run.settings.train, steps=length.steps, epochs=None)
     run = replace(run, settings=replace(run.settings, train=train))
     check_run(run, Arch.load(run.model))
     return run

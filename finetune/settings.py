@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from typing_extensions import TypedDict
@@ -177,6 +178,11 @@ class Run:
     def ranks(self) -> int:
         """Ranks of the whole run."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def own_base(self) -> bool:
+        """Whether the run imports its base itself, into OUT/base."""
+        return Path(self.base) == Path(self.out) / "base"
 
     @property
     def bf16(self) -> bool:

@@ -12,10 +12,11 @@ Nothing is copied: another weight is another line here. data_prep/mixture.py dra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 from annotated_types import Ge, MinLen
 from typing_extensions import TypedDict
@@ -58,6 +59,28 @@ class MixtureFile:
     amounts: tuple[Fraction, ...]
     by_epochs: bool = False
     curriculum: Curriculum | None = None
+
+
+class DataSize(NamedTuple):
+    """What a pass over the data is: documents and packs; with `by_epochs` as often as the mixture says."""
+
+    rows: int
+    packs: int
+    by_epochs: bool
+
+
+def rounds_of(mixture: MixtureFile, packs: Sequence[int]) -> list[int]:
+    """Samples of each store in a pass over a mixture whose stores have so many packs: all, or what its epochs make."""
+    if not mixture.by_epochs:
+        return list(packs)
+    return [max(1, round(amount * number)) for amount, number in zip(mixture.amounts, packs, strict=True)]
+
+
+def data_size(mixture: MixtureFile, rows: Sequence[int], packs: Sequence[int]) -> DataSize:
+    """The size of a mixture whose stores have so many documents in so many packs."""
+    rounds = rounds_of(mixture, packs)
+    met = sum(documents * count / number for documents, count, number in zip(rows, rounds, packs, strict=True))
+    return DataSize(round(met), sum(rounds), mixture.by_epochs)
 
 
 def is_mixture(data: Path | str) -> bool:

@@ -233,6 +233,12 @@ class TokenStore:
                 f"run data_prep/prepare.py with --tokenizer {folder}"
             )
 
+    def check_vocabulary(self, size: int) -> None:
+        """Refuses a store with a token that a model with a vocabulary of `size` does not have."""
+        largest = self.manifest["max_token_id"]
+        if largest >= size:
+            raise UserError(f"{self.folder} has token {largest}, but the model's vocabulary ends at {size - 1}")
+
     def check_trainable(self) -> None:
         """Refuses a store with rows whose publishers allow evaluation only."""
         sources = self.manifest.get("finds", {}).get("evaluation_only")

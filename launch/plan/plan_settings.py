@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from launch.plan.layout import Layout
+from launch.plan.layout_rules import divisors
 from launch.plan.memory import IMBALANCE, Workload
 from launch.plan.weights import Adapters
 from nano3.arch import Arch
@@ -101,5 +102,6 @@ class Plan:
 
 def default_layout(arch: Arch, ranks_per_node: int) -> Layout:
     """Experts as wide as the GPUs of a node allow, nothing else split: what published evidence favours."""
-    fitting = [size for size in range(1, ranks_per_node + 1) if ranks_per_node % size == 0]
-    return Layout(ep=max(size for size in fitting if arch.n_routed_experts % size == 0) if arch.moe_layers else 1)
+    return Layout(
+        ep=max(size for size in divisors(ranks_per_node) if arch.n_routed_experts % size == 0) if arch.moe_layers else 1
+    )

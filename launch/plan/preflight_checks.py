@@ -20,7 +20,7 @@ from launch.plan.weights import adapter_weights
 from nano3.arch import Arch, is_nemo_checkpoint
 from nano3.cli import UserError, free_disk, owner_of
 from nano3.documents import read_bytes
-from nano3.mixture import is_mixture, read_mixture
+from nano3.mixture import data_size, is_mixture, read_mixture
 from nano3.pack_index import read_index
 from nano3.safetensors_header import AGAIN, INDEX, parse_header, parse_index, read_header
 from nano3.token_store import TokenStore
@@ -59,35 +59,36 @@ class Paths:
     """How many write below `out`, each with an imported base of its own."""
 
 
-def check_store(plan: Plan, arch: Arch, paths: Paths) -> tuple[list[Finding], int | None]:
-    """The token store: whole, of the model's tokenizer, with packs of this length and padding; and how many packs."""
+def check_store(plan: Plan, arch: Arch, paths: Paths, trains: bool = True) -> tuple[list[Finding], int | None]:
+    """The token store: whole, of the model's tokenizer, with packs of this length and padding, and, where it `trains`,
+    of rows that one may train on; and how many packs."""
     if paths.data is None:
         return [Finding(False, "no --data: the token store was not looked at")], None
-    rows = packs = 0
+    rows, packs = [], []
     try:
         mixture = read_mixture(paths.data)
         for folder in mixture.stores:
             store = TokenStore(folder)
             if (paths.model / "tokenizer.json").is_file():
                 store.check_tokenizer(paths.model)
-            largest = store.manifest["max_token_id"]
-            if largest >= arch.vocab_size:
-                text = f"{folder} has token {largest}, but the model's vocabulary ends at {arch.vocab_size - 1}"
-                return [Finding(True, text)], None
+            if trains:
+                store.check_trainable()
+            store.check_vocabulary(arch.vocab_size)
             facts = read_index(store, plan.train.seq_length, plan.document_multiple, mixture.curriculum)[1]
-            rows, packs = rows + facts["documents"], packs + facts["packs"]
+            rows.append(facts["documents"])
+            packs.append(facts["packs"])
+        length = length_of(plan.train, data_size(mixture, rows, packs), str(paths.data))
     except UserError as error:
         return [Finding(True, str(error))], None
-    length = length_of(plan.train, rows, packs)
-    text = f"{length.rows} rows in {packs} packs: {length.steps} steps are {length.passes:.1f} passes over them"
-    return [Finding(False, text)], packs
+    text = f"{length.rows} rows in {length.packs} packs: {length.steps} steps are {length.passes:.1f} passes over them"
+    return [Finding(False, text)], length.packs
 
 
 def check_validation(plan: Plan, arch: Arch, paths: Paths) -> list[Finding]:
     """The same of the validation store, where there is one."""
     if paths.validation is None:
         return []
-    found, packs = check_store(plan, arch, replace(paths, data=paths.validation))
+    found, packs = check_store(plan, arch, replace(paths, data=paths.validation), trains=False)
     if packs is None:
         return [Finding(True, f"--validation: {finding.text}") for finding in found]
     return [Finding(False, f"{packs} packs to validate on, all of them every time")]

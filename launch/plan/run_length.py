@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launch.plan.plan_settings import TrainPlan
+from nano3.cli import UserError
+from nano3.mixture import DataSize
 from nano3.ranges import MOST_STEPS
 
 DEFAULT_EPOCHS = 3.0
@@ -65,6 +67,14 @@ def steps_of(train: TrainPlan, packs: int) -> int:
     return min(MOST_STEPS, max(1, math.ceil(epochs * packs / train.global_batch)))
 
 
-def length_of(train: TrainPlan, rows: int, packs: int) -> RunLength:
-    """The length of a run over a store with so many rows in so many packs."""
-    return RunLength(rows, packs, train.global_batch, steps_of(train, packs), derived=train.steps is None)
+def length_of(train: TrainPlan, size: DataSize, data: str) -> RunLength:
+    """The length of a run over data of that size; a mixture that says epochs itself is met once as it says.
+
+    Raises `UserError` where such a mixture and `train.epochs` both say how often; `data` is how it is called.
+    """
+    if size.by_epochs and train.steps is None:
+        if train.epochs is not None:
+            raise UserError(f"{data} says epochs of its stores: leave train.epochs={train.epochs:g} out")
+        train = replace(train, epochs=1.0)
+    steps = steps_of(train, size.packs)
+    return RunLength(size.rows, size.packs, train.global_batch, steps, derived=train.steps is None)

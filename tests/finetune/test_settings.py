@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from dataclasses import fields, is_dataclass
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +19,10 @@ from finetune.setting_sentences import help_text, markdown, sentences
 from finetune.settings import LoraSettings, Run, Settings, TrainSettings
 from launch.plan.layout import Layout
 from launch.plan.plan_settings import TrainPlan
-from launch.plan.run_length import length_of, steps_of
+from launch.plan.run_length import RunLength, length_of, steps_of
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError
+from nano3.mixture import DataSize, MixtureFile, data_size
 from nano3.overrides import apply_overrides, flatten, ranges
 from nano3.synonyms import FLAGS, SYNONYMS
 from tests.helpers.data_fixtures import row, write_jsonl
@@ -125,7 +127,7 @@ def test_the_recipe_then_the_files_then_the_command_line(config):
     train = run.settings.train
     assert (train.lr, train.clip, train.beta2, run.settings.lora.rank) == (3e-4, 3.0, 0.9, 8)
     assert run.out == str(Path("from-file").resolve())
-    won = winners(args, recipe, run)
+    won = winners(args, filled(args), recipe, run)
     assert {key: won[key] for key in ("train.lr", "train.clip", "lora.rank", "log.name")} == {
         "train.lr": second, "train.clip": "command line", "lora.rank": first, "log.name": second,
     }  # fmt: skip
@@ -190,25 +192,29 @@ def test_what_a_run_leaves_is_a_configuration_of_the_same_run(config):
         assert sentence in " ".join(text.replace("#", " ").split()), key
 
 
+def length(train: TrainPlan) -> RunLength:
+    """Of a run over 500 rows in 80 packs."""
+    return length_of(train, DataSize(rows=500, packs=80, by_epochs=False), "store")
+
+
 def test_passes_become_steps_by_hand():
     assert steps_of(TrainPlan(global_batch=8), 80) == 30  # three passes of ten steps
     assert steps_of(TrainPlan(global_batch=8, epochs=0.5), 84) == 6  # 5.25 steps: every pack of the half is seen
     assert steps_of(TrainPlan(global_batch=128), 10) == 1
     assert steps_of(TrainPlan(steps=7, global_batch=8), 80) == 7
-    length = length_of(TrainPlan(global_batch=8), rows=500, packs=80)
-    assert length.describe() == [
+    assert length(TrainPlan(global_batch=8)).describe() == [
         "data        500 rows in 80 packs; a step takes 8",
         "length      30 steps, 3.00 passes over the data",
     ]
 
 
 def test_many_passes_and_few_steps_are_said():
-    many = length_of(TrainPlan(steps=300, global_batch=8), 500, 80).describe()[-1]
+    many = length(TrainPlan(steps=300, global_batch=8)).describe()[-1]
     assert many.startswith("warning     30.0 passes: above 5 ")
     assert "train.steps=30 makes 3" in many
-    assert len(length_of(TrainPlan(steps=50, global_batch=8), 500, 80).describe()) == 2  # 5.0 passes
-    assert "only 2 steps: lower train.global_batch" in length_of(TrainPlan(global_batch=128), 500, 80).describe()[-1]
-    assert len(length_of(TrainPlan(steps=2, global_batch=8), 500, 80).describe()) == 2  # who asks for two gets two
+    assert len(length(TrainPlan(steps=50, global_batch=8)).describe()) == 2  # 5.0 passes
+    assert "only 2 steps: lower train.global_batch" in length(TrainPlan(global_batch=128)).describe()[-1]
+    assert len(length(TrainPlan(steps=2, global_batch=8)).describe()) == 2  # who asks for two gets two
 
 
 def test_warm_up_in_steps_or_as_a_share():
@@ -268,6 +274,18 @@ def test_a_run_trains_on_nothing_that_is_for_evaluation_only(tmp_path, monkeypat
     settings.train.steps = 3
     with pytest.raises(UserError, match=r"set train\.steps=2"):
         check("mixed", "evaluation")
+    check("mixed", "evaluation", eval_only=True)  # nothing is trained, so nothing is met too often
+
+
+def test_a_mixture_that_says_epochs_is_met_once_as_it_says():
+    """Two stores of 10 and 30 packs, twice and half: 35 samples; of their 50 and 60 rows 130 are met."""
+    mixture = MixtureFile((Path("a"), Path("b")), (Fraction(2), Fraction(1, 2)), by_epochs=True)
+    size = data_size(mixture, rows=[50, 60], packs=[10, 30])
+    assert size == DataSize(rows=130, packs=35, by_epochs=True)
+    found = length_of(TrainPlan(global_batch=8), size, "mix.yaml")
+    assert (found.steps, found.packs) == (5, 35)  # 4.4 steps: every sample is met
+    with pytest.raises(UserError, match=r"mix\.yaml says epochs of its stores: leave train\.epochs=2 out"):
+        length_of(TrainPlan(epochs=2), size, "mix.yaml")
 
 
 @pytest.mark.parametrize(

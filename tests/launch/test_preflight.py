@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.packing import PackedDataset, build_packs
+from data_prep.prepare import Options, prepare
 from finetune.settings import Settings
 from launch import preflight
 from launch.plan import preflight_checks
@@ -33,6 +34,7 @@ from launch.plan.search import recommend
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError
 from nano3.token_store import TokenStore, tokenizer_sha256
+from tests.helpers.data_fixtures import row, write_jsonl
 from tests.helpers.tiny import tiny_hf_folder
 from tests.helpers.tiny_store import tiny_store
 
@@ -126,8 +128,8 @@ def test_what_is_said_to_fit_fits_as_it_is_printed(arguments):
     assert code == 1
     rows = text.split("these fit:")[1].splitlines()[1:]
     assert rows
-    for row in rows:
-        changed = dict(word.split("=") for word in [*arguments, *row.split()] if "=" in word)  # the row's own win
+    for line in rows:
+        changed = dict(word.split("=") for word in [*arguments, *line.split()] if "=" in word)  # the row's own win
         flags = arguments[:2] if arguments[0].startswith("--") else []
         settings = [f"{key}={value}" for key, value in changed.items()]
         again, said = preflight.report(asked("--hardware", "h200", *flags, *settings), files=False)
@@ -207,6 +209,16 @@ def test_a_store_is_checked_for_packs_and_tokenizer(world, tmp_path):
     (other / "tokenizer.json").write_text(json.dumps(written))
     assert "another tokenizer" in wrong(check_store(plan_of(64), arch, Paths(other, world.data))[0])[0]
     assert "is not a token store" in wrong(check_store(plan_of(64), arch, Paths(world.model, tmp_path))[0])[0]
+
+
+def test_a_store_for_evaluation_only_is_no_training_data(tmp_path):
+    """What the run refuses, preflight says before the queue; to validate on it is what it is for."""
+    pico = resolve_model("pico")
+    file = write_jsonl(tmp_path / "rows.jsonl", [row("a", "b") | {"evaluation_only": True}])
+    store = prepare([file], pico, tmp_path / "store", 64, Options(evaluation_data=True))[0].folder
+    paths = Paths(pico, store, validation=store)
+    assert "holds rows for evaluation only" in wrong(check_store(plan_of(64), Arch.load(pico), paths)[0])[0]
+    assert not wrong(check_validation(plan_of(64), Arch.load(pico), paths))
 
 
 def test_a_validation_store_is_checked_like_the_other(world, tmp_path):

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.packing import build_packs
+from data_prep.packing import PackedDataset, build_packs
 from finetune import run_cluster as cluster_run
 from finetune.run_cluster import check_progress, job_of
-from finetune.settings import Run
+from finetune.settings import Run, Settings, TrainSettings
 from launch.slurm.cluster import Cluster
 from launch.slurm.sbatch import Job, read_seeds, render
+from nano3.arch import resolve_model
 from nano3.cli import UserError
 from nano3.token_store import TokenStore, tokenizer_sha256
 from tests.helpers.tiny import tiny_hf_folder
@@ -161,6 +162,22 @@ def test_everything_that_a_run_reads_is_looked_for_among_the_containers_mounts(t
     assert f"WRONG: --model {model} is not mounted into the container" in cluster_run.preflight(run, elsewhere)[1]
     seen = replace(site, mounts=[*site.mounts, *elsewhere.mounts])
     assert "not mounted" not in cluster_run.preflight(run, seen)[1]
+
+
+@pytest.mark.parametrize("after", [None, 5])
+def test_the_steps_of_data_that_a_job_makes_anew_are_not_those_of_what_lies_there(after, tmp_path, monkeypatch):
+    """60 documents in packs of 64, three passes in batches of 4; with --after the job's first step counts."""
+    pico = resolve_model("pico")
+    store = tiny_store(tmp_path / "store", 60, 60, 300, tokenizer=tokenizer_sha256(pico))
+    build_packs(TokenStore(store), 64)
+    settings = Settings(train=TrainSettings(global_batch=4, seq_length=64))
+    out = tmp_path / "out"
+    run = Run(str(pico), str(out / "base"), str(store), None, str(out), 1, 1, True, settings)
+    monkeypatch.setattr(cluster_run, "preflight", lambda *_: (0, ""))
+    monkeypatch.setattr(cluster_run, "hand_in", lambda *_: 7)
+    assert cluster_run.submit(run, replace(SITE, environment={}), False, after) == 0
+    steps = Run.from_json((out / "run.json").read_text()).settings.train.steps
+    assert steps == (None if after else -(-3 * len(PackedDataset(store, 64)) // 4))
 
 
 def test_a_failed_preparation_ends_the_job(tmp_path):
