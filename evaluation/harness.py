@@ -1,4 +1,4 @@
-"""Our models behind lm-evaluation-harness: its tasks, our way to load and to batch. `pip install nano3-lora[lm-eval]`.
+"""Our models behind lm-evaluation-harness: its tasks, our way to load and to batch.
 
     python evaluation/harness.py MODEL --tasks arc_easy --out harness.json [--adapter DIR] [--include FOLDER]
 
