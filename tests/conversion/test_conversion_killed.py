@@ -217,7 +217,7 @@ def test_a_job_goes_on_after_a_reboot(tool: str, inputs: Path, tmp_path: Path, m
         assert path.stat().st_ctime_ns > before.st_ctime_ns
     monkeypatch.setattr(file_digests, "_boot", lambda: "the next start of this machine")
     TOOLS[tool](inputs, out)
-    assert "going on with the unfinished work" in capsys.readouterr().err
+    assert "resuming the unfinished work" in capsys.readouterr().err
     assert same(out, expected)
 
 
@@ -231,7 +231,7 @@ def test_a_source_that_changes_unseen_while_its_import_is_dead_is_found_by_conte
     for path in source.glob("*.safetensors"):
         change_keeping_size_and_time(path)
     hf_to_nemo.convert(source, out, context=False)
-    assert "going on with the unfinished work" in capsys.readouterr().err
+    assert "resuming the unfinished work" in capsys.readouterr().err
     assert not holds(out, source)
     hf_to_nemo.convert(source, out, context=False)
     assert holds(out, source)
