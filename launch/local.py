@@ -61,8 +61,8 @@ def run_ranks(argv: list[str], ranks: int, log_dir: Path, env: dict[str, str] | 
     log_dir.mkdir(parents=True, exist_ok=True)
     # The ranks' rendezvous store lives here and its port is the kernel's choice, held from the first moment on: a free
     # port that is looked up first and used later may be gone by then.
-    store = _rendezvous_store()
-    world = _world(ranks, store.port)
+    store = rendezvous_store()
+    world = world_of(ranks, store.port)
     shared = {**os.environ, "OMP_NUM_THREADS": _threads(ranks), **(env or {}), **world}
     guard = _start_guard(world["TORCHELASTIC_RUN_ID"])
     processes: list[subprocess.Popen[bytes]] = []
@@ -142,7 +142,7 @@ def log_file(log_dir: Path, rank: int) -> Path:
     return log_dir / f"rank{rank}.log"
 
 
-def _rendezvous_store() -> Any:
+def rendezvous_store() -> Any:
     """A store that listens on the loopback interface only (by itself it would listen on all of them)."""
     from torch.distributed import TCPStore
 
@@ -153,7 +153,7 @@ def _rendezvous_store() -> Any:
     )
 
 
-def _world(ranks: int, port: int) -> dict[str, str]:
+def world_of(ranks: int, port: int) -> dict[str, str]:
     """What torchrun tells every rank; the TORCHELASTIC names make `env://` join our store instead of opening one."""
     return {
         "MASTER_ADDR": HOST,

@@ -43,7 +43,7 @@ from launch.plan.preflight_checks import (
 )
 from launch.plan.rules import check_settings
 from launch.plan.run_length import steps_of
-from launch.plan.search import Candidate, fitting, refuse_layout
+from launch.plan.search import EVERY, Candidate, fitting, refuse_layout
 from launch.plan.throughput import Estimate, errors, estimate
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
 from nano3.overrides import apply_overrides
@@ -153,7 +153,7 @@ def alternatives(request: Request) -> list[Candidate]:
     """The layouts that fit and differ least from the one that does not."""
     near = nearest(
         request.arch, request.plan.layout, request.ranks, request.plan.train.seq_length,
-        request.plan.train.global_batch, request.per_node, number=10_000,
+        request.plan.train.global_batch, request.per_node, number=EVERY,
     )  # fmt: skip
     fits = fitting(request.arch, request.plan, request.gpu, request.ranks, request.per_node)
     by_layout = {candidate.plan.layout.settings(Layout()): candidate for candidate in fits}

@@ -140,6 +140,22 @@ def test_template_renders_what_render_renders() -> None:
         assert chat.text_of(chat.render(checked_messages(messages), thinking, prompt)) == expected
 
 
+def test_white_space_around_reasoning_and_a_turn_without_content_are_what_the_template_makes_of_them() -> None:
+    from data_prep.own_template import compiled
+
+    template = compiled(chat.TEMPLATE_FILE.read_text())
+    spaced, plain = ([user("q"), assistant("a", reasoning)] for reasoning in (" \nwhy\n ", "why"))
+    text = chat.text_of(chat.render(checked_messages(spaced), True))
+    assert text == template.render(messages=plain, tools=None, add_generation_prompt=False)
+    for role_only in ({"role": "assistant"}, {"role": "assistant", "content": None}, assistant("")):
+        for given in ({}, {"reasoning_content": "why"}, {"tool_calls": [call("f", x=1)]}):
+            talk = [user("q"), role_only | given]
+            text = chat.text_of(chat.render(checked_messages(talk), True))
+            assert text == template.render(messages=talk, tools=None, add_generation_prompt=False)
+    # Nothing was said: such a turn is context, and never a lesson in silence.
+    assert [text for text, supervised in segments(user("q"), {"role": "assistant"}) if supervised] == []
+
+
 TOOL = {
     "type": "function",
     "function": {

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.settings import Run
-from launch.local import _rendezvous_store, _world, die_with_parent
+from launch.local import die_with_parent, rendezvous_store, world_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LINGER_SECONDS = 15.0
@@ -80,8 +80,8 @@ class RankServer:
     def ranks(self, module: str, arguments: list[str], ranks: int, logs: Path, **environment: str) -> list[int]:
         """The same for any module that joins the process group of its environment; `logs` gets a file for each rank."""
         logs.mkdir(parents=True, exist_ok=True)
-        store = _rendezvous_store()
-        world = {**os.environ, **CPU_ENVIRONMENT, **_world(ranks, store.port), **environment}
+        store = rendezvous_store()
+        world = {**os.environ, **CPU_ENVIRONMENT, **world_of(ranks, store.port), **environment}
         return self.run_jobs(
             [
                 Job(module, arguments, {**world, "RANK": str(n), "LOCAL_RANK": str(n)}, str(logs / f"rank{n}.log"))

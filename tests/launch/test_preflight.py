@@ -133,7 +133,7 @@ def test_what_is_said_to_fit_fits_as_it_is_printed(arguments):
         flags = arguments[:2] if arguments[0].startswith("--") else []
         settings = [f"{key}={value}" for key, value in changed.items()]
         again, said = preflight.report(asked("--hardware", "h200", *flags, *settings), files=False)
-        assert again == 0, (row, said)
+        assert again == 0, (line, said)
 
 
 def test_what_does_not_fit_is_told_what_does():

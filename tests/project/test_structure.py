@@ -31,6 +31,7 @@ LIGHT = (
     "nano3.overrides",
     "launch.plan.rules",
     "finetune.checks",
+    "finetune.command",
 )
 INSIDE = {
     "nano3": ("cpu", "files", "lora", "checkpoints", "training", "parity"),
