@@ -8,15 +8,15 @@ a second, not another tokenization:
     packs-4096/packs.json      how it was made, for which store
 
 A document of n stored tokens gives n - 1 positions (each predicts the next token), rounded up to `pad_multiple`.
-Documents are shuffled by a seed and each goes where the least room would be left (best fit). Best fit *decreasing*
+Documents are shuffled by a seed and each goes where the least room would be left (best_fit.py). Best fit *decreasing*
 wastes no less in practice but puts hundreds of short documents into one pack and sorts the training data by length.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,67 +32,6 @@ PADDING = -1
 """The source of a position that holds no token of a document."""
 SHOWN = 3
 """Documents that an error names."""
-_BITS = 512
-"""Width of one word in the table of free room: Python integers of this size cost about 50 ns an operation."""
-
-
-def best_fit(
-    lengths: np.ndarray, capacity: int, max_documents: int, seed: int | tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Packs items of `lengths` (n,), each from 1 to `capacity`, at most `max_documents` into a pack.
-
-    Returns the item numbers pack after pack, (n,) int64, and the packs' offsets into them, (packs + 1,) int64. The
-    order of items and of packs is random, and the same for the same seed. O(n) steps, each a look-up of the smallest
-    sufficient room in a two-level bit table of 512 bits a word.
-    """
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(lengths))
-    shortest = int(lengths.min()) if len(lengths) else 1
-    room_of: list[int] = []
-    count_of: list[int] = []
-    pack_of: list[int] = []
-    packs_with: list[list[int]] = [[] for _ in range(capacity + 1)]
-    words = [0] * (capacity // _BITS + 1)
-    nonempty_words = 0
-    for length in lengths[order].tolist():
-        word, bit = divmod(length, _BITS)
-        found = words[word] >> bit << bit
-        if not found:
-            above = nonempty_words >> (word + 1) << (word + 1)
-            if above:
-                word = (above & -above).bit_length() - 1
-                found = words[word]
-        if found:
-            bit = (found & -found).bit_length() - 1
-            room = word * _BITS + bit
-            waiting = packs_with[room]
-            pack = waiting.pop()
-            if not waiting:
-                words[word] ^= 1 << bit
-                if not words[word]:
-                    nonempty_words ^= 1 << word
-        else:
-            room, pack = capacity, len(room_of)
-            room_of.append(capacity)
-            count_of.append(0)
-        pack_of.append(pack)
-        room -= length
-        count_of[pack] += 1
-        if room >= shortest and count_of[pack] < max_documents:
-            waiting = packs_with[room]
-            if not waiting:
-                word, bit = divmod(room, _BITS)
-                words[word] |= 1 << bit
-                nonempty_words |= 1 << word
-            waiting.append(pack)
-    return _grouped(order, np.array(pack_of, dtype=np.int64), rng.permutation(len(room_of)))
-
-
-def _grouped(order: np.ndarray, pack_of: np.ndarray, rank_of_pack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Items grouped by the rank of their pack, each pack in the order in which its items came."""
-    ranks = rank_of_pack[pack_of]
-    counts = np.bincount(ranks, minlength=len(rank_of_pack))
-    return order[np.argsort(ranks, kind="stable")], np.concatenate([[0], np.cumsum(counts)])
 
 
 def build_packs(
@@ -161,6 +100,8 @@ def _packed(
     curriculum: Curriculum | None,
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """The documents `fits` pack after pack, the packs' offsets into them, and how many packs each block has."""
+    from data_prep.best_fit import best_fit  # here: it loads Numba, and most of what imports this module packs nothing
+
     if curriculum is None:
         items, offsets = best_fit(lengths[fits], seq_length, max_documents, seed)
         return fits[items], offsets, [len(offsets) - 1]
@@ -247,7 +188,7 @@ class PackedDataset:
         the room that is left at the end is a segment of its own. Padding is token 0 with loss mask 0 and source
         `PADDING`.
         """
-        return self._sequence(self.documents(number).tolist())
+        return self._sequence(self.documents(number))
 
     def filled(self) -> np.ndarray:
         """Positions of each pack that hold a token of a document, (packs,) int64."""
@@ -256,33 +197,47 @@ class PackedDataset:
 
     def padding(self) -> dict[str, np.ndarray]:
         """A sequence without any document: what fills a batch up and changes no sum over tokens."""
-        return self._sequence([])
+        return self._sequence(np.zeros(0, dtype=np.int64))
 
-    def _sequence(self, documents: list[int]) -> dict[str, np.ndarray]:
+    def _sequence(self, documents: np.ndarray) -> dict[str, np.ndarray]:
         length, multiple = self.facts["seq_length"], self.facts["pad_multiple"]
-        tokens = np.zeros(length, dtype=np.int64)
+        starts, stops = self.store.offsets[documents], self.store.offsets[documents + 1]
+        sizes = stops - starts - 1
+        # Segments: the documents with their padding, and the room that is left, which may be none.
+        segments, places = np.empty(len(sizes) + 1, np.int64), np.full(len(sizes) + 1, PADDING, np.int32)
+        segments[:-1] = sizes if multiple == 1 else -(-sizes // multiple) * multiple
+        segments[-1] = length - segments[:-1].sum()
+        places[:-1] = self.store.sources[documents]
+        ends, source = segments.cumsum(), places.repeat(segments)
+        position_ids = np.arange(length)
+        position_ids -= (ends - segments).repeat(segments)
+        runs, weights = self.store.runs(starts.tolist(), stops.tolist())
+        gaps = (segments[:-1] - sizes).tolist() if multiple > 1 else []
+        tokens = _laid_out([run[:-1] for run in runs], gaps, length, np.int64)
+        # A label is the token behind; behind a document's last token that is one which the sequence does not hold.
         labels = np.zeros(length, dtype=np.int64)
-        loss_mask = np.zeros(length, dtype=np.float32)
-        position_ids = np.empty(length, dtype=np.int64)
-        source = np.full(length, PADDING, dtype=np.int32)
-        ends = [0]
-        for document in documents:
-            ids, mask = self.store.document(document)
-            start, stop = ends[-1], ends[-1] + len(ids) - 1
-            tokens[start:stop] = ids[:-1]
-            labels[start:stop] = ids[1:]
-            loss_mask[start:stop] = mask[1:]
-            source[start:stop] = self.store.source(document)
-            ends.append(start + -(-(len(ids) - 1) // multiple) * multiple)
-        if ends[-1] < length:
-            ends.append(length)
-        for start, stop in pairwise(ends):
-            position_ids[start:stop] = np.arange(stop - start)
+        labels[:-1] = tokens[1:]
+        labels[ends - 1] = 0
+        labels[(ends - segments)[:-1] + sizes - 1] = [run[-1] for run in runs]
+        for end, gap in zip(ends.tolist(), gaps, strict=False):
+            source[end - gap : end] = PADDING
         return {
             "tokens": tokens,
             "labels": labels,
-            "loss_mask": loss_mask,
+            "loss_mask": _laid_out([run[1:] for run in weights], gaps, length, np.float32),
             "position_ids": position_ids,
             "source": source,
-            "cu_seqlens": np.array(ends, dtype=np.int32),
+            "cu_seqlens": np.array([0, *ends[segments > 0].tolist()], dtype=np.int32),
         }
+
+
+def _laid_out(runs: Sequence[np.ndarray], gaps: Sequence[int], length: int, dtype: Any) -> np.ndarray:
+    """The runs one after the other, each followed by its gap of zeros if there are gaps, and zeros up to `length`."""
+    out = np.zeros(length, dtype=dtype)
+    if gaps:
+        zeros = [np.zeros(gap, run.dtype) for run, gap in zip(runs, gaps, strict=True)]
+        runs = [piece for pair in zip(runs, zeros, strict=True) for piece in pair]
+    if runs:
+        laid = np.concatenate(runs)  # in their own type: converting while joining costs twice as much
+        out[: len(laid)] = laid
+    return out

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -155,12 +156,13 @@ class TokenStore:
         return list(self.manifest["sources"])
 
     @cached_property
-    def _sources(self) -> np.ndarray:
+    def sources(self) -> np.ndarray:
+        """The number of every document's source, (documents,) int32, mapped."""
         return self._map("sources.bin")
 
     def source(self, number: int) -> int:
         """The number of a document's source."""
-        return int(self._sources[number])
+        return int(self.sources[number])
 
     @cached_property
     def _origins(self) -> np.ndarray:
@@ -201,6 +203,12 @@ class TokenStore:
         """Tokens (n,) int32 of a document, a view of the mapped array, and their weights in the loss, (n,) float32."""
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
         return self.tokens[start:end], self.weights[self.loss_mask[start:end]]
+
+    def runs(self, starts: Sequence[int], stops: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Tokens and loss weights from each start to its stop, as views where they need no conversion."""
+        tokens = [self.tokens[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        numbers = [self.loss_mask[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        return tokens, [self.weights[run] for run in numbers] if self.weighted else numbers
 
     def stages(self, number: int) -> np.ndarray:
         """The stage of each token of a document, (n,) uint8; all 0 in a store of version 2."""

@@ -1,14 +1,18 @@
 """Packs: arithmetic by hand, every document exactly once, bounds, determinism, and refusals."""
 
+import importlib
 import json
 import pickle
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep.packing import PADDING, PackedDataset, best_fit, build_packs
+import data_prep.best_fit
+from data_prep.best_fit import best_fit
+from data_prep.packing import PADDING, PackedDataset, build_packs
 from data_prep.store import StoreWriter
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError, fresh_output
@@ -121,6 +125,17 @@ def test_best_fit_takes_the_tightest_room(capacity: int) -> None:
             filled_at.append(step)
     found = [items[start:end].tolist() for start, end in pairwise(offsets)]
     assert sorted(found) == sorted(packs)
+
+
+def test_an_image_without_numba_packs_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.random.default_rng(8).integers(1, 101, 500)
+    compiled = best_fit(lengths, 100, 7, seed=5)
+    monkeypatch.setitem(sys.modules, "nano3.cpu.compiled", None)  # the import fails as if Numba were not there
+    plain = importlib.reload(data_prep.best_fit)
+    assert not hasattr(plain._fit, "py_func")
+    assert all((a == b).all() for a, b in zip(compiled, plain.best_fit(lengths, 100, 7, seed=5), strict=True))
+    monkeypatch.undo()
+    assert hasattr(importlib.reload(data_prep.best_fit)._fit, "py_func")
 
 
 def test_efficiency_and_bound_on_realistic_lengths() -> None:
