@@ -69,8 +69,9 @@ class Viewer:
         self._tokenizer: ChatTokenizer | None = None
         if named is not None:
             try:
-                store.check_tokenizer(named)
-                self._tokenizer = ChatTokenizer(named)
+                opened = ChatTokenizer(named)
+                opened.check_made(store)
+                self._tokenizer = opened
             except UserError:
                 if tokenizer is not None:
                     raise

