@@ -14,7 +14,7 @@ now, after you changed it on purpose: one that is not what was written is refuse
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, check_output, fresh_output, run
+    from nano3.cli import UserError, check_output, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -32,14 +32,7 @@ from conversion.adapters.peft_names import CONFIG, CONSUMERS, FACTS, check_consu
 from conversion.adapters.peft_names import WEIGHTS as PEFT_WEIGHTS
 from conversion.certificates.certificate import folder_sha256
 from conversion.checkpoint.model_folder import HFFolder
-from conversion.checkpoint.output_folder import (
-    WEIGHTS,
-    progress,
-    refuse_overlap,
-    require_adapter,
-    require_space,
-    unfinished_output,
-)
+from conversion.checkpoint.output_folder import progress, refuse_overlap, require_adapter, unfinished_output
 from conversion.checkpoint.pieces import in_parallel
 from conversion.checkpoint.safetensors_layout import FileLayout, TensorTable, make_header
 from conversion.checkpoint.safetensors_writer import SafetensorsWriter
@@ -49,12 +42,9 @@ from nano3.documents import read_json
 from nano3.sealed_folder import MARKER, seal, sealed
 
 if TYPE_CHECKING:
-    import torch
-
     from conversion.adapters.adapter_folder import Adapter
 
 PEFT_KIND = "peft-adapter"
-KIND = "lora-adapter"
 
 
 def export(folder: Path, out: Path, consumer: str) -> int:
@@ -91,6 +81,7 @@ def export(folder: Path, out: Path, consumer: str) -> int:
 def import_peft(folder: Path, base: Path, out: Path) -> Adapter:
     """Writes the PEFT adapter `folder` of the model `base` as one of ours. `UserError` before anything is written."""
     from conversion.adapters.adapter_folder import Adapter, is_peft
+    from conversion.adapters.adapter_writer import KIND, write_adapter
 
     refuse_overlap(out, folder, base)
     check_output(out, KIND)
@@ -108,24 +99,8 @@ def import_peft(folder: Path, base: Path, out: Path) -> Adapter:
             "base_sha256": content_hash(found),
             "router_sha256": adapter.routers_sha256(hf.rows),
         }
-    tensors = {name: adapter.tensor(name) for name in adapter.tensors()}
-    require_space(out, sum(tensor.nbytes for tensor in tensors.values()))
-    with fresh_output(out, KIND) as target:
-        _write_weights(target / WEIGHTS, tensors)
-        (target / "lora.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_adapter(out, {name: adapter.tensor(name) for name in adapter.tensors()}, facts)
     return adapter
-
-
-def _write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """PyTorch's checkpoint of whole tensors, and the two files that make Megatron-Core read it."""
-    import torch
-    import torch.distributed.checkpoint as dcp
-
-    from conversion.checkpoint.torch_dist_writer import BACKENDS
-
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True), no_dist=True)
-    torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(BACKENDS))
 
 
 def accept(folder: Path) -> list[str]:

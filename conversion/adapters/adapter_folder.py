@@ -135,8 +135,9 @@ class Adapter:
 
     def certified(self) -> dict[str, Any]:
         """What a certificate says of the adapter that was merged: content, settings, the modules that it adapts."""
-        settings = {name: getattr(self.info, name) for name in CERTIFIED}
-        return {"sha256": folder_sha256(self.folder), **settings, "modules": sorted(self.modules)}
+        said = {name: getattr(self.info, name) for name in CERTIFIED} | {"modules": sorted(self.modules)}
+        combined = {"combined": self.info.combined} if self.info.combined else {}
+        return {"sha256": folder_sha256(self.folder), **said, **combined}
 
     def contributions(self) -> dict[str, list[Contribution]]:
         """Hugging Face tensor name -> which of its rows change, and where their new values come from."""

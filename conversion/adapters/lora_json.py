@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, MaxLen, MinLen
 from typing_extensions import TypedDict
 
+from conversion.certificates.certificate_json import CombinedFacts
 from conversion.checkpoint.output_folder import require_adapter
 from nano3.arch import Arch
 from nano3.cli import UserError
@@ -25,13 +26,17 @@ from nano3.targets import EXPERTS, AdapterKind, Size, adaptable_modules, is_rout
 
 @dataclass(kw_only=True)
 class LoraInfo(AdapterKind):
-    """What `lora.json` holds. What is None was not recorded: the base's hashes, and of foreign adapters its config."""
+    """What `lora.json` holds. What is None was not recorded: the base's hashes, and of foreign adapters its config.
+
+    `combined` says of which adapters it was made; None of one that was trained.
+    """
 
     targets: list[str]
     base_config: dict[str, Any] | None
     router: str
     router_sha256: str | None
     base_sha256: str | None
+    combined: dict[str, Any] | None
 
     def sizes(self, arch: Arch) -> dict[str, Size]:
         """Rank and scale of every adapted module by path. Raises `UserError` when `arch` has no such layers."""
@@ -52,7 +57,7 @@ class LoraInfo(AdapterKind):
             )
 
 
-_OPTIONAL: dict[str, Any] = {"router": "frozen", "router_sha256": None, "base_sha256": None}
+_OPTIONAL: dict[str, Any] = {"router": "frozen", "router_sha256": None, "base_sha256": None, "combined": None}
 _REMEDY = "copy the adapter again"
 _Targets = Annotated[list[Name], MaxLen(100_000)]
 
@@ -72,6 +77,7 @@ class LoraFile(TypedDict):
     router: Literal["frozen", "balance"]
     router_sha256: Sha256 | None
     base_sha256: Sha256 | None
+    combined: CombinedFacts | None
 
 
 def read_lora_json(folder: Path, as_is: bool = False) -> LoraInfo:
@@ -127,6 +133,7 @@ def describe(arch: Arch, sizes: Mapping[str, tuple[int, float]], rslora: bool, d
         router="frozen",
         router_sha256=None,
         base_sha256=None,
+        combined=None,
     )
 
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NotRequired, Required
+from typing import Annotated, Any, Literal, NotRequired, Required
 
+from annotated_types import MaxLen, MinLen
 from typing_extensions import TypedDict
 
 from conversion.checkpoint.output_folder import CERTIFICATE
@@ -18,6 +19,7 @@ from nano3.cli import UserError
 from nano3.documents import (
     AboveZero,
     Count,
+    Finite,
     InnerPath,
     Name,
     NotNegative,
@@ -82,6 +84,25 @@ class BaseFacts(Origin):
     sha256: Sha256
 
 
+class Parent(TypedDict):
+    """One of the adapters that a combined adapter was made from."""
+
+    name: Name
+    sha256: Sha256
+    weight: Finite
+    combined: NotRequired[CombinedFacts | None]
+
+
+class CombinedFacts(TypedDict):
+    """How an adapter was made from others (conversion/combine_adapters.py), each with the hash of its folder."""
+
+    method: Name
+    density: Finite
+    seed: Count
+    largest_error: NotNegative
+    parents: Annotated[list[Parent], MinLen(1), MaxLen(1000)]
+
+
 class AdapterFacts(TypedDict, total=False):
     """The adapter of a merge."""
 
@@ -93,6 +114,7 @@ class AdapterFacts(TypedDict, total=False):
     rslora: bool
     dora: bool
     modules: list[Name]
+    combined: CombinedFacts | None
 
 
 class DataFacts(TypedDict):

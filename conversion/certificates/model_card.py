@@ -119,10 +119,17 @@ def _merge(link: dict[str, Any]) -> list[str]:
     moved = "its correction biases moved with the training" if link.get("router") == "balance" else "unchanged"
     return [
         f"- adapter: SHA-256 `{adapter.get('sha256')}`; {settings}",
+        *_parents(adapter.get("combined") or {}),
         f"- router: {moved}",
         *_spread("size of the changes, norm over norm", link, "relative_change"),
         *_training(link.get("training", {})),
     ]
+
+
+def _parents(combined: dict[str, Any]) -> list[str]:
+    """The adapters that a combined one was made from."""
+    parents = [f"{p['name']} (weight {p['weight']:g}, `{p['sha256']}`)" for p in combined.get("parents", [])]
+    return [f"- combined by {combined['method']} from {', '.join(parents)}"] if parents else []
 
 
 def _training(facts: dict[str, Any]) -> list[str]:
