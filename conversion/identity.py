@@ -27,6 +27,7 @@ from pathlib import Path
 from conversion.checkpoint.model_folder import HFFolder, named_model, open_model, side_files
 from conversion.checkpoint.output_folder import SIDE
 from conversion.checkpoint.tensor_digests import Facts, content_hash, facts_of
+from nano3.arch import is_nemo_checkpoint
 from nano3.checkpoints.base_identity import FILE, recorded_sha256
 from nano3.file_digests import file_sha256, recall, remember, stamp
 from nano3.sealed_folder import PROSE, check_seal
@@ -101,8 +102,10 @@ def _side(folder: Path) -> dict[str, str]:
 
 
 def model_sha256(folder: Path) -> str:
-    """Content hash of a Hugging Face folder, an FP8 one too, or of a NeMo checkpoint."""
-    with open_model(folder, quantized=True) as model:
+    """Content hash of a Hugging Face folder, an FP8 one too, or of a NeMo checkpoint, which is read each time."""
+    if not is_nemo_checkpoint(folder):
+        return remembered_hash(folder, quantized=True)
+    with open_model(folder) as model:
         return content_hash(facts_of(model))
 
 

@@ -58,18 +58,29 @@ class Turned:
         return replace(self.original, messages=messages, choices=by_letter, answer=LETTERS[right])
 
 
-def bias(model: Model, questions: Sequence[Question]) -> dict[str, Any]:
-    """Shares of picks by letter and by place, the accuracy over all turns, and the share of steady questions.
+def turns_of(questions: Sequence[Question]) -> list[tuple[Turned, Question]]:
+    """Every turn of every question, and how it is asked.
 
-    `largest_letter` and `largest_place` are how far the most liked one is above an even share. Raises `UserError` for
-    questions with different numbers of options, whose shares would not add up.
+    Raises `UserError` for questions with different numbers of options, whose shares would not add up, and for options
+    that do not stand in the text as lines of their own.
     """
     counts = {len(question.choices) for question in questions}
     if len(counts) != 1 or counts == {0}:
-        raise UserError(f"the questions have {sorted(counts)} options; give questions with equally many")
+        raise UserError(f"the questions have {sorted(counts)} options; give questions with equally many, or no --bias")
     [count] = counts
     turns = [Turned(q, shift, relabel) for q in questions for relabel in (0, 1) for shift in range(count)]
-    scores = model.letters([turn.question() for turn in turns])
+    return [(turn, turn.question()) for turn in turns]
+
+
+def bias(model: Model, questions: Sequence[Question]) -> dict[str, Any]:
+    """Shares of picks by letter and by place, the accuracy over all turns, and the share of steady questions.
+
+    `largest_letter` and `largest_place` are how far the most liked one is above an even share. Raises `UserError` as
+    `turns_of` does.
+    """
+    asked = turns_of(questions)
+    turns, count = [turn for turn, _ in asked], asked[0][0].count
+    scores = model.letters([question for _, question in asked])
     picks = [max(range(count), key=one.__getitem__) for one in scores]
     letters, places = Counter(picks), Counter(turn.place(pick) for turn, pick in zip(turns, picks, strict=True))
     chosen: dict[str, list[int]] = {}

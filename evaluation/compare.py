@@ -17,12 +17,8 @@ except ModuleNotFoundError as missing:
 
 import argparse
 from pathlib import Path
-from typing import Any, NotRequired
-
-from typing_extensions import TypedDict
 
 from evaluation.comparison import (
-    Result,
     accuracy,
     by_groups,
     check_comparable,
@@ -32,35 +28,7 @@ from evaluation.comparison import (
     split_gain,
     table,
 )
-from nano3.documents import Name, read_json
-
-
-class Row(TypedDict):
-    """What every row of a result has."""
-
-    id: Name
-    question: str
-    expected: str
-    answer: str
-    correct: bool
-    finished: bool
-
-
-class ResultFile(TypedDict):
-    """What every result has."""
-
-    kind: Name
-    n: int
-    answers: list[Row]
-    model: NotRequired[Name]
-
-
-def read_result(path: Path) -> Result:
-    """A result of evaluation/evaluate.py. Raises `UserError` for anything else."""
-    result: Any = read_json(path, ResultFile, "score the model again with evaluation/evaluate.py")
-    if result["kind"] != "evaluation-result" or not result["answers"]:
-        raise UserError(f"{path} is no result of evaluation/evaluate.py, or an empty one; score the model again")
-    return result
+from evaluation.result_file import Result, read_result
 
 
 def summary(before: Result, after: Result, wanted: float) -> str:

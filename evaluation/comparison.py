@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evaluation.result_file import Result
 from evaluation.significance import (
     SMALL_GROUP,
     Group,
@@ -21,8 +22,6 @@ from evaluation.significance import (
     wilson_interval,
 )
 from nano3.cli import UserError
-
-Result = Mapping[str, Any]
 
 MUST_AGREE = {
     "questions": "the questions differ; score all models on the same file",

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evaluation.comparison import NO_SUBJECT, Result
+from evaluation.comparison import NO_SUBJECT
 from evaluation.judging.judges import OUTCOMES, RIGHT, WRONG
+from evaluation.result_file import Result
 
 Row = Mapping[str, Any]
 

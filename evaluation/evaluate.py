@@ -12,7 +12,7 @@ are put side by side by evaluation/compare.py, and shown by evaluation/report.py
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, run
+    from nano3.cli import UserError, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -29,24 +29,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.bias import bias
+from evaluation.bias import bias, turns_of
 from evaluation.comparison import accuracy, interval
 from evaluation.generation import GREEDY, Sampling
 from evaluation.judging.extraction import LETTERS, after_thinking
 from evaluation.judging.judges import OUTCOMES, RIGHT, UNFINISHED, WRONG, Verdict
 from evaluation.judging.questions import Question, load_questions, questions_sha256
 from evaluation.models import HFModel, Model, Written, beside, identity_of, plain_folder, sha256_of
+from evaluation.result_file import KIND, check_result_file, write_result
 from evaluation.significance import wilson_interval
 from evaluation.tasks import Task, load_task, names
 from nano3.arch import resolve_model
-from nano3.documents import read_json
 from nano3.hf_config import read_config
 
 if TYPE_CHECKING:
     from evaluation.server import ServerModel
 
-KIND = "evaluation-result"
-"""Marks our result files: a second run may replace one, and never somebody else's file."""
 METHODS = ("letters", "generate", "both")
 THINKING_ROOM = 2048
 """Tokens for reasoning that no expected answer shows the length of."""
@@ -203,26 +201,6 @@ def evaluate_model(
     return evaluate(model, load_task("own"), questions, "generate", max_new_tokens, thinking=thinking)
 
 
-def check_result_file(out: Path) -> Path:
-    """Refuses a result path that is a folder or another program's file."""
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; give a file name such as {out / 'result.json'}")
-    if out.exists():
-        try:
-            ours = read_json(out, dict[str, Any]).get("kind") == KIND
-        except UserError:
-            ours = False
-        if not ours:
-            raise UserError(f"--out {out} exists and is not a result of this script; choose another name or remove it")
-    return out
-
-
-def write_result(result: dict[str, Any], out: Path) -> None:
-    """Writes the result whole or not at all."""
-    with fresh_file(out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="Hugging Face folder, preset, or a server's http:// address")
@@ -270,10 +248,12 @@ def _questions(args: argparse.Namespace, task: Task) -> list[Question]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name in ("max_new_tokens", "batch_size", "threads", "concurrency"):
+    for name in ("limit", "max_new_tokens", "batch_size", "threads", "concurrency"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if args.bias and args.plain:
+        raise UserError("--bias moves options and letters in the chat format; leave out --plain, or --bias")
 
 
 def _completion(args: argparse.Namespace, task: Task) -> Callable[[Question], str] | None:
@@ -316,6 +296,8 @@ def main() -> int:
         read_config(resolve_model(args.model))
     task = load_task(args.task)
     questions = _questions(args, task)
+    if args.bias:
+        turns_of(questions)  # refuses what cannot be turned before any work
     out = check_result_file(args.out)
     started = time.monotonic()
     with ExitStack() as stack:
@@ -323,7 +305,6 @@ def main() -> int:
         model = server or _local_model(args, task, stack)
         result = evaluate(model, task, questions, args.method, args.max_new_tokens, sampling, args.thinking)
         if args.bias:
-            _check_choices(questions)
             result["bias"] = bias(model, questions)
     write_result(result, out)
     if server is not None:

@@ -17,19 +17,41 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 import argparse
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from conversion.certificates.certificate import folder_sha256
 from conversion.certificates.certificate_json import CERTIFICATE, read_certificate
 from conversion.identity import model_sha256
-from nano3.documents import read_json
+from evaluation.result_file import Result, results_in
+from nano3.checkpoints.base_identity import FILE as BASE_FILE
+from nano3.checkpoints.base_identity import read_base
+from nano3.documents import Count, Sha256, Text, read_json
+from nano3.file_digests import file_sha256
+from nano3.store_contents import check_store
+from nano3.token_store import MANIFEST, TokenStore
 
 RUN_FILE = "run.json"
-RESULT_KIND = "evaluation-result"
+
+
+class RunPaths(TypedDict):
+    """What the chain needs of run.json; finetune/settings.py has all of it."""
+
+    model: NotRequired[Text]
+    base: NotRequired[Text]
+    data: NotRequired[Text]
+
+
+class Trained(TypedDict):
+    """What the chain needs of lora.json; conversion/adapters/lora_json.py has all of it."""
+
+    rank: NotRequired[Count]
+    steps: NotRequired[Count]
+    base_sha256: NotRequired[Sha256 | None]
 
 
 @dataclass(frozen=True)
@@ -54,14 +76,14 @@ class Parts:
     run: Path | None
     merged: Path | None
     fp8: Path | None
-    results: tuple[Path, ...]
+    results: Mapping[Path, Result]
 
 
 def parts_of(out: Path) -> Parts:
     """Raises `UserError` for a folder with none of them."""
     runs = [folder for folder in (out, out / "lora") if (folder / "metrics.jsonl").exists()]
     merged, fp8 = (folder if (folder / "config.json").exists() else None for folder in (out / "merged", out / "fp8"))
-    results = tuple(path for path in sorted(out.glob("*.json")) if _is_result(path))
+    results = results_in(out)
     if not (runs or merged or fp8 or results):
         raise UserError(
             f"{out} holds no run (metrics.jsonl), merged model or result; give a run's or pipeline's folder"
@@ -69,16 +91,15 @@ def parts_of(out: Path) -> Parts:
     return Parts(runs[0] if runs else None, merged, fp8, results)
 
 
-def _is_result(path: Path) -> bool:
-    try:
-        return read_json(path, dict).get("kind") == RESULT_KIND
-    except UserError:
-        return False
+def read_run(folder: Path) -> RunPaths:
+    """What a run recorded of its inputs; nothing where it recorded none."""
+    path = folder / RUN_FILE
+    return read_json(path, RunPaths, "restore the file, or remove it") if path.exists() else {}
 
 
-def lineage(out: Path) -> list[Link]:
-    """The chain's links, in order. Reads every weight file once."""
-    parts = parts_of(out)
+def lineage(parts: Parts) -> list[Link]:
+    """The chain's links, in order. Reads every file once; those that did not change since they were read before are
+    known (`nano3.file_digests`)."""
     links: list[Link] = []
     if parts.run is not None:
         links += _training(parts.run)
@@ -89,51 +110,46 @@ def lineage(out: Path) -> list[Link]:
             link = _certified(name, folder, known, adapter)
             links.append(link)
             known[link.sha256] = name
-    return links + [_result(path, known) for path in parts.results]
+    return links + [_result(path, result, known) for path, result in parts.results.items()]
 
 
 def _training(folder: Path) -> Iterator[Link]:
     """Base, store and adapter of a run."""
-    recorded = read_json(folder / RUN_FILE, dict) if (folder / RUN_FILE).exists() else {}
-    lora_file = folder / "adapter" / "lora.json"
-    lora = read_json(lora_file, dict) if lora_file.exists() else {}
-    base = Path(str(recorded.get("base", "")))
-    if not (base / "base.json").exists():
-        yield Link(
-            "source", base, str(lora.get("base_sha256") or ""), "base of the adapter", "it is not there any more"
-        )
+    recorded, lora_file = read_run(folder), folder / "adapter" / "lora.json"
+    lora: Trained = read_json(lora_file, Trained, "copy the adapter again") if lora_file.exists() else {}
+    expected = lora.get("base_sha256")
+    base = Path(recorded.get("base", ""))
+    if not (base / BASE_FILE).exists():
+        yield Link("source", base, expected or "", "base of the adapter", "it is not there any more")
     else:
-        found, expected = model_sha256(base), lora.get("base_sha256")
+        found = model_sha256(base)
         problem = "" if expected in (None, found) else f"the adapter was trained on {str(expected)[:16]}"
         yield Link("source", base, found, f"base of the adapter, {_revision(base)}", problem)
-    store = Path(str(recorded.get("data", "")))
-    if not (store / "manifest.json").exists():
-        yield Link("store", store, "", "training data", "it is not there any more")
-    else:
-        yield _store(store)
-    if lora:
-        adapter = folder / "adapter"
+    yield _store(Path(recorded.get("data", "")))
+    if lora_file.exists():
         steps = f"{lora['steps']} steps" if lora.get("steps") else "trained"
-        yield Link("adapter", adapter, folder_sha256(adapter), f"rank {lora.get('rank')}, {steps}")
+        sha256 = folder_sha256(lora_file.parent)
+        yield Link("adapter", lora_file.parent, sha256, f"rank {lora.get('rank')}, {steps}")
 
 
 def _revision(base: Path) -> str:
     """Name and revision that the import recorded."""
-    said = read_json(base / "base.json", dict).get("base") or {}
-    return f"{said.get('name', 'unknown')} at revision {said.get('revision', 'unknown')}"
+    said = read_base(base).get("base")
+    return f"{said['name']} at revision {said['revision']}" if said else "of unknown revision"
 
 
 def _store(folder: Path) -> Link:
-    manifest: dict[str, Any] = read_json(folder / "manifest.json", dict)
-    wrong = []
-    for name, facts in manifest.get("files", {}).items():
-        with (folder / name).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if isinstance(facts, dict) and facts.get("sha256") not in (None, found):
-            wrong.append(name)
-    sha256 = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-    says = f"{manifest.get('documents', 0):,} documents, {manifest.get('tokens', 0):,} tokens"
-    return Link("store", folder, sha256, says, f"{', '.join(wrong)} changed since preparation" if wrong else "")
+    """The training data: every byte is what its manifest says."""
+    if not (folder / MANIFEST).exists():
+        return Link("store", folder, "", "training data", "it is not there any more")
+    sha256, says, problem = file_sha256(folder / MANIFEST), "training data", ""
+    try:
+        store = TokenStore(folder)
+        says = f"{store.manifest['documents']:,} documents, {store.manifest['tokens']:,} tokens"
+        check_store(store)
+    except UserError as error:
+        problem = str(error)
+    return Link("store", folder, sha256, says, problem)
 
 
 def _certified(name: str, folder: Path, known: dict[str, str], adapter: str) -> Link:
@@ -154,20 +170,24 @@ def _certified(name: str, folder: Path, known: dict[str, str], adapter: str) -> 
     return Link(name, folder, found, f"made from {known.get(came, came[:16])}", "; ".join(problems))
 
 
-def _result(path: Path, known: dict[str, str]) -> Link:
-    result = read_json(path, dict)
-    sha256 = str(result.get("model_sha256") or "")
-    score = f"{result.get('correct')} of {result.get('n')} right"
+def _result(path: Path, result: Result, known: Mapping[str, str]) -> Link:
+    """A result against the models of the chain: by the model's hash, and the adapter's where one lay beside it."""
+    score = f"{result.get('correct')} of {result['n']} right"
+    sha256, adapter = result.get("model_sha256", ""), result.get("adapter_sha256")
     if not sha256:
         return Link("result", path, "", f"{score}, of {result.get('model')}, whose hash was not recorded")
-    problem = "" if sha256 in known else "of a model that is not in this chain"
-    return Link("result", path, sha256, f"{score}, of {known.get(sha256, result.get('model'))}", problem)
+    problems = ["of a model that is not in this chain"] if sha256 not in known else []
+    if adapter and adapter not in known:
+        problems.append(f"with the adapter {adapter[:16]}, which is not in this chain")
+    name = known.get(sha256, result.get("model"))
+    with_adapter = " with the adapter" if adapter else ""
+    return Link("result", path, sha256, f"{score}, of {name}{with_adapter}", "; ".join(problems))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of a run, of a pipeline, or of the demo")
-    links = lineage(parser.parse_args().out)
+    links = lineage(parts_of(parser.parse_args().out))
     for link in links:
         print(link)
     broken = [link for link in links if link.problem]

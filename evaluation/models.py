@@ -30,7 +30,8 @@ class Written:
 
 
 class Model(Protocol):
-    """Something that answers. `scores_letters`: whether `letters` can be asked; `identity`: hashes of its files."""
+    """Something that answers. `scores_letters`: whether `letters` are asked unless the user says otherwise; `identity`:
+    hashes of its files."""
 
     name: str
     scores_letters: bool

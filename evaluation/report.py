@@ -26,14 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.charts import bar_chart, line_chart
-from evaluation.compare import read_result
-from evaluation.comparison import Result, accuracy, by_groups, check_comparable, enough, interval, paired, split_gain
+from evaluation.comparison import accuracy, by_groups, check_comparable, enough, interval, paired, split_gain
 from evaluation.error_analysis import by_length, by_subject, changed, outcomes
 from evaluation.judging.judges import OUTCOMES
-from evaluation.lineage import Link, Parts, lineage, parts_of
+from evaluation.lineage import Link, Parts, lineage, parts_of, read_run
 from evaluation.page import facts_table, page, points, section, signed, table
+from evaluation.result_file import Result, read_result
 from evaluation.significance import SMALL_GROUP
-from nano3.documents import read_json
 from nano3.training.journal import FILE, read_rows
 
 PAGE = "report-run.html"
@@ -83,19 +82,17 @@ def report(out: Path, before: Path | None = None, after: Path | None = None) -> 
     """Writes the page and returns its path. Raises `UserError` for a folder that holds nothing to report."""
     parts = parts_of(out)
     rows = read_rows(parts.run / FILE) if parts.run else []
-    results = {path: read_result(path) for path in parts.results}
-    pairs = pairs_of(results, before, after)
-    links = lineage(out)
+    pairs = pairs_of(parts.results, before, after)
     sections = [
         _head(out, rows, pairs),
-        section("Scores", _scores(results)),
+        section("Scores", _scores(parts.results)),
         *(section(f"What changed: {pair.name}", _gain(pair)) for pair in pairs),
         *(section(f"How answers fail: {pair.name}", _errors(pair)) for pair in pairs[:1]),
         *(section(f"Fixed and broken: {pair.name}", _examples(pair)) for pair in pairs[:1]),
         section("Training", _curves(rows)),
         section("Adapter norms by layer", _norms(rows)),
         section("Load of the experts", _experts(rows)),
-        section("Lineage", _lineage(links)),
+        section("Lineage", _lineage(lineage(parts))),
         section("Next", _next(parts, out, bool(pairs))),
     ]
     path = out / PAGE
@@ -291,10 +288,8 @@ def _lineage(links: Sequence[Link]) -> str:
 
 def _next(parts: Parts, out: Path, compared: bool) -> str:
     """Commands that make what is still missing."""
-    recorded: dict[str, Any] = {}
-    if parts.run is not None and (parts.run / "run.json").exists():
-        recorded = read_json(parts.run / "run.json", dict)
-    model, merged, commands = str(recorded.get("model", "BASE")), out / "merged", []
+    model = read_run(parts.run).get("model", "BASE") if parts.run is not None else "BASE"
+    merged, commands = out / "merged", []
     if parts.run is not None and parts.merged is None:
         commands.append(f"python conversion/merge_lora.py {model} {parts.run / 'adapter'} {merged}")
     if parts.merged is not None and parts.fp8 is None:

@@ -103,8 +103,9 @@ def export_fp8(out: Path, base: Path, merged: Path) -> dict[str, Any]:
 def score(out: Path, base: Path, adapter: Path, merged: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Results of the four models on the held-out questions, and their accuracies on the old tasks."""
     from conversion.adapters.unmerged import with_adapter
-    from evaluation.evaluate import evaluate_model, write_result
+    from evaluation.evaluate import evaluate_model
     from evaluation.judging.questions import load_questions
+    from evaluation.result_file import write_result
 
     models = {"base": base, "tuned": base, "merged": merged, "fp8": out / "fp8-plain"}
     results: dict[str, Any] = {}

@@ -107,19 +107,21 @@ def read_bytes(path: Path, remedy: str, limit: int = MAX_BYTES) -> bytes:
     return data
 
 
-def read_json(path: Path, schema: type[T], remedy: str = "restore the file") -> T:
+def read_json(path: Path, schema: type[T], remedy: str = "restore the file", limit: int = MAX_BYTES) -> T:
     """The JSON document in a file, held to `schema`.
 
     Args:
         path: the file; errors name it.
         schema: a `TypedDict`, or any type that pydantic knows; `dict` for an object whose fields somebody else checks.
         remedy: what the user can do about a file that is not as it must be, as the end of a sentence.
+        limit: bytes at most; more than `MAX_BYTES` only where a user's own files are that large.
 
     Raises:
         UserError: no such file, or one that is too large, too deep, no JSON, or not what `schema` says: one line with
             file, field, value and remedy.
     """
-    return parse_json(read_bytes(path, remedy), schema, str(path), remedy)
+    value = _load_json(read_bytes(path, remedy, limit), str(path), remedy, limit)
+    return check(value, schema, str(path), remedy)
 
 
 def parse_json(text: bytes | str, schema: type[T], where: str, remedy: str = "restore the file") -> T:
@@ -197,10 +199,10 @@ def _adapter(schema: Hashable) -> TypeAdapter:
     return TypeAdapter(cast(Any, schema))
 
 
-def _load_json(text: bytes | str, where: str, remedy: str) -> Any:
+def _load_json(text: bytes | str, where: str, remedy: str, limit: int = MAX_BYTES) -> Any:
     """JSON of bounded size and depth, without repeated keys and half characters."""
-    if len(text) > MAX_BYTES:
-        raise UserError(f"{where}: larger than {MAX_BYTES >> 20} MiB; {remedy}")
+    if len(text) > limit:
+        raise UserError(f"{where}: larger than {limit >> 20} MiB; {remedy}")
     try:
         if isinstance(text, bytes):
             text = text.decode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import threading
 from collections.abc import Callable
+from email.message import Message
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,11 +22,12 @@ _REDIRECTS = range(300, 400)
 
 
 class Answer(NamedTuple):
-    """A server's answer: status, its reason in words, and the body."""
+    """A server's answer: status, its reason in words, the body, and the headers."""
 
     status: int
     reason: str
     body: bytes
+    headers: Message
 
 
 def check_address(url: str) -> str:
@@ -48,7 +50,7 @@ def ask(url: str, headers: dict[str, str], body: bytes | None, seconds: float) -
     Raises:
         UserError: a redirect, or more than `MAX_BYTES`.
         TimeoutError: no whole answer within `seconds`.
-        OSError, http.client.HTTPException: it cannot be reached, or speaks something else.
+        OSError, http.client.HTTPException: it cannot be reached, speaks something else, or sends less than it said.
     """
     parts = urlsplit(check_address(url))
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -66,7 +68,9 @@ def ask(url: str, headers: dict[str, str], body: bytes | None, seconds: float) -
         content = response.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise UserError(f"{url} answers with more than {MAX_BYTES >> 20} MiB; is this the server that is meant?")
-        return Answer(response.status, response.reason, content)
+        if response.length:  # what is left of the announced bytes
+            raise http.client.IncompleteRead(content, response.length)
+        return Answer(response.status, response.reason, content, response.headers)
 
     try:
         return within(seconds, exchange)

@@ -4,7 +4,7 @@ Package reasoning-gym 0.1.25 (Stojanovski et al., 2025), Apache-2.0: 106 tasks, 
 `answer` and `metadata`. Five tasks publish no answer, since many would be right: boxnet, graph_color,
 propositional_logic, rubiks_cube, rush_hour; they can be evaluated with `score_answer`, and nothing can be trained on.
 time_intervals counts from today's date, and is wrong where midnight falls between two questions to the clock; here
-every day is `TODAY`. evaluation/tasks/reasoning_gym.py asks `score_answer`.
+every day is `TODAY`. evaluation/tasks/reasoning_gym.py asks `score_answer` about the same items.
 """
 
 from __future__ import annotations
@@ -25,15 +25,8 @@ TODAY = datetime.date(2026, 1, 1)
 
 
 def reasoning_gym_rows(task: str, size: int, seed: int, **params: Any) -> Iterator[dict[str, Any]]:
-    """`size` questions with answers of a reasoning-gym task, the same for the same arguments.
-
-    `params` are fields of the task's configuration. reasoning-gym makes item i of seed s from s + i, so that its
-    seeds 1 and 2 share all items but one: the seed given here is hashed with the task's name first.
-    """
-    dataset = _reasoning_gym(task, size, int(hashlib.sha256(f"{task}:{seed}".encode()).hexdigest()[:7], 16), params)
-    for number in range(size):
-        with _fixed_day():
-            item = dataset[number]
+    """`size` questions with answers of a reasoning-gym task as chat rows; see `items`."""
+    for number, item in enumerate(items(task, size, seed, **params)):
         if item["answer"] is None:
             raise UserError(
                 f"task {task} publishes no answer, since many would be right; train on another task, and evaluate this "
@@ -49,6 +42,19 @@ def reasoning_gym_rows(task: str, size: int, seed: int, **params: Any) -> Iterat
         }
 
 
+def items(task: str, size: int, seed: int, **params: Any) -> Iterator[dict[str, Any]]:
+    """`size` items of a reasoning-gym task, the same for the same arguments.
+
+    `params` are fields of the task's configuration. reasoning-gym makes item i of seed s from s + i, so that its
+    seeds 1 and 2 share all items but one: the seed given here is hashed with the task's name first.
+    """
+    dataset = _reasoning_gym(task, size, int(hashlib.sha256(f"{task}:{seed}".encode()).hexdigest()[:7], 16), params)
+    for number in range(size):
+        with fixed_day():
+            item = dataset[number]
+        yield item
+
+
 class _FixedDate(datetime.date):
     """Dates of which today is always `TODAY`."""
 
@@ -58,7 +64,7 @@ class _FixedDate(datetime.date):
 
 
 @contextmanager
-def _fixed_day() -> Iterator[None]:
+def fixed_day() -> Iterator[None]:
     """While it lasts, the one generator that asks for today's date gets `TODAY`; so does the parser of its times."""
     from dateutil import parser
     from reasoning_gym.arithmetic import time_intervals
@@ -74,12 +80,19 @@ def _fixed_day() -> Iterator[None]:
         time_intervals.date, time_intervals.parser = before
 
 
-def _reasoning_gym(task: str, size: int, seed: int, params: dict[str, Any]) -> Any:
-    import reasoning_gym
+def check_task(task: str) -> None:
+    """Raises `UserError` for a name that reasoning-gym does not have, with the nearest that it has."""
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
         raise UserError(f"reasoning-gym has no task {task!r}{_nearest(task, DATASETS)}")
+
+
+def _reasoning_gym(task: str, size: int, seed: int, params: dict[str, Any]) -> Any:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    check_task(task)
     known = {field.name for field in dataclasses.fields(DATASETS[task][1])} - {"seed", "size"}
     for key in params:
         if key not in known:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from typing import Any
 
+from data_prep.sources.reasoning_gym import check_task, fixed_day, items
 from evaluation.judging.judges import Verdict, scored
 from evaluation.judging.questions import Question
 from evaluation.tasks import Task
-from nano3.cli import UserError
 
 
 def task(variant: str) -> Task:
     """Raises `UserError` for a name that reasoning-gym does not have, with the nearest that it has."""
-    from reasoning_gym.factory import DATASETS, get_score_answer_fn
+    from reasoning_gym.factory import get_score_answer_fn
 
-    if variant not in DATASETS:
-        raise UserError(f"reasoning-gym has no task {variant!r}{_nearest(variant, DATASETS)}")
+    check_task(variant)
     score = get_score_answer_fn(variant)
 
     def judge(question: Question, answer: str) -> Verdict:
-        return scored(question.data, answer, lambda text, entry: float(score(answer=text, entry=entry)))
+        with fixed_day():
+            return scored(question.data, answer, lambda text, entry: float(score(answer=text, entry=entry)))
 
     def make(count: int, seed: int) -> Iterator[Question]:
         return _questions(variant, count, seed)
@@ -30,21 +28,8 @@ def task(variant: str) -> Task:
 
 
 def _questions(name: str, count: int, seed: int) -> Iterator[Question]:
-    """The items of data_prep/generate.py, which hashes the seed with the task's name: reasoning-gym makes item i of
-    seed s from s + i, so that its seeds 1 and 2 share all items but one. Tasks with many right answers give none."""
-    import reasoning_gym
-
-    own = int(hashlib.sha256(f"{name}:{seed}".encode()).hexdigest()[:7], 16)
-    dataset: Any = reasoning_gym.create_dataset(name, size=count, seed=own)
-    for number in range(count):
-        entry = dataset[number]
+    """The items of data_prep/generate.py; tasks with many right answers give none to compare with."""
+    for number, entry in enumerate(items(name, count, seed)):
         answer = "" if entry["answer"] is None else str(entry["answer"])
         asked = ({"role": "user", "content": str(entry["question"]).strip()},)
         yield Question(f"{name}-{seed}-{number}", f"reasoning-gym/{name}", asked, answer, written=answer, data=entry)
-
-
-def _nearest(name: str, known: Any) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "; say --task reasoning-gym:NAME, such as chain_sum"

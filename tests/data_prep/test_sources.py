@@ -9,7 +9,7 @@ from data_prep.chat_rows import ChatRows, form_named
 from data_prep.sources import SOURCES
 from data_prep.sources.bfcl import NO_FUNCTION_FITS
 from data_prep.sources.math import last_boxed
-from data_prep.sources.reasoning_gym import TODAY, _fixed_day, reasoning_gym_rows
+from data_prep.sources.reasoning_gym import TODAY, fixed_day, reasoning_gym_rows
 from nano3.cli import UserError
 from tests.helpers.data_fixtures import write_jsonl
 
@@ -347,7 +347,7 @@ def test_reasoning_gym_asks_nothing_that_it_cannot_answer_or_that_changes_by_day
     for task in ("propositional_logic", "boxnet", "graph_color", "rubiks_cube", "rush_hour"):
         with pytest.raises(UserError, match=f"task {task} publishes no answer"):
             list(reasoning_gym_rows(task, 1, 1))
-    with _fixed_day():
+    with fixed_day():
         assert time_intervals.date.today() == TODAY
         assert time_intervals.parser.parse("10:31").date() == TODAY
     assert time_intervals.date.today() != TODAY

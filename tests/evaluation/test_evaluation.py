@@ -307,6 +307,24 @@ def test_the_script_refuses_fast_and_without_a_traceback(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["--task", "reasoning-gym:chain_sum", "--limit", "-5"], "--limit is -5"),
+        (["--bias", "--plain", "--task", "medmcqa"], "--bias moves options and letters in the chat format"),
+        (["--bias"], "have \\[0\\] options; give questions with equally many, or no --bias"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(folder, tmp_path, monkeypatch, flags, message):
+    questions = write_rows(tmp_path / "q.jsonl", rows(3))
+    command = ["evaluate.py", str(folder), "--questions", str(questions), "--out", str(tmp_path / "r.json"), *flags]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr("evaluation.evaluate.HFModel", None)
+    with pytest.raises(UserError, match=message):
+        main()
+
+
 def test_a_question_is_asked_with_its_tools_and_a_template_may_refuse_it():
     tokenizer = load_tokenizer("nano3/presets/pico")
     asked = [[{"role": "user", "content": "x"}]] * 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -11,13 +10,16 @@ from xml.etree import ElementTree
 
 import pytest
 
+from conversion.certificates.certificate import folder_sha256
 from evaluation.compare import main as compare_main
 from evaluation.comparison import compare
 from evaluation.error_analysis import by_length, by_subject, changed, outcomes
-from evaluation.lineage import lineage
+from evaluation.lineage import lineage, parts_of
 from evaluation.lineage import main as lineage_main
 from evaluation.report import report
+from evaluation.result_file import read_result, results_in, write_result
 from nano3.cli import UserError
+from tests.helpers.tiny_store import tiny_store
 
 OUTCOMES = ("right", "wrong", "ambiguous", "unfinished")
 
@@ -45,12 +47,8 @@ def result(right: int, name: str) -> dict:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A run with a store, metrics, an adapter's lora.json, and two results; its base is gone."""
-    out, store = tmp_path / "run", tmp_path / "store"
+    out, store = tmp_path / "run", tiny_store(tmp_path / "store", 3, 5, 50)
     (out / "adapter").mkdir(parents=True)
-    store.mkdir()
-    (store / "tokens.bin").write_bytes(b"tokens")
-    files = {"tokens.bin": {"sha256": hashlib.sha256(b"tokens").hexdigest()}}
-    (store / "manifest.json").write_text(json.dumps({"documents": 3, "tokens": 6, "files": files}))
     (out / "run.json").write_text(json.dumps({"model": "pico", "base": str(tmp_path / "gone"), "data": str(store)}))
     (out / "adapter" / "lora.json").write_text(json.dumps({"rank": 4, "steps": 30, "base_sha256": "b" * 64}))
     norms = {"adapter_norm/decoder.layers.0.mixer.in_proj": 0.5, "expert_load/1": [3, 0, 1]}
@@ -114,13 +112,40 @@ def test_errors_by_subject_and_length():
 
 
 def test_a_changed_store_breaks_the_lineage(folder, monkeypatch, capsys):
-    links = {link.name: link for link in lineage(folder)}
+    links = {link.name: link for link in lineage(parts_of(folder))}
     assert links["store"].problem == ""
+    assert links["store"].says.startswith("3 documents, ")
     assert links["adapter"].problem == ""
-    (Path(json.loads((folder / "run.json").read_text())["data"]) / "tokens.bin").write_bytes(b"others")
+    store = Path(json.loads((folder / "run.json").read_text())["data"])
+    tokens = bytearray((store / "tokens.bin").read_bytes())
+    tokens[0] ^= 1
+    (store / "tokens.bin").write_bytes(tokens)
     monkeypatch.setattr(sys, "argv", ["lineage.py", str(folder)])
     assert lineage_main() == 1
-    assert "tokens.bin changed since preparation" in capsys.readouterr().out
+    assert "tokens.bin" in capsys.readouterr().out
+
+
+def test_a_result_of_another_adapter_breaks_the_lineage(folder):
+    """Its model is not in the chain; and then it is, with an adapter that is not, and with the one that is."""
+    adapter = folder_sha256(folder / "adapter")
+
+    def found(**hashes: str) -> str:
+        (folder / "scores.json").write_text(json.dumps(result(30, "tuned") | hashes))
+        return str(next(link for link in lineage(parts_of(folder)) if link.path.name == "scores.json"))
+
+    assert "whose hash was not recorded: ok" in found()
+    assert "FAILED, of a model that is not in this chain" in found(model_sha256="a" * 64)
+    assert "source" in (with_other := found(model_sha256="b" * 64, adapter_sha256="c" * 64))
+    assert f"FAILED, with the adapter {'c' * 16}, which is not in this chain" in with_other
+    assert "of source with the adapter: ok" in found(model_sha256="b" * 64, adapter_sha256=adapter)
+
+
+def test_a_result_with_long_answers_is_read(folder):
+    long = result(30, "tuned")
+    long["answers"][0]["answer"] = "x" * (17 << 20)
+    write_result(long, folder / "scores.json")
+    assert read_result(folder / "scores.json") == long
+    assert set(results_in(folder)) == {folder / "scores.json", folder / "scores-base.json"}
 
 
 def test_the_comparison_of_two_files(folder, monkeypatch, capsys):

@@ -72,7 +72,7 @@ def serving(fake: Fake) -> Iterator[str]:
             if fake.fault == "drops":
                 self.close_connection = True
             elif fake.fault == "stalls":
-                time.sleep(1.0)
+                time.sleep(4.0)
             elif fake.fault == "truncates":  # fewer bytes than announced
                 self.send(whole[:-9], len(whole))
                 self.close_connection = True
@@ -141,7 +141,7 @@ def evaluated(url: str, held: Path, out: Path, monkeypatch: pytest.MonkeyPatch) 
         "--out",
         str(out),
         "--timeout",
-        "0.5",
+        "2",  # long enough for an honest answer on a machine with much else to do
         "--concurrency",
         "4",
     ]
@@ -208,6 +208,47 @@ def test_equal_requests_are_sent_once_and_a_refusal_is_final(held, tmp_path, mon
             model.answers([Question("new", "s", ({"role": "user", "content": "What is 9?"},), "9")], 40, GREEDY)
     with pytest.raises(UserError, match="no whole answer in 2 attempts"):
         ServerModel(url, None, tmp_path / "kept", 1.0, 2, False)
+
+
+LIKELY = {"B": -0.1, "the": -2.5, "C": -3.0, " B": -3.5}
+"""What the server finds likeliest; A is not among it."""
+
+
+def letter_question(key: str) -> Question:
+    asked = ({"role": "user", "content": f"Which is {key}?"},)
+    return Question(key, "s", asked, "B", choices=("red", "green", "blue"))
+
+
+def test_letters_are_the_likeliest_first_tokens(tmp_path, monkeypatch):
+    """B and C as listed, A as unlikely as the last that is listed; asked once, kept, and refused by name."""
+    fake = Fake("honest")
+    listed = [{"token": token, "logprob": value} for token, value in LIKELY.items()]
+    given = {"logprobs": {"content": [{"top_logprobs": listed}]}}
+
+    def reply(*_: object) -> bytes:
+        choice = {"message": {"role": "assistant", "content": "B"}, "finish_reason": "length", **given}
+        return json.dumps({"choices": [choice]}).encode()
+
+    monkeypatch.setattr(fake, "reply", reply)
+    with serving(fake) as url:
+        model = ServerModel(url, None, tmp_path / "kept", 5.0, 2, thinking=True)
+        assert model.letters([letter_question("x"), letter_question("y")]) == [[-3.5, -0.1, -3.0]] * 2
+        body = json.loads(fake.bodies[0])
+        assert (body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (True, 20, 1)
+        assert body["chat_template_kwargs"] == {"enable_thinking": False}
+        again = ServerModel(url, None, tmp_path / "kept", 5.0, 2, thinking=False)
+        assert again.letters([letter_question("x")]) == [[-3.5, -0.1, -3.0]]
+        assert sum(fake.asked.values()) == 2
+        del listed[0]
+        del listed[1]
+        with pytest.raises(UserError, match="none of the letters of question z is among the 2 likeliest tokens"):
+            again.letters([letter_question("z")])
+        given.clear()
+        with pytest.raises(UserError, match=r"gives no log-probabilities .*; say --method generate"):
+            again.letters([letter_question("w")])
+    (tmp_path / "kept").write_text('{"key": "k", "text": "t"}\n')
+    with pytest.raises(UserError, match="finished is missing"), serving(fake) as url:
+        ServerModel(url, None, tmp_path / "kept", 5.0, 2, thinking=False)
 
 
 def test_tools_and_calls_are_sent_in_openais_form_and_plain_messages_as_they_are(tmp_path):

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from data_prep.sources.reasoning_gym import TODAY, reasoning_gym_rows
 from evaluation.evaluate import judge
 from evaluation.harness import main as harness_main
 from evaluation.judging.questions import load_questions
@@ -117,6 +118,29 @@ def test_reasoning_gym_judges_itself():
         assert judge(task, question, Written("", True, None)).outcome == "unparsed"
     with pytest.raises(UserError, match="did you mean 'chain_sum'"):
         load_task("reasoning-gym:chain_sums")
+
+
+def test_reasoning_gym_asks_and_judges_on_a_fixed_day(monkeypatch):
+    """time_intervals counts from today: its questions and verdicts are those of one day, and not of this one."""
+    from reasoning_gym.arithmetic import time_intervals
+
+    task, days = load_task("reasoning-gym:time_intervals"), []
+    today = time_intervals.date.today()
+    questions = list(task.make(20, 1))
+    create = time_intervals.TimeIntervalsDataset.score_answer
+    monkeypatch.setattr(
+        time_intervals.TimeIntervalsDataset,
+        "score_answer",
+        lambda *args, **named: days.append(time_intervals.date.today()) or create(*args, **named),
+    )
+    task = load_task("reasoning-gym:time_intervals")
+    for question in questions:
+        assert judge(task, question, Written(question.answer, True, None)).outcome == "right"
+    assert set(days) == {TODAY}
+    assert today != TODAY
+    assert [one.text for one in questions] == [
+        row["messages"][0]["content"] for row in reasoning_gym_rows("time_intervals", 20, 1)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import threading
 import time
 from collections.abc import Iterator
@@ -80,6 +81,17 @@ def test_a_redirect_is_told_and_not_followed(monkeypatch):
                     Server(url, 5)
                 assert keys == [f"Bearer {KEY}"]
     assert stolen == []
+
+
+def test_an_answer_of_fewer_bytes_than_were_announced_is_none():
+    def short(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "9")
+        handler.end_headers()
+        handler.wfile.write(b"half")
+
+    with serve(short) as (url, _), pytest.raises(http.client.IncompleteRead, match="4 bytes read, 5 more"):
+        ask(url, {}, None, 5)
 
 
 @pytest.mark.parametrize(
