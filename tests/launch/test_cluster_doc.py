@@ -79,7 +79,7 @@ def test_every_command_of_the_page_works_in_its_order(tmp_path):
         [str(number)] for number in range(1, 7)
     ]
     assert re.findall(r"^(\w+) +finished", looked, re.MULTILINE)[-6:] == list(NAMES)
-    assert "nothing wrong: vLLM and TensorRT-LLM read it" in have
+    assert "nothing wrong: vLLM, SGLang, TensorRT-LLM read it" in have
     assert re.search(r"of 12 right = ", have)
     assert "job 1: quantize" in again
     assert '"step": 3' in (tmp_path / "out" / "lora" / "metrics.jsonl").read_text()
