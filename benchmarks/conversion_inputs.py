@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.names import adaptable, adapter_shapes
 from conversion.checkpoint.output_folder import HF_KIND, unfinished_output
 from conversion.checkpoint.pieces import PIECE, in_parallel
 from conversion.checkpoint.plan import PREFIX
@@ -17,6 +16,7 @@ from conversion.checkpoint.torch_dist_writer import BACKENDS
 from nano3.arch import Arch
 from nano3.sealed_folder import seal
 from nano3.targets import PRESETS, select
+from nano3.tensor_names import adaptable, adapter_shapes
 
 RANK = 32
 """Of the adapters: NVIDIA's published recipe."""

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conversion.checkpoint.names import adaptable, adapter_shapes
 from conversion.checkpoint.output_folder import refuse_overlap
 from finetune import run_cluster, run_local
 from finetune.checks import check_run
@@ -29,6 +28,7 @@ from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError, check_output
 from nano3.mixture import is_mixture, read_mixture
 from nano3.overrides import apply_overrides, apply_values, flatten
+from nano3.tensor_names import adaptable, adapter_shapes
 
 GPUS_PER_NODE = 8
 MOST_RANKS = 65_536

@@ -24,7 +24,6 @@ from conversion.adapters.peft_names import CONFIG as PEFT_CONFIG
 from conversion.certificates.certificate import folder_sha256, norm_ratio
 from conversion.certificates.certificate_json import BALANCE
 from conversion.checkpoint.model_folder import ModelFolder, RowFolder
-from conversion.checkpoint.names import VOCABULARY_KEYS, adaptable, adapter_key, adapter_shapes
 from conversion.checkpoint.output_folder import WEIGHTS
 from conversion.checkpoint.pieces import STEP_BYTES, row_steps
 from conversion.checkpoint.safetensors_layout import check_tensors, torch_dtype
@@ -32,6 +31,7 @@ from conversion.checkpoint.torch_dist import RowReader, TorchDistReader
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.digest import combine, layer_digest
+from nano3.tensor_names import VOCABULARY_KEYS, adaptable, adapter_key, adapter_shapes
 
 CERTIFIED = ("rank", "alpha", "targets", "experts", "rslora", "dora")
 """Settings of an adapter that its merge's certificate names."""

@@ -16,9 +16,9 @@ import torch
 from conversion.adapters.adapter_folder import Adapter
 from conversion.adapters.peft_file import MAGNITUDE, A, B
 from conversion.adapters.peft_names import PARAMETERS, Part, fused_name, key, module_name, parts
-from conversion.checkpoint.names import Linear
 from conversion.checkpoint.safetensors_layout import torch_dtype
 from nano3.targets import EMBEDDING
+from nano3.tensor_names import Linear
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,12 @@ from conversion.adapters.peft_names import (
     parts,
     tensor_name,
 )
-from conversion.checkpoint.names import Linear, adaptable
 from conversion.checkpoint.safetensors_layout import PLAIN_BYTES, some
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.documents import parse_json
 from nano3.targets import EMBEDDING
+from nano3.tensor_names import Linear, adaptable
 
 A, B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<kind>{'|'.join(KINDS)})(\.weight)?")

@@ -16,11 +16,11 @@ import torch
 from conversion.adapters.lora_json import LoraInfo, describe, parse_lora_json
 from conversion.adapters.peft_file import MAGNITUDE, A, B, Module, PeftFile
 from conversion.adapters.peft_names import CONFIG, WEIGHTS, parts
-from conversion.checkpoint.names import adapter_key, adapter_shapes
 from conversion.checkpoint.torch_dist import RowReader
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.sealed_folder import check_seal
+from nano3.tensor_names import adapter_key, adapter_shapes
 
 _KINDS = {"linear_in": A, "linear_out": B, "magnitude": MAGNITUDE}
 

@@ -20,10 +20,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from conversion.adapters.lora_json import LoraInfo
-from conversion.checkpoint.names import Linear
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.targets import EMBEDDING, Size, is_routed
+from nano3.tensor_names import Linear
 
 CONSUMERS = ("peft", "peft-legacy", "vllm")
 PREFIX = "base_model.model."

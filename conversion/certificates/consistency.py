@@ -22,11 +22,11 @@ from conversion.certificates.certificate_json import (
     said,
     sealed,
 )
-from conversion.checkpoint.names import adaptable
 from conversion.checkpoint.safetensors_layout import some
 from conversion.checkpoint.tensor_digests import content_hash
 from conversion.fp8.selection import KV_SCALES, SCALES
 from nano3.arch import Arch
+from nano3.tensor_names import adaptable
 
 ROUTER = (".gate.weight", ".gate.e_score_correction_bias")
 

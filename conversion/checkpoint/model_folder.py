@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conversion.checkpoint.names import VOCABULARY_KEYS, MegatronTensor, RowBlock, megatron_tensors
 from conversion.checkpoint.output_folder import CARD, CERTIFICATE, LAYOUT, SIDE, WEIGHTS
 from conversion.checkpoint.pieces import read_exactly
 from conversion.checkpoint.plan import PREFIX
@@ -22,6 +21,7 @@ from nano3.cli import UserError
 from nano3.documents import read_bytes
 from nano3.hf_config import FP8_ACTIVATIONS, read_config
 from nano3.sealed_folder import MARKER, SEAL, check_seal, require_inside
+from nano3.tensor_names import VOCABULARY_KEYS, MegatronTensor, RowBlock, megatron_tensors
 
 if TYPE_CHECKING:
     from typing import Self

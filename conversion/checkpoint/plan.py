@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from conversion.checkpoint.names import OUTPUT, VOCABULARY_KEYS, MegatronTensor, extra_state_keys, megatron_tensors
 from conversion.checkpoint.pieces import row_steps
 from conversion.checkpoint.safetensors_layout import ITEM_BYTES
 from nano3.arch import Arch, padded_vocab_size
 from nano3.cli import UserError
+from nano3.tensor_names import OUTPUT, VOCABULARY_KEYS, MegatronTensor, extra_state_keys, megatron_tensors
 
 PREFIX = "module."
 """What NeMo and Megatron put before the keys of the model itself."""

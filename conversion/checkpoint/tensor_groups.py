@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from conversion.checkpoint.names import MegatronTensor, RowBlock
 from conversion.checkpoint.plan import Planned
+from nano3.tensor_names import MegatronTensor, RowBlock
 
 
 @dataclass(frozen=True)

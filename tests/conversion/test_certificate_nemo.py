@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from conversion.certificates.certificate import Claim, write_certificate
 from conversion.certify import verify
 from conversion.checkpoint.model_folder import HFFolder, NemoFolder
-from conversion.checkpoint.names import VOCABULARY_KEYS
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
 from conversion.hf_to_nemo import convert
+from nano3.tensor_names import VOCABULARY_KEYS
 from tests.conversion.test_certificate import BIAS, ROUTER, Tensors, nudge, swap
 from tests.helpers.tiny import tiny_hf_folder
 

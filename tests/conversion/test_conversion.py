@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from conversion import hf_to_nemo, nemo_to_hf
 from conversion.checkpoint import pieces
-from conversion.checkpoint.names import RowBlock, linears, megatron_tensors
 from conversion.checkpoint.output_folder import CARD, CERTIFICATE
 from conversion.checkpoint.plan import make_plan
 from conversion.checkpoint.safetensors_layout import INDEX, OLD_EMBEDDING, FileLayout
@@ -24,6 +23,7 @@ from conversion.checkpoint.torch_dist import TorchDistReader
 from nano3.arch import PRESETS, Arch
 from nano3.cli import UserError
 from nano3.sealed_folder import MARKER, SEAL, seal
+from nano3.tensor_names import RowBlock, linears, megatron_tensors
 from tests.helpers.rank_server import done_by, server
 from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
 

@@ -13,7 +13,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from conversion.checkpoint.names import adaptable, adapter_shapes
 from conversion.checkpoint.torch_dist_writer import BACKENDS
 from conversion.merge_lora import merge
 from nano3.arch import Arch
@@ -21,6 +20,7 @@ from nano3.cli import UserError
 from nano3.digest import combine, layer_digest
 from nano3.sealed_folder import seal
 from nano3.targets import PRESETS, select, sizes
+from nano3.tensor_names import adaptable, adapter_shapes
 from tests.conversion.test_conversion import tree, truncate
 from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
 

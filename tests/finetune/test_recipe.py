@@ -182,9 +182,9 @@ def test_a_base_that_was_imported_before_is_taken_and_another_refused(tmp_path):
 
 
 def test_the_targets_are_the_linear_layers_of_the_name_map():
-    from conversion.checkpoint.names import linears
     from nano3.arch import Arch, resolve_model
     from nano3.targets import VOCABULARY, adaptable_modules
+    from nano3.tensor_names import linears
 
     arch = Arch.load(resolve_model("nano"))
     mapped = {f"decoder.layers.{n}.{linear.module}" for n in range(len(arch.layers)) for linear in linears(arch, n)}

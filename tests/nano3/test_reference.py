@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conversion.checkpoint.names import Linear, adaptable, adapter_shapes, megatron_tensors
 from evaluation.hf_model import load_reference
 from nano3.parity.case import ALPHA, RANK, Case
 from nano3.targets import PRESETS, select
+from nano3.tensor_names import Linear, adaptable, adapter_shapes, megatron_tensors
 from tests.helpers.probes import made_by
 from tests.helpers.tiny import TINY_CONFIG
 
