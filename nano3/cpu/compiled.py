@@ -33,7 +33,16 @@ class _NoAlias(Compiler):
 
 def loops(function: Callable[..., Any]) -> Any:
     """Compiles a nest of loops. No array may be given twice."""
-    compiled = numba.njit(pipeline_class=_NoAlias, fastmath=FAST, error_model="numpy", nogil=True)(function)
+    return _compiled(function, FAST)
+
+
+def exact_loops(function: Callable[..., Any]) -> Any:
+    """The same with every operation rounded as it is written, where bits must be those of another program."""
+    return _compiled(function, False)
+
+
+def _compiled(function: Callable[..., Any], fastmath: set[str] | bool) -> Any:
+    compiled = numba.njit(pipeline_class=_NoAlias, fastmath=fastmath, error_model="numpy", nogil=True)(function)
     # Neither the folder of the source nor Numba's own can be written: then every process compiles for itself.
     with contextlib.suppress(RuntimeError):
         compiled.enable_caching()
