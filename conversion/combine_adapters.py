@@ -37,12 +37,12 @@ from conversion.adapters.lora_json import describe
 from conversion.adapters.peft_names import parts
 from conversion.certificates.certificate import folder_sha256
 from conversion.checkpoint.model_folder import HFFolder
-from conversion.checkpoint.names import Linear, adaptable, adapter_key, adapter_shapes
 from conversion.checkpoint.output_folder import progress, refuse_overlap
 from conversion.checkpoint.pieces import in_parallel
 from conversion.identity import remembered_hash
 from nano3.arch import resolve_model
 from nano3.targets import is_routed
+from nano3.tensor_names import Linear, adaptable, adapter_key, adapter_shapes
 
 
 @dataclass(frozen=True)

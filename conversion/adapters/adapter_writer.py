@@ -17,7 +17,7 @@ KIND = "lora-adapter"
 
 
 def write_adapter(out: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-    """Writes `tensors`, by the keys of `conversion/checkpoint/names.py`, and `facts` as lora.json; seals the folder.
+    """Writes `tensors`, by the keys of `nano3/tensor_names.py`, and `facts` as lora.json; seals the folder.
 
     Raises `UserError` when the disk is too small, or `out` is somebody else's.
     """
