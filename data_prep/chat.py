@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nano3.cli import UserError
-from nano3.conversations import CONTROL_TOKENS, Message
+from nano3.conversations import AFTER_REASONING, CONTROL_TOKENS, Message
 
 TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
 """The same format as a Jinja template for `tokenizer_config.json`."""
@@ -240,7 +240,7 @@ def _assistant(message: Message, past: bool) -> tuple[str, str]:
     calls = message.get("tool_calls", ())
     reasoning = message.get("reasoning_content")
     if reasoning and not past:
-        prompt, written = PROMPT_THINKING, f"{reasoning}\n</think>\n{answer}"
+        prompt, written = PROMPT_THINKING, f"{reasoning}{AFTER_REASONING}{answer}"
     else:
         # The newline that stood between </think> and the answer survives the cut, except before tool calls.
         prompt, written = PROMPT_ANSWERING, "\n" + answer if reasoning else answer

@@ -4,6 +4,7 @@
     python data_prep/generate.py --task number_sorting --size 9000 --seed 2 --out train.jsonl --exclude held.jsonl \
         max_numbers=5
     python data_prep/generate.py --task challenge/bits --size 1000 --seed 1 --out bits.jsonl level=2
+    python data_prep/generate.py --task steps/lists --size 9000 --seed 2 --out traces.jsonl injected=0.5
 
 No question occurs twice in the file, and with `--exclude` none that is, or nearly is, in the named files.
 """
@@ -29,6 +30,8 @@ from data_prep.chat_rows import read_conversations
 from data_prep.overlap import HeldOut, distinct_new
 from data_prep.puzzles.kinds import KINDS, PREFIX, puzzle_rows
 from data_prep.sources.reasoning_gym import reasoning_gym_rows
+from data_prep.steps.rows import SOURCE as STEPS_SOURCE
+from data_prep.steps.rows import step_rows
 from nano3.documents import parse_json
 from nano3.rows import write_rows
 
@@ -71,7 +74,11 @@ def fresh_rows(
 
 
 def _rows(task: str, size: int, seed: int, params: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """`size` rows, not necessarily distinct: puzzles for `challenge/KIND`, else reasoning-gym's."""
+    """`size` rows, not necessarily distinct: of a puzzle kind, of step-aware traces, or of reasoning-gym."""
+    if task == STEPS_SOURCE:
+        if unknown := set(params) - {"steps", "injected"}:
+            raise UserError(f"{task} has no parameter {unknown.pop()!r}; it has steps, 2 to 4, and injected, 0 to 1")
+        return step_rows(size, seed, **params)
     if not task.startswith(PREFIX):
         return reasoning_gym_rows(task, size, seed, **params)
     if unknown := set(params) - {"level"}:
@@ -86,7 +93,9 @@ def main() -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     names = ", ".join(KINDS)
-    parser.add_argument("--task", required=True, help=f"a reasoning-gym task, or {PREFIX} and one of {names}")
+    parser.add_argument(
+        "--task", required=True, help=f"a reasoning-gym task, {STEPS_SOURCE}, or {PREFIX} and one of {names}"
+    )
     parser.add_argument("--size", required=True, type=int, help="number of rows")
     parser.add_argument("--seed", default=1, type=int, help="rows are the same for the same task, seed and parameters")
     parser.add_argument("--out", required=True, type=Path, help="JSONL file to write, replaced when it exists")

@@ -32,6 +32,9 @@ CONTROL_TOKENS = {
 }
 """The tokens that the chat format is made of, with their ids in Nemotron-3-Nano's tokenizer and in pico's."""
 
+AFTER_REASONING = "\n</think>\n"
+"""What the format puts between the reasoning of a turn and its answer."""
+
 LARGEST_WEIGHT = 1e6
 """Of the loss; larger ones are mistakes, and squared they would leave FP32."""
 LARGEST_STAGE = 255

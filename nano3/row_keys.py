@@ -10,7 +10,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-FACTS = ("id", "source", "weight", "subject", "level", "split", "answer", "choices", "terms", "evaluation_only")
+FACTS = (
+    "id",
+    "source",
+    "weight",
+    "subject",
+    "level",
+    "split",
+    "answer",
+    "choices",
+    "terms",
+    "evaluation_only",
+    "trace",
+)
 """What a chat row may say beside its conversation."""
 
 HARMLESS = {

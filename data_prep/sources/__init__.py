@@ -8,6 +8,7 @@ from data_prep.sources.source import Source
 SOURCES: tuple[Source, ...] = (
     medmcqa.SOURCE,
     gsm8k.SOURCE,
+    gsm8k.STEPS,
     math.SOURCE,
     svamp.SOURCE,
     logiqa.LOGIQA,

@@ -38,7 +38,7 @@ INSIDE = {
     "conversion": ("checkpoint", "fp8", "certificates", "adapters", "files"),
     "launch": ("plan", "slurm", "chain", "files"),
     "evaluation": ("judging", "tasks", "files"),
-    "data_prep": ("forms", "sources", "puzzles", "files"),
+    "data_prep": ("forms", "steps", "sources", "puzzles", "files"),
 }
 """Package -> the packages inside it, and its own files: each imports only from what stands before it."""
 NEMO_ALLOWED = {"finetune", "recipes", "nano3"}

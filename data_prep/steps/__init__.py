@@ -1,0 +1,1 @@
+"""Step-aware traces: problems as graphs of typed steps, and the text of a solution in four parts."""
