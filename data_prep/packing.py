@@ -184,9 +184,9 @@ class PackedDataset:
 
         `tokens` and `labels` (S,) int64, `loss_mask` (S,) float32 (a token's weight in the loss, 0 or 1 without
         weights), `position_ids` (S,) int64 from 0 in every segment, `source` (S,) int32 (a number in
-        `store.source_names`), `cu_seqlens` (segments + 1,) int32 from 0 to S. A segment is a document with its padding;
-        the room that is left at the end is a segment of its own. Padding is token 0 with loss mask 0 and source
-        `PADDING`.
+        `store.source_names`), `stage` (S,) uint8 of the label, `cu_seqlens` (segments + 1,) int32 from 0 to S. A
+        segment is a document with its padding; the space that is left at the end is a segment of its own. Padding is
+        token 0 with loss mask 0 and source `PADDING`.
         """
         return self._sequence(self.documents(number))
 
@@ -211,7 +211,7 @@ class PackedDataset:
         ends, source = segments.cumsum(), places.repeat(segments)
         position_ids = np.arange(length)
         position_ids -= (ends - segments).repeat(segments)
-        runs, weights = self.store.runs(starts.tolist(), stops.tolist())
+        runs, weights, stages = self.store.runs(starts.tolist(), stops.tolist())
         gaps = (segments[:-1] - sizes).tolist() if multiple > 1 else []
         tokens = _laid_out([run[:-1] for run in runs], gaps, length, np.int64)
         # A label is the token behind; behind a document's last token that is one which the sequence does not hold.
@@ -227,6 +227,7 @@ class PackedDataset:
             "loss_mask": _laid_out([run[1:] for run in weights], gaps, length, np.float32),
             "position_ids": position_ids,
             "source": source,
+            "stage": _laid_out([run[1:] for run in stages], gaps, length, np.uint8),
             "cu_seqlens": np.array([0, *ends[segments > 0].tolist()], dtype=np.int32),
         }
 

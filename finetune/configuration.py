@@ -36,6 +36,7 @@ from nano3.pipeline_parallel import pipeline_kwargs
 from nano3.router import RouterGuard
 from nano3.training.initial_adapter import InitialAdapter
 from nano3.training.schedule import Schedule
+from nano3.training.stage_weighting import StageWeighting
 from nano3.training.supervised import Supervision
 from nano3.training.validation import Validation
 
@@ -108,6 +109,7 @@ def _trainer(run: Run) -> nemo_run.Config:
             _checkpoints(run),
             nemo_run.Config(Supervision, stuck_minutes=run.settings.supervision.stuck_minutes),
             *_initial(run),
+            *_stages(run),
             nemo_run.Config(RouterGuard, router=run.settings.router),
             nemo_run.Config(AdapterLiveness),
             nemo_run.Config(SaveAdapter, out=str(out / "adapter"), facts=lora_json(run), base=run.base),
@@ -137,6 +139,13 @@ def _trainer(run: Run) -> nemo_run.Config:
 def _initial(run: Run) -> list[nemo_run.Config]:
     folder = run.settings.lora.init_from
     return [nemo_run.Config(InitialAdapter, folder=folder, facts=lora_json(run), base=run.base)] if folder else []
+
+
+def _stages(run: Run) -> list[nemo_run.Config]:
+    stages = run.settings.stages
+    exponent = stages.exponent if stages.weights == "dynamic" else 0.0
+    weighed = stages.weights != "uniform"
+    return [nemo_run.Config(StageWeighting, fixed=stages.fixed, exponent=exponent)] if weighed else []
 
 
 def _checkpoints(run: Run) -> nemo_run.Config:

@@ -94,6 +94,31 @@ class LogSettings:
 
 
 @dataclass
+class StageSettings:
+    """Weight of each stage of a turn in the training loss; the data say the stages, by `spans`."""
+
+    weights: Literal["uniform", "fixed", "dynamic"] = "uniform"
+    """All 1; or as the next five say; or these times what follows from each stage's share of wrong tokens."""
+    understand: Annotated[float, Range(0, 100)] = 1.0
+    """Weight of stage 1."""
+    plan: Annotated[float, Range(0, 100)] = 1.0
+    """Weight of stage 2."""
+    execute: Annotated[float, Range(0, 100)] = 1.0
+    """Weight of stage 3."""
+    verify: Annotated[float, Range(0, 100)] = 1.0
+    """Weight of stage 4."""
+    answer: Annotated[float, Range(0, 100)] = 1.0
+    """Weight of stage 5."""
+    exponent: Annotated[float, Range(0, 1, above=True)] = 0.5
+    """How far dynamic weights follow the share of wrong tokens."""
+
+    @property
+    def fixed(self) -> list[float]:
+        """The given weights of stages 1 to 5."""
+        return [self.understand, self.plan, self.execute, self.verify, self.answer]
+
+
+@dataclass
 class SupervisionSettings:
     """When a run that hangs is ended, and who is called slow. All of it may change when a run resumes."""
 
@@ -114,6 +139,7 @@ class Settings:
     train: TrainSettings = field(default_factory=TrainSettings)
     router: Literal["frozen", "balance"] = "frozen"
     """Weight and correction bias stay, verified by hash; or `balance`: the bias keeps moving towards equal load."""
+    stages: StageSettings = field(default_factory=StageSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
     supervision: SupervisionSettings = field(default_factory=SupervisionSettings)

@@ -2,9 +2,9 @@
 
     loss = sum of weight * token loss / sum of weights,   over all packs of the step, of all ranks
 
-A token's weight is its `loss_mask`. Every micro batch adds its sums to one small table with a row per source of the
-data; the table is reduced once per step, and all logged losses come from it. Gradients are sums too, divided by the
-same sum of weights.
+A token's weight is its `loss_mask`, in training times that of its stage where stages have weights. Every micro batch
+adds its sums to one small table with a row per source of the data; the table is reduced once per step, and all logged
+losses come from it. Gradients are sums too, divided by the same sum of weights.
 
 Call `nano3.cpu.enable()` before importing this module where there may be no GPU.
 """
@@ -22,6 +22,8 @@ from megatron.core.models.mamba import MambaModel
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import nn
 
+from nano3.stage_weights import NAMES, StageWeights
+
 LOSS, WEIGHT, CORRECT, TOKENS = range(4)
 """Columns of the table: weighted loss, weights, supervised tokens predicted right (validation), supervised tokens."""
 
@@ -32,36 +34,52 @@ class TokenLoss(MegatronLossReduction):
     Args:
         sources: rows of the table; `source` of a batch numbers them, and is negative for padding.
         validation: whether sums go on over many steps, and count the tokens predicted right.
+        stages: weights by stage, of a batch with `stage`; their own rows stand behind those of the sources.
     """
 
-    def __init__(self, sources: int, validation: bool) -> None:
+    def __init__(self, sources: int, validation: bool, stages: StageWeights | None = None) -> None:
         super().__init__()
-        self.validation = validation
-        self.sums = torch.zeros(sources, 4, dtype=torch.float64)
-        self.reduced = self.sums
+        self.validation, self.sources, self.stages = validation, sources, stages
+        self.sums = torch.zeros(sources + (len(NAMES) if stages else 0), 4, dtype=torch.float64)
+        self.reduced = self.by_stage = self.sums
 
     def forward(self, batch: Any, forward_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Losses (1, s) -> their weighted sum, the number of supervised tokens, and nothing more to keep.
 
         Megatron-Core adds the numbers of tokens up as integers; `WeightedFinish` divides by the weights instead.
         """
-        weights, losses = batch["loss_mask"].view(-1).float(), forward_out.view(-1).float()
-        loss, supervised = losses * weights, weights > 0
-        correct = batch["correct"].view(-1) & supervised if self.validation else torch.zeros_like(supervised)
-        columns = torch.stack([loss.detach().double(), weights.double(), correct.double(), supervised.double()], 1)
+        losses = forward_out.view(-1)  # FP32, also of a BF16 model
+        weights = batch["loss_mask"].view(-1).to(losses)
+        supervised = weights > 0
+        correct = batch["correct"].view(-1) & supervised if "correct" in batch else torch.zeros_like(supervised)
         self.sums = self.sums.to(losses.device)
-        self.sums.index_add_(0, batch["source"].view(-1).clamp(min=0), columns)
-        return loss.sum(), supervised.sum().int(), {}
+        if self.stages is not None:
+            stage = batch["stage"].view(-1).long().clamp(max=len(NAMES) - 1)
+            self._add(self.sources + stage, losses, weights, correct, supervised)
+            weights = weights * self.stages.weights.to(weights)[stage]
+        self._add(batch["source"].view(-1).clamp(min=0), losses, weights, correct, supervised)
+        return (losses * weights).sum(), supervised.sum().int(), {}
+
+    def _add(self, rows: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor, *counts: torch.Tensor) -> None:
+        """Adds every token (n,) to its row: its weighted loss, its weight, and what else is counted of it."""
+        columns = [(losses * weights).detach(), weights, *counts]
+        self.sums.index_add_(0, rows, torch.stack([column.double() for column in columns], 1))
 
     def finish(self) -> torch.Tensor:
-        """The table over all ranks, (sources, 4) float64; starts a new one. Every rank must call it."""
-        self.reduced, self.sums = self.sums.cuda(), torch.zeros_like(self.sums)
+        """The table over all ranks, (sources, 4) float64; starts a new one. Every rank must call it.
+
+        `by_stage` is that of the stages, (7, 4), with the weights of the data alone; their weights move by it.
+        """
+        table, self.sums = self.sums.cuda(), torch.zeros_like(self.sums)
         for group in (
             parallel_state.get_data_parallel_group(with_context_parallel=True),
             parallel_state.get_pipeline_model_parallel_group(),  # all but the last stage add nothing
         ):
             if dist.get_world_size(group) > 1:
-                dist.all_reduce(self.reduced, group=group)
+                dist.all_reduce(table, group=group)
+        self.reduced, self.by_stage = table[: self.sources], table[self.sources :]
+        if self.stages is not None:
+            self.stages.update(self.by_stage[:, TOKENS], self.by_stage[:, CORRECT])
         return self.reduced
 
     def reduce(self, losses_reduced_per_micro_batch: Any) -> torch.Tensor:
@@ -102,21 +120,29 @@ class WeightedFinish:
         self.finalize, self.loss, self.report = finalize, loss, report
 
     def __call__(self, model: list[nn.Module], num_tokens: torch.Tensor, **groups: Any) -> None:
-        weights = self.loss.sums[:, WEIGHT].sum().to(num_tokens.device)  # of this rank: the callee adds the ranks up
+        # Of this rank: the callee adds the ranks up.
+        weights = self.loss.sums[: self.loss.sources, WEIGHT].sum().to(num_tokens.device)
         self.report(self.loss.finish())
         self.finalize(model, weights, **groups)
 
 
 def record_verdicts(model: MambaModel) -> None:
-    """Makes the model keep, while it is evaluated, which labels it predicts: `model.correct`, (1, s) bool.
+    """Makes the model keep which labels it predicts: `model.correct`, (1, s) bool.
 
-    The logits exist only between output layer and loss, and under tensor parallelism no rank has them all.
+    It does so while it is evaluated, and in training where `model.judge_training` is set. The logits exist only between
+    output layer and loss, and under tensor parallelism no rank has them all.
     """
+    model.judge_training = False
     model.compute_language_model_loss = partial(_judge_first, model, model.compute_language_model_loss)
 
 
+def judges(model: Any) -> bool:
+    """Whether the model's next pass tells which labels it predicts."""
+    return not model.training or model.judge_training
+
+
 def _judge_first(model: Any, loss: Callable, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    if not model.training:
+    if judges(model):
         model.correct = predicted_right(labels, logits, model.pg_collection.tp)  # now: the loss overwrites the logits
     return loss(labels, logits)
 

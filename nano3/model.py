@@ -27,9 +27,10 @@ from nano3.arch import Arch  # noqa: E402
 from nano3.context_parallel import cut_batch  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
 from nano3.etp_replicas import then_equal_copies  # noqa: E402
-from nano3.loss import TokenLoss, WeightedFinish, accuracy, mean_loss, mean_losses, record_verdicts  # noqa: E402
+from nano3.loss import TokenLoss, WeightedFinish, accuracy, judges, mean_loss, mean_losses, record_verdicts  # noqa: E402
 from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
 from nano3.router import BALANCE_RATE, count_documents_only  # noqa: E402
+from nano3.stage_weights import NAMES, StageWeights  # noqa: E402
 
 compat.install()
 checkpoint_metadata.guard()
@@ -43,8 +44,8 @@ the others are in our rows already. Each costs Lightning half a millisecond a st
 def packed_data_step(dataloader_iter: Iterator) -> Batch:
     """Takes one packed micro batch; every pipeline stage gets the document boundaries.
 
-    Returns tensors on the current device: tokens, labels, loss_mask, position_ids, source (1, s / cp), this rank's
-    share of every document; cu_seqlens (documents + 1,) of the whole pack and the host integer max_seqlen.
+    Returns tensors on the current device: tokens, labels, loss_mask, position_ids, source, stage (1, s / cp), this
+    rank's share of every document; cu_seqlens (documents + 1,) of the whole pack and the host integer max_seqlen.
     """
     item = next(dataloader_iter)
     batch = cut_batch(
@@ -58,7 +59,7 @@ def packed_data_step(dataloader_iter: Iterator) -> Batch:
 def packed_forward_step(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Per-token losses (1, s) on the last pipeline stage, hidden states on the others.
 
-    While the model is evaluated, the last stage's batch gets `correct`, (1, s) bool.
+    Where the model judges its labels (`nano3.loss.judges`), the last stage's batch gets `correct`, (1, s) bool.
     """
     core = next(module for module in model.modules() if isinstance(module, MambaModel))
     balanced = core.config.moe_router_bias_update_rate > 0
@@ -70,7 +71,7 @@ def packed_forward_step(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         packed_seq_params=packed_seq_params(batch, core.config.context_parallel_size),
         **({"padding_mask": batch["source"] < 0} if balanced else {}),
     )
-    if core.post_process and not core.training:
+    if core.post_process and judges(core):
         batch["correct"] = core.correct
     return output
 
@@ -112,11 +113,15 @@ class Nano3Model(GPTModel):
     The trainer's data module says which sources the data has: `train_sources` and `validation_sources`, lists of names.
     """
 
+    stage_weights: StageWeights | None = None
+    """Weights by stage in the training loss, where a callback sets them (`nano3/training/stage_weighting.py`)."""
+
     @property
     def training_loss_reduction(self) -> TokenLoss:
         """Our loss in place of NeMo's."""
         if self._training_loss_reduction is None:  # type: ignore[has-type]  # GPTModel.__init__ sets it
-            self._training_loss_reduction = TokenLoss(len(self.trainer.datamodule.train_sources), validation=False)
+            sources = len(self.trainer.datamodule.train_sources)
+            self._training_loss_reduction = TokenLoss(sources, validation=False, stages=self.stage_weights)
         return self._training_loss_reduction
 
     @property
@@ -136,6 +141,8 @@ class Nano3Model(GPTModel):
         """Puts `WeightedFinish` before the function that NeMo gave the model when the first epoch started."""
         finalize = self.config.finalize_model_grads_func
         if not isinstance(finalize, WeightedFinish):
+            if self.stage_weights is not None and self.stage_weights.dynamic:
+                next(part for part in self.modules() if isinstance(part, MambaModel)).judge_training = True
             loss = self.training_loss_reduction
             self.config.finalize_model_grads_func = WeightedFinish(then_equal_copies(finalize), loss, self._log_sources)
 
@@ -143,6 +150,11 @@ class Nano3Model(GPTModel):
         """Logs `loss/SOURCE`; NaN for a source that the global batch has nothing of."""
         for name, loss in zip(self.trainer.datamodule.train_sources, mean_losses(table), strict=True):
             self.log(f"loss/{name}", loss, batch_size=1)
+        if self.stage_weights is not None:
+            losses, values = mean_losses(self.training_loss_reduction.by_stage), self.stage_weights.weights.tolist()
+            for name, loss, weight in zip(NAMES, losses, values, strict=True):
+                self.log(f"stage_loss/{name}", loss, batch_size=1)
+                self.log(f"stage_weight/{name}", weight, batch_size=1)
 
     def on_validation_epoch_end(self) -> None:
         """Logs `validation_loss`, `validation_accuracy` and `validation_loss/SOURCE`, over the whole set."""

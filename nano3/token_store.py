@@ -207,28 +207,33 @@ class TokenStore:
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
         return self.tokens[start:end], self.weights[self.loss_mask[start:end]]
 
-    def runs(self, starts: Sequence[int], stops: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Tokens and loss weights from each start to its stop, as views where they need no conversion."""
+    def runs(
+        self, starts: Sequence[int], stops: Sequence[int]
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        """Tokens, loss weights and stages from each start to its stop, as views where they need no conversion."""
         tokens = [self.tokens[start:stop] for start, stop in zip(starts, stops, strict=True)]
         numbers = [self.loss_mask[start:stop] for start, stop in zip(starts, stops, strict=True)]
-        return tokens, [self.weights[run] for run in numbers] if self.weighted else numbers
+        stages = [self._stages[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        return tokens, [self.weights[run] for run in numbers] if self.weighted else numbers, stages
 
     def stages(self, number: int) -> np.ndarray:
         """The stage of each token of a document, (n,) uint8; all 0 in a store of version 2."""
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
-        return self._stages[start:end] if "stages.bin" in self.manifest["files"] else np.zeros(end - start, np.uint8)
+        return self._stages[start:end]
 
     def stage_counts(self) -> np.ndarray:
         """Tokens of each stage, (256,) int64; reads the whole file, a few megabytes at a time."""
         counts = np.zeros(256, dtype=np.int64)
-        if "stages.bin" in self.manifest["files"]:
-            for start in range(0, len(self._stages), 1 << 22):
-                counts += np.bincount(self._stages[start : start + (1 << 22)], minlength=256)
+        for start in range(0, len(self._stages), 1 << 22):
+            counts += np.bincount(self._stages[start : start + (1 << 22)], minlength=256)
         return counts
 
     @cached_property
     def _stages(self) -> np.ndarray:
-        return self._map("stages.bin")
+        """Of every token, (tokens,) uint8; zeros, which take no memory, in a store of version 2."""
+        if "stages.bin" in self.manifest["files"]:
+            return self._map("stages.bin")
+        return np.broadcast_to(np.zeros(1, np.uint8), len(self.tokens))
 
     def check_tokenizer(self, folder: Path | str, opened: Tokenizer | None = None) -> None:
         """Refuses a tokenizer (of the model that is to be trained, say) other than the one that made the store.

@@ -16,7 +16,7 @@ from nano3.training.journal import Journal, Row, View
 
 TIMED_STEPS = 2
 """Steps from which the time of the run is told; the first step of a process compiles and is left out."""
-FORWARDED = ("loss/", "router_")
+FORWARDED = ("loss/", "router_", "stage_")
 """Beginnings of metrics that others log every step; those of validation begin with `validation_`."""
 
 
