@@ -141,6 +141,9 @@ class PackedDataset:
     or `repack.py` has made. Raises `UserError` when it is missing, truncated or made for another store.
     """
 
+    with_stages = False
+    """Whether sequences have the stages of their labels; few runs look at them."""
+
     def __init__(
         self, folder: Path | str, seq_length: int, pad_multiple: int = 1, curriculum: Curriculum | None = None
     ) -> None:
@@ -184,9 +187,9 @@ class PackedDataset:
 
         `tokens` and `labels` (S,) int64, `loss_mask` (S,) float32 (a token's weight in the loss, 0 or 1 without
         weights), `position_ids` (S,) int64 from 0 in every segment, `source` (S,) int32 (a number in
-        `store.source_names`), `stage` (S,) uint8 of the label, `cu_seqlens` (segments + 1,) int32 from 0 to S. A
-        segment is a document with its padding; the space that is left at the end is a segment of its own. Padding is
-        token 0 with loss mask 0 and source `PADDING`.
+        `store.source_names`), `cu_seqlens` (segments + 1,) int32 from 0 to S, and `with_stages` the label's `stage`
+        (S,) uint8. A segment is a document with its padding; the space that is left at the end is a segment of its
+        own. Padding is token 0 with loss mask 0 and source `PADDING`.
         """
         return self._sequence(self.documents(number))
 
@@ -211,7 +214,7 @@ class PackedDataset:
         ends, source = segments.cumsum(), places.repeat(segments)
         position_ids = np.arange(length)
         position_ids -= (ends - segments).repeat(segments)
-        runs, weights, stages = self.store.runs(starts.tolist(), stops.tolist())
+        runs, weights = self.store.runs(starts.tolist(), stops.tolist())
         gaps = (segments[:-1] - sizes).tolist() if multiple > 1 else []
         tokens = _laid_out([run[:-1] for run in runs], gaps, length, np.int64)
         # A label is the token behind; behind a document's last token that is one which the sequence does not hold.
@@ -221,15 +224,18 @@ class PackedDataset:
         labels[(ends - segments)[:-1] + sizes - 1] = [run[-1] for run in runs]
         for end, gap in zip(ends.tolist(), gaps, strict=False):
             source[end - gap : end] = PADDING
-        return {
+        sequence = {
             "tokens": tokens,
             "labels": labels,
             "loss_mask": _laid_out([run[1:] for run in weights], gaps, length, np.float32),
             "position_ids": position_ids,
             "source": source,
-            "stage": _laid_out([run[1:] for run in stages], gaps, length, np.uint8),
             "cu_seqlens": np.array([0, *ends[segments > 0].tolist()], dtype=np.int32),
         }
+        if self.with_stages:
+            stages = [self.store.stages(int(document))[1:] for document in documents]
+            sequence["stage"] = _laid_out(stages, gaps, length, np.uint8)
+        return sequence
 
 
 def _laid_out(runs: Sequence[np.ndarray], gaps: Sequence[int], length: int, dtype: Any) -> np.ndarray:

@@ -72,6 +72,7 @@ def lora_recipe(run: Run) -> nemo_run.Partial:
             global_batch=train.global_batch,
             steps=train.total_steps,
             seed=train.seed,
+            stages=run.settings.stages.weights != "uniform",
         ),
         trainer=_trainer(run),
         log=_log(run),

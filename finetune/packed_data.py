@@ -93,6 +93,7 @@ class PackedDataModule(pl.LightningDataModule):
         global_batch: packs per step over all ranks.
         steps: of the whole run.
         seed: of the order of packs.
+        stages: whether batches of training have the stages of their labels.
     """
 
     def __init__(
@@ -104,10 +105,12 @@ class PackedDataModule(pl.LightningDataModule):
         global_batch: int,
         steps: int,
         seed: int,
+        stages: bool = False,
     ) -> None:
         super().__init__()
         self.train, self.validation, self.seq_length, self.pad_multiple = train, validation, seq_length, pad_multiple
         self.micro_batch_size, self.global_batch_size, self.steps, self.seed = 1, global_batch, steps, seed
+        self.stages = stages
         self.data_sampler = PackSampler(seq_length, global_batch)
         self.tokenizer = None
         self.train_sources: list[str] = []
@@ -119,6 +122,8 @@ class PackedDataModule(pl.LightningDataModule):
         if self.train is not None:
             samples = self.steps * self.global_batch_size
             self._train = TrainingSamples(self.train, self.seq_length, self.pad_multiple, samples, self.seed)
+            for packs in self._train.packs:
+                packs.with_stages = self.stages
             self.train_sources, self._train_places = logged_sources(self._train.packs)
         if self.validation is not None:
             self._held = PackedDataset(self.validation, self.seq_length, self.pad_multiple)

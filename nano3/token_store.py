@@ -207,14 +207,11 @@ class TokenStore:
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
         return self.tokens[start:end], self.weights[self.loss_mask[start:end]]
 
-    def runs(
-        self, starts: Sequence[int], stops: Sequence[int]
-    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-        """Tokens, loss weights and stages from each start to its stop, as views where they need no conversion."""
+    def runs(self, starts: Sequence[int], stops: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Tokens and loss weights from each start to its stop, as views where they need no conversion."""
         tokens = [self.tokens[start:stop] for start, stop in zip(starts, stops, strict=True)]
         numbers = [self.loss_mask[start:stop] for start, stop in zip(starts, stops, strict=True)]
-        stages = [self._stages[start:stop] for start, stop in zip(starts, stops, strict=True)]
-        return tokens, [self.weights[run] for run in numbers] if self.weighted else numbers, stages
+        return tokens, [self.weights[run] for run in numbers] if self.weighted else numbers
 
     def stages(self, number: int) -> np.ndarray:
         """The stage of each token of a document, (n,) uint8; all 0 in a store of version 2."""

@@ -13,7 +13,7 @@ from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
 from data_prep.packing import build_packs
 from finetune.recipe_file import keep, recipe_of
-from finetune.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
+from finetune.settings import LogSettings, LoraSettings, Run, Settings, StageSettings, TrainSettings
 from launch.plan.layout import Layout
 from nano3.cli import UserError
 from nano3.token_store import TokenStore, tokenizer_sha256
@@ -73,7 +73,15 @@ def test_the_losses_are_those_of_the_recipe(folder, ranks, name, world, layout):
     assert read_lora_json(Path(flat.out) / "adapter").rank == 4
 
 
-@pytest.mark.parametrize("change", [{"layout": Layout(pp=2)}, {"router": "balance"}, {"lora": LoraSettings(dora=True)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layout": Layout(pp=2)},
+        {"router": "balance"},
+        {"lora": LoraSettings(dora=True)},
+        {"stages": StageSettings(weights="fixed")},
+    ],
+)
 def test_what_the_flat_loop_has_not_is_refused(change):
     with pytest.raises(UserError, match=r"only nemotron_lora\.py has pp, .*balance, .*DoRA"):
         flat_loop(Run("", "", "", None, "", 1, 2, True, replace(Settings(), **change)))
