@@ -129,6 +129,17 @@ class HFModel:
         found = write_answers(self.model, prompts, limit, self.batch_size, self.progress, sampling)
         return [[self._written(answer.tokens, answer.finished) for answer in several] for several in found]
 
+    def continued(self, questions: Sequence[Question], begun: Sequence[str], limit: int) -> list[str]:
+        """The model's reasoning and answer where its turn begins with `begun`, that included, greedy; at most `limit`
+        tokens more."""
+        from evaluation.generation import write_answers
+
+        heads = self.tokenizer(list(begun), add_special_tokens=False)["input_ids"] if begun else []
+        prompts = [prompt + head for prompt, head in zip(self._encoded(questions, thinking=True), heads, strict=True)]
+        found = write_answers(self.model, prompts, limit, self.batch_size, self.progress)
+        texts = (self.tokenizer.decode(answer.tokens, skip_special_tokens=True) for (answer,) in found)
+        return [head + text for head, text in zip(begun, texts, strict=True)]
+
     def _written(self, tokens: Sequence[int], finished: bool) -> Written:
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         if self.completion is None:

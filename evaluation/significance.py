@@ -170,3 +170,17 @@ def by_group(names: Sequence[str], correct: Sequence[bool]) -> dict[str, Group]:
         count[0] += 1
         count[1] += bool(right)
     return {name: Group(*counts[name]) for name in sorted(counts, key=lambda name: (-counts[name][0], name))}
+
+
+def difference_interval(first: int, n_first: int, second: int, n_second: int) -> tuple[float, float]:
+    """95 % interval of first/n_first - second/n_second, two shares of different questions.
+
+    Method 10 of Newcombe, Statistics in Medicine 17:873-890, 1998: Wilson's intervals combined as in `gain_interval`
+    without correlation.
+    """
+    (low_first, high_first), (low_second, high_second) = (
+        wilson_interval(first, n_first),
+        wilson_interval(second, n_second),
+    )
+    p, q = first / n_first, second / n_second
+    return p - q - _combine(p - low_first, high_second - q, 0.0), p - q + _combine(high_first - p, q - low_second, 0.0)

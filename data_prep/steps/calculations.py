@@ -85,7 +85,7 @@ class _Builder:
                 raise NoTrace("wrong", ast.unparse(node)) from None
             if read_value(show(value), NUMBER) != value:
                 raise NoTrace("large", str(value))
-            self.steps.append(Step(name, step.op, operands, value))
+            self.steps.append(step.with_value(value))
             self.known[name] = value
             return name
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):

@@ -12,10 +12,10 @@ rest. Text that is not exactly so is `Unparsed`, with its reason; nothing is rep
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data_prep.steps.graph import EMPTY, LIST, NUMBER, Operation, Step, Trace, Value, operation, read_value, show
+from data_prep.steps.graph import EMPTY, LIST, NUMBER, Step, Trace, Value, operation, read_value, show
 
 UNDERSTAND, PLAN, EXECUTE, VERIFY = MARKS = ("[UNDERSTAND]", "[PLAN]", "[EXECUTE]", "[VERIFY]")
 STAGES = {mark.strip("[]"): number for number, mark in enumerate(MARKS, 1)} | {"ANSWER": 5}
@@ -51,8 +51,10 @@ class Unparsed(ValueError):
 
 @dataclass(frozen=True)
 class Written:
-    """What a text says: the plan with EXECUTE's values, VERIFY's values, and the first step that VERIFY calls wrong."""
+    """What a text says: its goal, the plan with EXECUTE's values, VERIFY's values, and the first step that VERIFY calls
+    wrong."""
 
+    goal: str
     trace: Trace
     verified: dict[str, Value]
     flagged: str | None
@@ -105,26 +107,40 @@ def _verdicts(right: Mapping[str, Value], flagged: str | None) -> list[str]:
 
 def parse(text: str) -> Written:
     """What the text says. Raises `Unparsed`."""
-    understand, plan, execute, verify = _parts(text)
-    inputs = _inputs(understand)
+    *before, verify = _parts(text, MARKS)
+    goal, trace = _executed(before)
+    names = [step.id for step in trace.steps]
+    verdicts = _split_verdicts(verify, len(names))
+    verified = _values(verify, trace.steps, "verify", [f" {one}" if one else "" for one in verdicts])
+    flagged = names[verdicts.index(WRONG)] if WRONG in verdicts else None
+    return Written(goal, trace, dict(zip(names, verified, strict=True)), flagged)
+
+
+def parse_execute(text: str) -> Trace:
+    """The trace of a text that ends with EXECUTE. Raises `Unparsed`."""
+    return _executed(_parts(text, MARKS[:3]))[1]
+
+
+def _executed(parts: Sequence[str]) -> tuple[str, Trace]:
+    """Goal and trace of UNDERSTAND, PLAN and EXECUTE."""
+    understand, plan, execute = parts
+    inputs, goal = _inputs(understand)
     steps = _plan(plan, inputs)
-    values = dict(zip(steps, _values(execute, steps, "execute", [""] * len(steps)), strict=True))
-    trace = Trace(inputs, tuple(Step(name, op, operands, values[name]) for name, (op, operands, _) in steps.items()))
-    verdicts = _split_verdicts(verify, len(steps))
-    verified = _values(verify, steps, "verify", [f" {one}" if one else "" for one in verdicts])
-    flagged = list(steps)[verdicts.index(WRONG)] if WRONG in verdicts else None
-    return Written(trace, dict(zip(steps, verified, strict=True)), flagged)
+    values = _values(execute, steps, "execute", [""] * len(steps))
+    return goal, Trace(inputs, tuple(step.with_value(value) for step, value in zip(steps, values, strict=True)))
 
 
-def _parts(text: str) -> list[str]:
+def _parts(text: str, marks: Sequence[str]) -> list[str]:
+    """What follows each mark on its line."""
     lines = text.split("\n")
     starts = [line.split(" ")[0] for line in lines]
-    if starts != list(MARKS) or any(text.count(mark) != 1 for mark in MARKS):
+    if starts != list(marks) or any(text.count(mark) != 1 for mark in marks):
         raise Unparsed("marks", text)
-    return [line[len(mark) + 1 :] for line, mark in zip(lines, MARKS, strict=True)]
+    return [line[len(mark) + 1 :] for line, mark in zip(lines, marks, strict=True)]
 
 
-def _inputs(part: str) -> dict[str, Value]:
+def _inputs(part: str) -> tuple[dict[str, Value], str]:
+    """The inputs, and the goal in words."""
     *items, goal = part.split(BETWEEN)
     if not re.fullmatch(rf"{GOAL} = \S.*", goal):
         raise Unparsed("goal", goal)
@@ -140,16 +156,13 @@ def _inputs(part: str) -> dict[str, Value]:
         inputs[found[1]] = value
     if not inputs:
         raise Unparsed("input", part)
-    return inputs
+    return inputs, goal.removeprefix(f"{GOAL} = ")
 
 
-_Planned = dict[str, tuple[str, tuple[str, ...], Operation]]
-"""Step -> name of its operation, operands, operation."""
-
-
-def _plan(part: str, inputs: Mapping[str, Value]) -> _Planned:
+def _plan(part: str, inputs: Mapping[str, Value]) -> list[Step]:
+    """The steps of the plan, whose values are not known yet: an empty list each."""
     types = {name: LIST if isinstance(value, tuple) else NUMBER for name, value in inputs.items()}
-    steps: _Planned = {}
+    steps: list[Step] = []
     for item in part.split(BETWEEN):
         found = re.fullmatch(r"([a-z][a-z0-9]{0,9}) = (\S.*)", item)
         if not found:
@@ -157,30 +170,30 @@ def _plan(part: str, inputs: Mapping[str, Value]) -> _Planned:
         name, words = found[1], found[2].split(" ")
         # No operation has more than three words; what follows are the operands.
         length = next((n for n in range(1, 4) if operation(" ".join(words[:n]))), 0)
-        op = " ".join(words[:length])
+        op, operands = " ".join(words[:length]), tuple(words[length:])
         known = operation(op)
         if known is None:
             raise Unparsed("operation", item)
         if name in types:
             raise Unparsed("twice", item)
-        operands = tuple(words[length:])
         if undeclared := [word for word in operands if word not in types]:
             raise Unparsed("undeclared", f"{undeclared[0]} in {item}")
         if tuple(types[word] for word in operands) != known.takes:
             raise Unparsed("operands", item)
         types[name] = known.gives
-        steps[name] = (op, operands, known)
+        steps.append(Step(name, op, operands, ()))
     return steps
 
 
-def _values(part: str, steps: _Planned, reason: str, endings: list[str]) -> list[Value]:
+def _values(part: str, steps: Sequence[Step], reason: str, endings: Sequence[str]) -> list[Value]:
     """The values of `NAME: VALUE` items, each with its ending taken off, for the steps in their order."""
     items = part.split(BETWEEN)
-    if [item.partition(": ")[0] for item in items] != list(steps):
+    if [item.partition(": ")[0] for item in items] != [step.id for step in steps]:
         raise Unparsed(reason, part)
     values = []
-    for item, ending, (_, _, known) in zip(items, endings, steps.values(), strict=True):
-        value = read_value(item.partition(": ")[2].removesuffix(ending), known.gives)
+    for item, ending, step in zip(items, endings, steps, strict=True):
+        known = operation(step.op)
+        value = read_value(item.partition(": ")[2].removesuffix(ending), known.gives) if known else None
         if value is None:
             raise Unparsed("value", item)
         values.append(value)

@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 Value = Fraction | tuple[int, ...]
@@ -111,6 +111,10 @@ class Step:
     op: str
     operands: tuple[str, ...]
     value: Value
+
+    def with_value(self, value: Value) -> Step:
+        """The same step with another value."""
+        return replace(self, value=value)
 
 
 @dataclass(frozen=True)

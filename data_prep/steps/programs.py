@@ -62,7 +62,7 @@ def _program(source: random.Random, numbers: tuple[int, ...], length: int) -> Tr
             return None
         if value == known[operand] or any((op, (operand,)) == (one.op, one.operands) for one in steps):
             return None
-        steps.append(Step(step.id, op, step.operands, value))
+        steps.append(step.with_value(value))
         known[step.id] = value
         if isinstance(value, tuple):
             lists.append(step.id)
@@ -86,7 +86,7 @@ def with_an_error(trace: Trace, source: random.Random) -> Mapping[str, Value] | 
     """
     for _ in range(DRAWS):
         step = source.choice(trace.steps)
-        wrong = _other(step, source)
+        wrong = another_value(step, source)
         try:
             values = recomputed(trace, {step.id: wrong}) if wrong != step.value else None
         except Undefined:
@@ -96,7 +96,7 @@ def with_an_error(trace: Trace, source: random.Random) -> Mapping[str, Value] | 
     return None
 
 
-def _other(step: Step, source: random.Random) -> Value:
+def another_value(step: Step, source: random.Random) -> Value:
     """A value of the step's type near its own: a number that differs a little, or a list with one thing changed."""
     found = operation(step.op)
     assert found is not None
