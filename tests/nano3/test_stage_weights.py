@@ -121,7 +121,7 @@ def settings(layout: Layout, weights: str = "dynamic", steps: int = STEPS) -> Se
     return Settings(
         layout=layout,
         lora=LoraSettings(rank=4),
-        train=TrainSettings(steps=steps, warmup=2, lr=1e-2, global_batch=4, seq_length=64),
+        train=TrainSettings(steps=steps, warmup=1, lr=1e-2, global_batch=4, seq_length=64),
         stages=StageSettings(weights=weights),
         checkpoint=CheckpointSettings(every=2, minutes=0),
         log=LogSettings(tensorboard=False, wandb="off"),
