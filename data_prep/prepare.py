@@ -17,6 +17,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 import argparse
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -141,26 +142,31 @@ def _add(
 ) -> None:
     while batch := list(islice(rows, BATCH)):
         documents = [document for row in batch for document in _documents(row, encoder, template, finds, options)]
-        encoded = encoder.encode(
-            [document.segments for document in documents], [document.row.where for document in documents]
-        )
-        for document, (tokens, mask, stages) in zip(documents, encoded, strict=True):
-            row = document.row
-            if not mask.any():
-                raise UserError(f"{row.where}: every supervised token has weight 0 by its spans; remove the row")
-            turns.count(document.turns, document.segments)
-            file, _, number = row.where.rpartition(":")
-            try:
-                writer.add(
-                    tokens,
-                    mask * np.float32(row.weight),
-                    row.source,
-                    stages,
-                    (Path(file).name, int(number)),
-                    _order(row, options.kept) if options.kept else 0,
-                )
-            except UserError as error:
-                raise UserError(f"{row.where}: {error}") from error
+        if documents:
+            _add_batch(documents, encoder, writer, turns, options)
+
+
+def _add_batch(
+    documents: Sequence[Document], encoder: ChatTokenizer, writer: StoreWriter, turns: Turns, options: Options
+) -> None:
+    rows = [document.row for document in documents]
+    places = [row.where for row in rows]
+    batch = encoder.encode_batch([document.segments for document in documents], places)
+    supervised = np.logical_or.reduceat(batch.mask != 0, np.cumsum(batch.lengths) - batch.lengths)
+    if not supervised.all():
+        place = places[int(np.argmin(supervised))]
+        raise UserError(f"{place}: every supervised token has weight 0 by its spans; remove the row")
+    if any(row.weight != 1 for row in rows):
+        weights = np.array([row.weight for row in rows], np.float32)
+        batch = batch._replace(mask=batch.mask * weights.repeat(batch.lengths))
+    for document in documents:
+        turns.count(document.turns, document.segments)
+    origins = [(os.path.basename(file), int(number)) for file, _, number in (place.rpartition(":") for place in places)]
+    orders = [_order(row, options.kept) for row in rows] if options.kept else ()
+    try:
+        writer.add_batch(batch, [row.source for row in rows], origins, orders)
+    except UserError as error:
+        raise UserError(f"{places[0]} to {places[-1]}: {error}") from error
 
 
 def _documents(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_prep.tokens import ChatTokenizer
+from data_prep.tokens import ChatTokenizer, EncodedBatch
 from nano3.cli import UserError
 from nano3.token_store import DTYPES, FILES, KIND, MANIFEST, ORDER, VERSION
 
@@ -25,10 +26,10 @@ class _HashedFile:
         self._hash = hashlib.sha256()
         self.bytes = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: memoryview) -> None:
         self._file.write(data)
         self._hash.update(data)
-        self.bytes += len(data)
+        self.bytes += data.nbytes
 
     def close(self) -> dict[str, Any]:
         self._file.close()
@@ -36,7 +37,7 @@ class _HashedFile:
 
 
 class StoreWriter:
-    """Writes a token store into an existing empty folder, one document at a time and in constant memory.
+    """Writes a token store into an existing empty folder, in constant memory.
 
     Use it inside `nano3.cli.fresh_output(out, KIND)`, so that the store appears whole or not at all. `order` names the
     row key whose value every document brings along, for packs in that order.
@@ -46,12 +47,11 @@ class StoreWriter:
         self.folder, self.order = folder, order
         self.documents = self.tokens = self.supervised_tokens = self.longest = 0
         self.sources: dict[str, dict[str, int]] = {}
-        self._source_numbers: dict[str, int] = {}
         self._origins: dict[str, int] = {}
         self._max_token = 0
         self._weights: dict[float, int] = {}
         self._files = {name: _HashedFile(folder / name) for name in [*FILES, *([ORDER] if order else [])]}
-        self._files["documents.idx"].write(np.int64(0).astype("<i8").tobytes())
+        self._write("documents.idx", np.zeros(1))
 
     def add(
         self,
@@ -76,41 +76,71 @@ class StoreWriter:
             UserError: more than `MAX_WEIGHTS` different weights in the store.
         """
         assert tokens.shape == mask.shape == (len(tokens),), "tokens and mask belong together"
-        assert len(tokens) >= 2, "nothing to predict"
-        assert mask[0] == 0, "nothing predicts the first token"
         assert stages is None or stages.shape == tokens.shape, "tokens and stages belong together"
-        codes = self._codes(mask)
-        self._files["tokens.bin"].write(tokens.astype("<i4").tobytes())
-        self._files["loss_mask.bin"].write(codes.tobytes())
-        self._files["stages.bin"].write(bytes(len(tokens)) if stages is None else stages.astype("u1").tobytes())
-        supervised = int(np.count_nonzero(codes))
-        self.documents += 1
-        self.tokens += len(tokens)
-        self.supervised_tokens += supervised
-        self.longest = max(self.longest, len(tokens))
-        self._max_token = max(self._max_token, int(tokens.max()))
-        self._files["documents.idx"].write(np.int64(self.tokens).astype("<i8").tobytes())
-        counts = self.sources.setdefault(source, {"documents": 0, "tokens": 0, "supervised_tokens": 0})
-        number = self._source_numbers.setdefault(source, len(self._source_numbers))
-        self._files["sources.bin"].write(np.int32(number).astype("<i4").tobytes())
-        file = self._origins.setdefault(origin[0], len(self._origins))
-        self._files["origins.bin"].write(np.array([file, origin[1]], "<i4").tobytes())
-        if self.order:
-            self._files[ORDER].write(np.float64(order).astype("<f8").tobytes())
-        for key, value in (("documents", 1), ("tokens", len(tokens)), ("supervised_tokens", supervised)):
-            counts[key] += value
+        stages = np.zeros(len(tokens), np.uint8) if stages is None else stages
+        lengths = np.array([len(tokens)])
+        self.add_batch(EncodedBatch(tokens, mask, stages, lengths), [source], [origin], [order])
 
-    def _codes(self, mask: np.ndarray) -> np.ndarray:
+    def add_batch(
+        self,
+        batch: EncodedBatch,
+        sources: Sequence[str],
+        origins: Sequence[tuple[str, int]],
+        orders: Sequence[float] = (),
+    ) -> None:
+        """Appends documents, each as `add` has it; `orders` only where the store keeps a row key."""
+        lengths, starts = batch.lengths, np.cumsum(batch.lengths) - batch.lengths
+        assert lengths.min() >= 2, "nothing to predict"
+        assert not batch.mask[starts].any(), "nothing predicts the first token"
+        codes = self._codes(batch.mask, starts)
+        supervised = np.add.reduceat(codes != 0, starts, dtype=np.int64)
+        for source in dict.fromkeys(sources):
+            self.sources.setdefault(source, {"documents": 0, "tokens": 0, "supervised_tokens": 0})
+        number_of = {source: number for number, source in enumerate(self.sources)}
+        numbers = np.fromiter((number_of[source] for source in sources), np.int32, len(sources))
+        for key, amounts in (("documents", None), ("tokens", lengths), ("supervised_tokens", supervised)):
+            sums = np.bincount(numbers, weights=amounts, minlength=len(self.sources))  # exact: far below 2^53
+            for counts, amount in zip(self.sources.values(), sums.tolist(), strict=True):
+                counts[key] += int(amount)
+        for file, _ in origins:
+            self._origins.setdefault(file, len(self._origins))
+        rows = np.array([(self._origins[file], row) for file, row in origins], "<i4")
+        self._write("tokens.bin", batch.tokens)
+        self._write("loss_mask.bin", codes)
+        self._write("stages.bin", batch.stages)
+        self._write("documents.idx", self.tokens + np.cumsum(lengths))
+        self._write("sources.bin", numbers)
+        self._write("origins.bin", rows)
+        if self.order:
+            self._write(ORDER, np.asarray(orders))
+        self.documents += len(lengths)
+        self.tokens += int(lengths.sum())
+        self.supervised_tokens += int(supervised.sum())
+        self.longest = max(self.longest, int(lengths.max()))
+        self._max_token = max(self._max_token, int(batch.tokens.max()))
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        self._files[name].write(values.astype(DTYPES[name], copy=False).data)
+
+    def _codes(self, mask: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """The weights (n,) as bytes (n,): 0, or 1 + the weight's place among those of the store."""
-        values, places = np.unique(mask, return_inverse=True)
-        assert np.isfinite(values).all(), "a weight is a number"
-        assert values.min() >= 0, "a weight is at least 0"
-        for value in values.tolist():
+        codes = np.zeros(len(mask), dtype=np.uint8)
+        for value, code in self._weights.items():
+            codes[mask == value] = code
+        if np.count_nonzero(codes) < np.count_nonzero(mask):
+            # New weights get their numbers document by document, in each the smallest first.
+            for document in np.split(mask, starts[1:]):
+                self._number(np.unique(document).tolist())
+            return self._codes(mask, starts)
+        return codes
+
+    def _number(self, values: Sequence[float]) -> None:
+        for value in values:
+            assert 0 <= value < float("inf"), "a weight is a number of at least 0"
             if value and value not in self._weights:
                 if len(self._weights) == MAX_WEIGHTS:
                     raise UserError(f"more than {MAX_WEIGHTS} different loss weights; round them, to two digits say")
                 self._weights[value] = len(self._weights) + 1
-        return np.array([self._weights.get(value, 0) for value in values.tolist()], dtype=np.uint8)[places]
 
     def finish(self, tokenizer: ChatTokenizer, **facts: Any) -> None:
         """Closes the files and writes the manifest; `facts` are JSON values to record in it, such as the inputs."""

@@ -10,9 +10,10 @@ they fall on tokens of the whole segment, or are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,15 @@ class Encoded(NamedTuple):
     stages: np.ndarray
 
 
+class EncodedBatch(NamedTuple):
+    """Documents one after the other, as `Encoded` has each; `lengths` (documents,) int64 are their tokens."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    stages: np.ndarray
+    lengths: np.ndarray
+
+
 class ChatTokenizer:
     """A tokenizer that is known to fit the chat format.
 
@@ -72,7 +82,7 @@ class ChatTokenizer:
         """Its identity in a store's manifest."""
         return meaning_sha256(self._tokenizer)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id that the tokenizer can give."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -103,30 +113,42 @@ class ChatTokenizer:
             self._bytes[token] = text.encode() if literal else bytes(_BYTES[character] for character in text)
         return self._bytes[token]
 
-    def encode(self, documents: Sequence[Sequence[Segment]], places: Sequence[str] | None = None) -> list[Encoded]:
-        """Token ids, mask and stages of each document, in order; one batch call for all segments of all documents.
+    def encode(self, documents: Sequence[Sequence[Segment]]) -> list[Encoded]:
+        """Each document of `encode_batch` by itself."""
+        batch = self.encode_batch(documents)
+        ends = np.cumsum(batch.lengths)[:-1]
+        parts = (np.split(values, ends) for values in (batch.tokens, batch.mask, batch.stages))
+        return [Encoded(*document) for document in zip(*parts, strict=True)]
+
+    def encode_batch(self, documents: Sequence[Sequence[Segment]], places: Sequence[str] | None = None) -> EncodedBatch:
+        """Token ids, mask and stages of all documents, one after the other; a text that comes again is encoded once.
 
         `places` says where each document comes from, for errors. Raises `UserError` where encoding by segments differs
         from encoding the whole text, and for a span that begins or ends inside a token.
         """
-        ids = iter(self._ids(segment.text for segments in documents for segment in segments))
-        encoded = []
-        for number, segments in enumerate(documents):
-            try:
-                self._check_open_boundaries(segments)
-                parts = [(next(ids), segment) for segment in segments]
-                encoded.append(self._document(parts))
-            except UserError as error:
-                raise UserError(f"{places[number]}: {error}" if places else str(error)) from error
-        return encoded
-
-    def _document(self, parts: Sequence[tuple[list[int], Segment]]) -> Encoded:
-        lengths = [len(part) for part, _ in parts]
-        tokens = np.array([token for part, _ in parts for token in part], dtype=np.int32)
-        mask = np.repeat(np.array([segment.weight for _, segment in parts], dtype=np.float32), lengths)
+        self._check_open_boundaries(documents, places)
+        segments = [segment for document in documents for segment in document]
+        texts = list(dict.fromkeys(segment.text for segment in segments))
+        ids_of = dict(zip(texts, self._ids(texts), strict=True))
+        ids = [ids_of[segment.text] for segment in segments]
+        sizes = np.fromiter(map(len, ids), np.int64, len(ids))
+        tokens = np.fromiter(chain.from_iterable(ids), np.int32, int(sizes.sum()))
+        mask = np.fromiter((segment.weight for segment in segments), np.float32, len(ids)).repeat(sizes)
         stages = np.zeros(len(tokens), dtype=np.uint8)
-        start = 0
-        for length, (_, segment) in zip(lengths, parts, strict=True):
+        # Where each document's segments begin, and each segment's tokens.
+        firsts = np.cumsum([0, *map(len, documents)])
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        for number, document in enumerate(documents):
+            if any(segment.spans for segment in document):
+                with _placed(places, number):
+                    self._mark_spans(document, starts[firsts[number] :].tolist(), mask, stages)
+        return EncodedBatch(tokens, mask, stages, np.diff(starts[firsts]))
+
+    def _mark_spans(
+        self, segments: Sequence[Segment], starts: Sequence[int], mask: np.ndarray, stages: np.ndarray
+    ) -> None:
+        """Weighs and marks the tokens of the segments' spans; `starts` says where each segment's tokens begin."""
+        for start, segment in zip(starts, segments, strict=False):
             if segment.spans:
                 encoding = self._tokenizer.encode(segment.text, add_special_tokens=False)
                 for span in segment.spans:
@@ -134,8 +156,6 @@ class ChatTokenizer:
                     mask[first:last] *= np.float32(span.weight)
                     if span.stage:
                         stages[first:last] = span.stage
-            start += length
-        return Encoded(tokens, mask, stages)
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -171,17 +191,36 @@ class ChatTokenizer:
                     "so the loss mask would be wrong; use the tokenizer of the model that you tune"
                 )
 
-    def _check_open_boundaries(self, segments: Sequence[Segment]) -> None:
+    def _check_open_boundaries(
+        self, documents: Sequence[Sequence[Segment]], places: Sequence[str] | None = None
+    ) -> None:
         """The one boundary without a control token beside it is the newline before a reasoning's first character."""
-        for left, right in pairwise(segments):
-            if left.text.endswith("<think>\n"):
-                head = right.text[:_HEAD]
-                joined, newline, alone = self._ids(["\n" + head, "\n", head])
-                if joined != newline + alone:
+        heads = {
+            right.text[:_HEAD]: number
+            for number, segments in reversed(list(enumerate(documents)))
+            for left, right in pairwise(segments)
+            if left.text.endswith("<think>\n")
+        }
+        if not heads:
+            return
+        newline, *ids = self._ids(["\n", *("\n" + head for head in heads), *heads])
+        joined, alone = ids[: len(heads)], ids[len(heads) :]
+        for (head, number), together, apart in zip(heads.items(), joined, alone, strict=True):
+            if together != newline + apart:
+                with _placed(places, number):
                     raise UserError(
                         f"{self.path} joins the newline after <think> with the start of a reasoning ({head!r}), "
                         "so the loss mask would be wrong; strip white space from 'reasoning_content'"
                     )
+
+
+@contextmanager
+def _placed(places: Sequence[str] | None, number: int) -> Iterator[None]:
+    """Says in an error which document it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{places[number]}: {error}" if places else str(error)) from error
 
 
 def _tokens_of(span: Span, text: str, encoding: Encoding) -> tuple[int, int]:
