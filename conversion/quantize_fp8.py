@@ -42,7 +42,7 @@ from conversion.checkpoint.pieces import STEP_BYTES, row_steps
 from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.checkpoint.safetensors_writer import Change, Passage, rewrite
 from conversion.checkpoint.tensor_digests import Fact, scan
-from conversion.fp8.selection import E4M3_MAX, KV_SCALES, Selection
+from conversion.fp8.selection import E4M3_MAX, KV_SCALES, Selection, require_experts
 from conversion.push import Hub
 from nano3.arch import Arch, resolve_model
 from nano3.hf_config import read_config
@@ -220,6 +220,7 @@ def main() -> int:
     if args.calibration is None and not args.dry_run:
         raise UserError("no calibration data: give --calibration STORE, a token store made by data_prep/prepare.py")
     arch, dtypes = _model(source, args.dry_run)
+    require_experts(arch, args.source)
     selection = Selection.from_yaml(arch, args.selection) if args.selection else Selection.published(arch)
     print(selection.describe(dtypes), flush=True)
     if args.dry_run:

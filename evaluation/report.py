@@ -33,6 +33,7 @@ from evaluation.lineage import Link, Parts, lineage, parts_of, read_run
 from evaluation.page import facts_table, page, points, section, signed, table
 from evaluation.result_file import Result, read_result
 from evaluation.significance import SMALL_GROUP
+from nano3.arch import Arch
 from nano3.training.journal import FILE, read_rows
 
 PAGE = "report-run.html"
@@ -292,7 +293,7 @@ def _next(parts: Parts, out: Path, compared: bool) -> str:
     merged, commands = out / "merged", []
     if parts.run is not None and parts.merged is None:
         commands.append(f"python conversion/merge_lora.py {model} {parts.run / 'adapter'} {merged}")
-    if parts.merged is not None and parts.fp8 is None:
+    if parts.merged is not None and parts.fp8 is None and Arch.load(parts.merged).moe_layers:
         commands.append(f"python conversion/quantize_fp8.py {merged} {out / 'fp8'} --calibration STORE")
     if not compared:
         for name, result in ((model, "scores-base.json"), (merged, "scores.json")):

@@ -24,6 +24,8 @@ def check_run(run: Run, arch: Arch) -> None:
     validate(arch, layout, run.ranks, train.seq_length, train.global_batch, run.ranks_per_node)
     plan = plan_of(settings)
     check_settings(plan, arch)
+    if settings.router == "balance" and not arch.moe_layers:
+        raise UserError("router=balance: the model has no experts, and so no router; leave it out")
     _check_numbers(settings)
     check_adapters(settings.lora.adapters(arch), plan.lora, layout)
     check_packs(plan.train, layout)

@@ -5,6 +5,7 @@
     python launch/pipeline.py status OUT
 
 The stages are prepare, import, train, merge, quantize, evaluate; README.md has how to score the FP8 checkpoint as well.
+A dense model of the family has no quantize: no FP8 selection of it is known.
 On Slurm every stage is a job that waits for the one before (afterok), on CPU nodes where no GPU is needed; the site is
 in cluster.yaml. Key=value are the recipe's. The same command again resumes: finished stages are not repeated, a
 training that was interrupted resumes. Stages are command lines (launch/chain/stages.py).
@@ -262,11 +263,12 @@ def start(arguments: list[str]) -> int:
         alive = {} if cluster is None else queue()  # before what is finished: a job that ends now is one or the other
         if args.again:
             records.forget(args.again, alive)
-        todo = records.unfinished(chain.stages())
+        stages = chain.stages()
+        todo = records.unfinished(stages)
         records.refuse_other_jobs(todo, alive)
         check_room(chain, todo)
-        records.plan(chain.stages())
-        for stage in chain.stages()[: len(NAMES) - len(todo)]:
+        records.plan(stages)
+        for stage in stages[: len(stages) - len(todo)]:
             print(f"{stage.name:<9} finished before: {stage.output}", file=sys.stderr)
         if cluster is None:
             return run_here(todo, records)

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--hardware", required=True, help=", ".join(HARDWARE))
     parse.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
     parse.add_argument("--gpus-per-node", type=int, help="GPUs of each that are used (default: all)")
-    parse.add_argument("--model", default="nano", help="nano, pico, a Hugging Face folder or a NeMo checkpoint")
+    parse.add_argument("--model", default="nano", help=f"{', '.join(PRESETS)}, a Hugging Face folder or a NeMo checkpoint")
     parse.add_argument("--data", type=Path, help="token store")
     parse.add_argument("--validation", type=Path, help="token store to validate on")
     parse.add_argument("--out", type=Path, help="folder that the run will write")
@@ -161,17 +161,24 @@ def alternatives(request: Request) -> list[Candidate]:
     return [by_layout[name] for name in names if name in by_layout][:NEAREST]
 
 
+def _imbalance(memory: MemoryPlan, gpu: Gpu) -> str:
+    """What is planned for uneven experts and what would still fit; nothing for a model without."""
+    if not memory.work.arch.moe_layers:
+        return ""
+    most = memory.largest_imbalance(gpu)
+    limit = f"fits up to {most:.2f}" if most is not None else "fits at none"
+    return f"; experts' imbalance planned {memory.work.batch.imbalance:.2f}, {limit}"
+
+
 def verdict(request: Request, memory: MemoryPlan, speed: Estimate, packs: int | None) -> list[str]:
     """The plan in words: fits or not, what is tightest, how fast, how long."""
     gpu, plan = request.gpu, request.plan
     fits, tightest = memory.fits(gpu), memory.tightest
-    most = memory.largest_imbalance(gpu)
     lines = [
         f"{'fits' if fits else 'DOES NOT FIT'}: {plan.layout.settings(plan.layout)} on {request.ranks} {gpu.name}, "
         f"{plan.train.seq_length} tokens a pack",
         memory.table(gpu),
-        f"  tightest: stage {tightest.stage}, most of it {tightest.largest()}; experts' imbalance planned "
-        f"{memory.work.batch.imbalance:.2f}, " + (f"fits up to {most:.2f}" if most is not None else "fits at none"),
+        f"  tightest: stage {tightest.stage}, most of it {tightest.largest()}" + _imbalance(memory, gpu),
         f"  estimate: {speed.tokens_per_second:,.0f} tokens/s/GPU, {speed.seconds:.1f} s a step ({speed.shares()});",
         f"  {_hours(plan, speed, packs)}Published rows are met within a third (--errors); 'host' is what longer packs "
         "win back",

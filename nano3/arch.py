@@ -20,8 +20,13 @@ from nano3.hf_config import architecture_fields, read_config
 
 LETTERS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "dense MLP"}
 
-PRESETS = {name: Path(__file__).parent / "presets" / name for name in ("nano", "pico")}
-"""`nano`: the config.json of Nemotron-3-Nano-30B-A3B, no weights. `pico`: a complete small model of this repository."""
+PRESETS = {
+    name: Path(__file__).parent / "presets" / name
+    for name in ("nano", "nano-4b", "nano-9b-v2", "nano-12b-v2", "nemotron-h-8b", "pico")
+}
+"""`nano`: the config.json of Nemotron-3-Nano-30B-A3B, no weights. `pico`: a complete small model of this repository.
+The others: the network of the family's dense members, for planning; their fields are from public copies of config.json.
+"""
 
 
 VOCAB_MULTIPLE = 128
@@ -58,7 +63,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Arch:
-    """What the network is. Fields carry the names of config.json; `pattern` is its hybrid_override_pattern."""
+    """What the network is. Fields carry the names of config.json; `pattern` is its hybrid_override_pattern.
+
+    The experts' sizes of a dense model are 0: no layer of its pattern is an `E`.
+    """
 
     pattern: str
     vocab_size: int
@@ -186,7 +194,9 @@ class Arch:
     @property
     def active_parameters(self) -> int:
         """Parameters that one token meets: all but the routed experts that are not chosen for it."""
-        routed = self.parameter_count().get("routed_experts", 0)
+        if not self.moe_layers:
+            return self.parameters
+        routed = self.parameter_count()["routed_experts"]
         return self.parameters - routed + routed * self.num_experts_per_tok // self.n_routed_experts
 
     def _mixer(self, letter: str) -> Iterator[tuple[str, TensorSpec]]:

@@ -56,20 +56,6 @@ def transformer_kwargs(arch: Arch) -> dict[str, Any]:
         "mamba_num_groups": arch.n_groups,
         "mamba_num_heads": arch.mamba_num_heads,
         "is_hybrid_model": True,
-        "num_moe_experts": arch.n_routed_experts,
-        "moe_router_topk": arch.num_experts_per_tok,
-        "moe_ffn_hidden_size": arch.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": arch.moe_shared_expert_intermediate_size,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "moe_router_bias_update_rate": 0.0,
-        "moe_router_dtype": "fp32",
-        "moe_router_topk_scaling_factor": arch.routed_scaling_factor,
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_z_loss_coeff": None,
-        "moe_grouped_gemm": True,
-        "moe_token_dispatcher_type": "alltoall",
         "activation_func": squared_relu,
         "gated_linear_unit": False,
         "add_bias_linear": False,
@@ -78,7 +64,28 @@ def transformer_kwargs(arch: Arch) -> dict[str, Any]:
         "init_method_std": arch.initializer_range,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "moe_router_bias_update_rate": 0.0,
+        **(_expert_kwargs(arch) if arch.moe_layers else {}),
         **_fusions(),
+    }
+
+
+def _expert_kwargs(arch: Arch) -> dict[str, Any]:
+    """Fields of the mixture of experts, which a dense model must not have: `moe_grouped_gemm` alone needs experts."""
+    return {
+        "num_moe_experts": arch.n_routed_experts,
+        "moe_router_topk": arch.num_experts_per_tok,
+        "moe_ffn_hidden_size": arch.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": arch.moe_shared_expert_intermediate_size,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_dtype": "fp32",
+        "moe_router_topk_scaling_factor": arch.routed_scaling_factor,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
+        "moe_grouped_gemm": True,
+        "moe_token_dispatcher_type": "alltoall",
     }
 
 

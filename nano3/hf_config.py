@@ -107,8 +107,13 @@ parameters 20,480)."""
 
 _NOT_OURS = "this is no config.json of a Nemotron-H model; fetch it again"
 
-ALIASES = {"norm_eps": "layer_norm_epsilon", "rms_norm_eps": "layer_norm_epsilon"}
-"""Second names of a field; both may be present if they agree."""
+ALIASES = {
+    "attention_head_dim": "head_dim",  # Nemotron-H-8B
+    "norm_eps": "layer_norm_epsilon",
+    "num_query_groups": "num_key_value_heads",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+"""Second names of a field; either will do, and both if they agree."""
 
 
 def read_config(path: Path | str) -> dict[str, Any]:
@@ -142,15 +147,24 @@ class Sizes(TypedDict):
     n_groups: _Many
     conv_kernel: _Many
     chunk_size: _Many
+    intermediate_size: _Width
+    max_position_embeddings: Annotated[int, Ge(1), Le(1 << 30)]
+    layer_norm_epsilon: Annotated[float, Gt(0), Le(0.1)]
+    initializer_range: Annotated[float, Ge(0), Le(100)]
+
+
+class ExpertSizes(TypedDict):
+    """The same for the mixture of experts. A dense model has none of them, or transformers' defaults, which say nothing
+    about it: they count as 0."""
+
     n_routed_experts: _Many
     num_experts_per_tok: _Many
     moe_intermediate_size: _Width
     moe_shared_expert_intermediate_size: _Width
-    intermediate_size: _Width
-    max_position_embeddings: Annotated[int, Ge(1), Le(1 << 30)]
     routed_scaling_factor: Annotated[float, Gt(0), Le(1000)]
-    layer_norm_epsilon: Annotated[float, Gt(0), Le(0.1)]
-    initializer_range: Annotated[float, Ge(0), Le(100)]
+
+
+NUMBERS: dict[str, Any] = {**Sizes.__annotations__, **ExpertSizes.__annotations__}
 
 
 class Layers(TypedDict, total=False):
@@ -165,21 +179,22 @@ class Layers(TypedDict, total=False):
 
 
 def architecture_fields(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """The `Sizes` of a config.json, plus `pattern` and `dtype`.
+    """The `Sizes` and `ExpertSizes` of a config.json, plus `pattern` and `dtype`.
 
     Raises `UserError` naming the field when one is missing, unknown, malformed, or has a value that we do not support.
     `source` is how messages call the file.
     """
     config = {key: _plain(key, value, source) for key, value in config.items()}
     _refuse_unsupported(config, source)
+    config = _without_aliases(config, source)
     check(config, Layers, source, _NOT_OURS)
     values: dict[str, Any] = {"pattern": _pattern(config, source), "dtype": _dtype(config, source)}
-    if "E" not in values["pattern"] and "n_routed_experts" not in config:
-        raise UserError(
-            f"{source}: a dense model of the family, without mixture of experts; this project reads those with experts"
-        )
     check(config, Sizes, source, _NOT_OURS)
-    for name, kind in Sizes.__annotations__.items():
+    if "E" in values["pattern"]:
+        check(config, ExpertSizes, source, _NOT_OURS)
+    else:
+        config |= dict.fromkeys(ExpertSizes.__annotations__, 0)
+    for name, kind in NUMBERS.items():
         values[name] = float(config[name]) if "float" in str(kind) else config[name]
     _refuse_unknown(config, source)
     layers, experts = values["pattern"].count("E"), values["n_routed_experts"]
@@ -216,17 +231,24 @@ def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
             raise UserError(f"{source}: {name} is {_short(value)}; this project supports only {allowed}")
 
 
+def _without_aliases(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """Every field under its first name. Raises `UserError` where the two disagree."""
+    result = {name: value for name, value in config.items() if name not in ALIASES}
+    for alias, name in ALIASES.items():
+        if config.get(alias) is not None and result.setdefault(name, config[alias]) != config[alias]:
+            raise UserError(
+                f"{source}: {alias} {shown(config[alias])} and {name} {shown(result[name])} disagree; remove one"
+            )
+    return result
+
+
 def _refuse_unknown(config: dict[str, Any], source: str) -> None:
-    read_here = {*Sizes.__annotations__, *Layers.__annotations__}
-    known = sorted(read_here | FIXED.keys() | IGNORED.keys() | ALIASES.keys())
+    known = sorted({*NUMBERS, *Layers.__annotations__, *FIXED, *IGNORED, *ALIASES})
     for name, value in config.items():
         if name not in known and value is not None:  # null is what transformers writes for: not given
             near = get_close_matches(name, known, 1)
             hint = f" (nearest known field: {near[0]})" if near else ""
             raise UserError(f"{source}: unknown field {name!r}{hint}; we cannot tell whether it changes the network")
-    for alias, name in ALIASES.items():
-        if alias in config and config[alias] != config[name]:
-            raise UserError(f"{source}: {alias} {config[alias]} and {name} {config[name]} disagree; remove one")
 
 
 def _pattern(config: dict[str, Any], source: str) -> str:

@@ -22,8 +22,7 @@ def layer_costs(arch: Arch) -> list[int]:
     costs = [0] * len(arch.pattern)
     for name, spec in arch.tensors().items():
         if name.startswith("backbone.layers."):
-            routed = spec.family == "routed_experts"
-            share = arch.num_experts_per_tok / arch.n_routed_experts if routed else 1
+            share = arch.num_experts_per_tok / arch.n_routed_experts if spec.family == "routed_experts" else 1
             costs[int(name.split(".")[2])] += round(spec.count * share)
     return costs
 

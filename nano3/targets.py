@@ -23,11 +23,11 @@ Number = TypeVar("Number", int, float)
 PRESETS = {
     "all": ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2"),
     "attention": ("linear_qkv", "linear_proj"),
-    "peft": ("linear_qkv", "linear_proj", "in_proj", "*.shared_experts.*"),
+    "peft": ("linear_qkv", "linear_proj", "in_proj", "*.mlp.[!e]*"),
 }
 """Target lists by name. `all` is the list of NVIDIA's published recipe for this model (Megatron-Bridge). `peft` is what
 Hugging Face PEFT 0.21 loads into plain linear layers of this model: it refuses out_proj of Mamba layers, and routed
-experts are no linear layers in transformers 5."""
+experts (`mlp.experts`) are no linear layers in transformers 5, while shared ones and a dense MLP's are."""
 
 EMBEDDING = "embedding.word_embeddings"
 OUTPUT = "output_layer"
@@ -100,6 +100,8 @@ def select(arch: Arch, targets: list[str] | tuple[str, ...], experts: str) -> li
         chosen = [path for path in chosen if not is_routed(path)]
     if not chosen:
         raise UserError("the LoRA targets leave no layer to adapt; give lora.targets or lora.preset=all")
+    if experts == "each" and not arch.moe_layers:
+        raise UserError("lora.experts=each: the model has no experts; leave it out")
     if experts == "each" and not any(map(is_routed, chosen)):
         raise UserError("lora.experts=each, but no target names routed experts; add linear_fc1 or linear_fc2")
     return chosen

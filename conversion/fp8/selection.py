@@ -54,6 +54,15 @@ def layer_of(name: str) -> int:
     return int(name.split(".")[2])
 
 
+def require_experts(arch: Arch, source: str) -> None:
+    """Raises `UserError` for a dense model; `source` is how the message calls it."""
+    if not arch.moe_layers:
+        raise UserError(
+            f"{source} is a dense member of the family: the published FP8 recipe is of the model with experts, and no "
+            "selection of a dense one was ever compared with its BF16 model; serve that"
+        )
+
+
 _Names = Annotated[list[Name], MaxLen(100_000)]
 
 

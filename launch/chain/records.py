@@ -93,7 +93,9 @@ class Records:
             UserError: a finished stage that would now be another one, by its commands or the user's files; or one that
                 is finished though one before it is not.
         """
-        last = NAMES.index(again) if again else len(stages)
+        last = len(stages)
+        if again:
+            last = sum(NAMES.index(stage.name) < NAMES.index(again) for stage in stages)
         first = next((number for number, stage in enumerate(stages) if not self._ended_well(stage)), len(stages))
         first = min(first, last)
         for stage in stages[:first]:

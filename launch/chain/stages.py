@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.plan.plan_settings import Plan
-from nano3.arch import is_nemo_checkpoint, resolve_model
+from nano3.arch import Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError
 from nano3.overrides import apply_overrides
 
@@ -71,6 +71,13 @@ class Chain:
         wrong = [name for name in self.extra if name not in EXTENDABLE]
         if wrong:
             raise UserError(f"--with {wrong[0]}=...: only {', '.join(EXTENDABLE)} take more flags")
+        if "quantize" in self.extra and not self.quantizes:
+            raise UserError(f"--with quantize=...: {self.model} is dense, and no FP8 selection of it is known; remove it")
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the published FP8 recipe is one of this model: it is of those with experts."""
+        return bool(Arch.load(self.model).moe_layers)
 
     @property
     def plan(self) -> Plan:
@@ -87,7 +94,7 @@ class Chain:
         return (self.script, *map(str, paths), *self.resources, *self.settings)
 
     def stages(self) -> tuple[Stage, ...]:
-        """All of them, in order."""
+        """All of them, in order; `quantize` where the model has a published FP8 recipe."""
         out, model = self.out, str(self.model)
         config = self.model / "config.json"
         own = () if self.script == RECIPE else (Path(self.script),)
@@ -109,21 +116,7 @@ class Chain:
                 ),
                 out / "merged",
             ),
-            Stage(
-                "quantize",
-                (
-                    (
-                        "conversion/quantize_fp8.py",
-                        merged,
-                        str(out / "fp8"),
-                        "--calibration",
-                        str(out / "data"),
-                        *self._more("quantize"),
-                    ),
-                    ("conversion/lint_export.py", str(out / "fp8")),
-                ),
-                out / "fp8",
-            ),
+            *((self._quantize(merged),) if self.quantizes else ()),
             Stage(
                 "evaluate",
                 (self._score(model, out / "scores-base.json"), self._score(merged, scored)),
@@ -142,6 +135,13 @@ class Chain:
         multiple = plan.document_multiple
         command += ["--pad-multiple", str(multiple)] if multiple > 1 else []
         return (*overlap, (*command, *self._more("prepare")))
+
+    def _quantize(self, merged: str) -> Stage:
+        """The FP8 checkpoint of the merged model, calibrated on the training's data, and how its readers see it."""
+        fp8 = self.out / "fp8"
+        command = ["conversion/quantize_fp8.py", merged, str(fp8), "--calibration", str(self.out / "data")]
+        checked = ("conversion/lint_export.py", str(fp8))
+        return Stage("quantize", ((*command, *self._more("quantize")), checked), fp8)
 
     def _score(self, model: str, result: Path) -> tuple[str, ...]:
         command = ("evaluation/evaluate.py", model, "--questions", str(self.questions), "--out", str(result))

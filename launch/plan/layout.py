@@ -89,7 +89,8 @@ class Layout:
              f"{arch.mamba_num_heads // self.tp} Mamba heads in {arch.n_groups // self.tp} groups per rank"),
             ("pipeline (pp)", self.pp, " | ".join(stages(arch, self.pp))),
             ("context (cp)", self.cp, "each rank holds 1/cp of every sequence"),
-            ("expert (ep)", self.ep, f"{arch.n_routed_experts // self.ep} of {arch.n_routed_experts} experts per rank"),
+            ("expert (ep)", self.ep, f"{arch.n_routed_experts // self.ep} of {arch.n_routed_experts} experts per rank"
+             if arch.moe_layers else "the model has no experts"),
             ("expert tensor (etp)", self.etp, ""),
             ("sequence (sp)", "on" if self.sequence_parallel else "off", ""),
             ("data (dp)", self.dp(world_size), "packs at a time"),

@@ -102,8 +102,7 @@ class MemoryPlan:
     def largest_imbalance(self, gpu: Gpu) -> float | None:
         """The imbalance of experts up to which the layout fits, at most that of one rank getting every token; None if
         it does not fit even when all get the same."""
-        layout = self.work.layout
-        low, high = 1.0, float(layout.ep) if self.work.arch.moe_layers else 1.0
+        low, high = 1.0, float(self.work.layout.ep)
         if not self._at(low).fits(gpu):
             return None
         if self._at(high).fits(gpu):

@@ -36,17 +36,18 @@ class StagePlan:
 
 
 def plan_export(arch: Arch, samples: int = 1024, tokens: int = 4096) -> tuple[StagePlan, ...]:
-    """The stages of a model whose files have the expected dtypes; calibration on `samples` of `tokens` at most."""
+    """The stages of a model whose files have the expected dtypes; calibration on `samples` of `tokens` at most.
+
+    A dense model is not quantized.
+    """
     stream = PROCESS + THREADS * (CHUNK + PIECES * STEP)
     layers = [calibration_bytes(arch, number, tokens) for number in range(len(arch.pattern))]
     twice = min(samples, -(-BLOCK_TOKENS // tokens))  # the block in work
     hidden_states = (samples + twice) * (2 * tokens * arch.hidden_size + 128)
     model = model_bytes(arch)
-    return (
-        StagePlan("import", stream, model),
-        StagePlan("merge", stream, model),
-        StagePlan("quantize", max(stream, PROCESS + max(layers)), fp8_bytes(arch), hidden_states),
-    )
+    quantize = StagePlan("quantize", max(stream, PROCESS + max(layers)), fp8_bytes(arch), hidden_states)
+    copies = (StagePlan("import", stream, model), StagePlan("merge", stream, model))
+    return (*copies, quantize) if arch.moe_layers else copies
 
 
 def table(arch: Arch) -> str:

@@ -19,12 +19,14 @@ ONE_PACK = (
     "more tokens in it raise train.seq_length, for more packs per step train.global_batch"
 )
 """Why a micro batch is one pack, and what to do instead."""
+EXPERTS_ONLY = ("moe", "moe_act", "shared_experts")
+"""What of `train.recompute` only a model with experts has."""
 
 
 def check_settings(plan: Plan, arch: Arch) -> None:
     """Raises `UserError` for settings that mean nothing, or that no layout could train with."""
     check_ranges(plan)
-    _check_recompute(plan.train.recompute)
+    _check_recompute(plan.train.recompute, arch)
     if plan.method == "lora" and plan.micro_batch != 1:
         raise UserError(f"micro_batch={plan.micro_batch}: {ONE_PACK}")
     _check_ranks(plan.adapter_sizes(arch), arch)
@@ -40,8 +42,14 @@ def _check_ranks(chosen: Mapping[str, Size], arch: Arch) -> None:
             )
 
 
-def _check_recompute(chosen: Sequence[str]) -> None:
-    """Raises `UserError` where one part of `train.recompute` already holds another."""
+def _check_recompute(chosen: Sequence[str], arch: Arch) -> None:
+    """Raises `UserError` where one part of `train.recompute` already holds another, or is of experts there are none."""
+    idle = [name for name in chosen if name in EXPERTS_ONLY]
+    if idle and not arch.moe_layers:
+        raise UserError(
+            f"train.recompute={','.join(chosen)}: {', '.join(idle)} is of mixture-of-experts layers, and the model has "
+            "none; choose mamba, layernorm or full"
+        )
     for whole, parts in (("full", set(chosen) - {"full"}), ("moe", {"moe_act", "shared_experts"} & set(chosen))):
         if whole in chosen and parts:
             raise UserError(

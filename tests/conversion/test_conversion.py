@@ -25,7 +25,7 @@ from nano3.cli import UserError
 from nano3.sealed_folder import MARKER, SEAL, seal
 from nano3.tensor_names import RowBlock, linears, megatron_tensors
 from tests.helpers.rank_server import done_by, server
-from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
+from tests.helpers.tiny import DENSE, TINY_CONFIG, tiny_hf_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp16 with bf16 D": {"torch_dtype": "float16", "dtypes": {".D": "BF16"}},
     "other counts": {"n_routed_experts": 3, "n_groups": 2, "num_key_value_heads": 1, "num_attention_heads": 6},
     "dense layers, odd vocabulary, shards": {"hybrid_override_pattern": "-M*E-M", "vocab_size": 133, "shards": 3},
-    "many groups, no experts": {"hybrid_override_pattern": "M*-", "n_groups": 8, "num_key_value_heads": 4},
+    "dense, many groups": {**DENSE, "n_groups": 8},
 }
 
 
@@ -166,6 +166,7 @@ def python(arguments: list[str]) -> str:
 def test_the_plan_is_what_the_stock_model_asks_for(tmp_path: Path):
     """Keys, global shapes and `_extra_state` objects equal those of megatron-core's own MambaModel, built on meta."""
     configs = [PRESETS["nano"]]
+    configs += [PRESETS[name] for name in ("nano-4b", "nemotron-h-8b")]
     for number, overrides in enumerate([{"vocab_size": 133}, {"hybrid_override_pattern": "-ME*M-", "n_groups": 2}]):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "config.json").write_text(json.dumps(TINY_CONFIG | overrides))

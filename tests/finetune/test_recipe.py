@@ -83,6 +83,7 @@ def test_a_run_survives_its_json():
         (["--local", "--ranks", "3", "layout.ep=2"], ["3"]),
         (["--local", "--nodes", "2"], ["--local", "--ranks"]),
         (["router=free"], ["router", "frozen", "balance"]),
+        (["router=balance", "--model", "nano-4b"], ["router=balance", "no router"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

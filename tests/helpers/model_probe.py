@@ -103,7 +103,7 @@ def main() -> None:
     }
     save_adapter(model, adapter, {**facts, "base_config": json.loads((nemo / "hf/config.json").read_text())})
     results["adapters"] = torch.tensor(len(adapter_state(model)))
-    results["guard"] = torch.tensor(_guard_fires(model))
+    results["guard"] = torch.tensor(_guard_fires(model) if arch.moe_layers else _guard_is_idle(model))
     results["cast"] = torch.tensor(_bias_survives_a_cast(model))
     save_file({name: value.detach().contiguous() for name, value in results.items()}, out)
 
@@ -127,19 +127,31 @@ def _guard_fires(model: torch.nn.Module) -> bool:
     return False
 
 
+def _guard_is_idle(model: torch.nn.Module) -> bool:
+    """A model without routers passes the guard, with the digest of none."""
+    guard = RouterGuard()
+    guard.on_train_start(None, model)
+    guard.on_train_end(None, model)
+    return guard.layers == {}
+
+
 def _bias_survives_a_cast(model: torch.nn.Module) -> bool:
-    """A cast to BF16 leaves router bias and counts, A_log and D as they were, bit for bit; it casts everything else."""
-    router = next(module for module in model.modules() if hasattr(module, "expert_bias"))
+    """A cast to BF16 leaves A_log and D, and router bias and counts if there are any, as they were, bit for bit; it
+    casts everything else."""
+    routers = [module for module in model.modules() if hasattr(module, "expert_bias")][:1]
     mixer = next(module for module in model.modules() if hasattr(module, "A_log"))
-    exact = [router.expert_bias, router.local_tokens_per_expert, mixer.A_log, mixer.D]
+
+    def exact() -> list[torch.Tensor]:
+        counted = [tensor for router in routers for tensor in (router.expert_bias, router.local_tokens_per_expert)]
+        return [mixer.A_log, mixer.D, *counted]
+
     with torch.no_grad():
-        before = [tensor.fill_(0.123456789).clone() for tensor in exact]
+        before = [tensor.fill_(0.123456789).clone() for tensor in exact()]
     model.bfloat16()
-    counts = router.local_tokens_per_expert
-    after = [router.expert_bias, counts, mixer.A_log, mixer.D, mixer.cp.A_log_cp1, mixer.cp.D_cp1]
-    kept = all(torch.equal(now, then) for now, then in zip(after, [*before, *before[2:]], strict=True))
-    cast = {mixer.dt_bias.dtype, mixer.conv1d.weight.dtype, router.weight.dtype, model.output_layer.weight.dtype}
-    return kept and cast == {torch.bfloat16}
+    after = [*exact(), mixer.cp.A_log_cp1, mixer.cp.D_cp1]
+    kept = all(torch.equal(now, then) for now, then in zip(after, [*before, *before[:2]], strict=True))
+    cast = [mixer.dt_bias, mixer.conv1d.weight, model.output_layer.weight, *(router.weight for router in routers)]
+    return kept and {tensor.dtype for tensor in cast} == {torch.bfloat16}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from nano3.arch import Arch
+from nano3.hf_config import ExpertSizes
 
 TINY_CONFIG: dict[str, Any] = {
     "architectures": ["NemotronHForCausalLM"],
@@ -43,6 +44,16 @@ TINY_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+DENSE: dict[str, Any] = {
+    "hybrid_override_pattern": "M-MM*-M-",
+    "hidden_size": 36,
+    "num_attention_heads": 10,
+    "mamba_head_dim": 10,
+    **dict.fromkeys(ExpertSizes.__annotations__),
+    **dict.fromkeys(("n_shared_experts", "norm_topk_prob")),
+}
+"""What makes the tiny model a dense one, with Nano-4B's oddities: five query heads a KV head, Mamba heads that are no power
+of two, two Mamba layers side by side."""
 TORCH = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 
@@ -69,11 +80,11 @@ def tiny_hf_folder(
 ) -> Path:
     """Writes a tiny random Hugging Face folder (with a tokenizer) and returns its path.
 
-    `config_overrides` replace fields of config.json, `dtypes` those of tensors by name suffix, `shards` is the number
+    `config_overrides` replace fields of config.json, None removes one; `dtypes` those of tensors by name suffix, `shards` is the number
     of safetensors files.
     """
     path.mkdir(parents=True)
-    config = TINY_CONFIG | config_overrides
+    config = {name: value for name, value in (TINY_CONFIG | config_overrides).items() if value is not None}
     (path / "config.json").write_text(json.dumps(config, indent=1))
     tensors = tiny_tensors(Arch.from_config(config), dtypes, seed)
     if shards == 1:

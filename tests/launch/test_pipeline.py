@@ -286,12 +286,23 @@ def test_refused_with_the_remedy(tmp_path, asked):
 
 def test_the_run_knows_the_packs_that_it_needs(tmp_path):
     (tmp_path / "a").write_text("")
-    chain = Chain(Path("/model"), (tmp_path / "a",), tmp_path / "a", tmp_path, ("layout.cp=4", "train.seq_length=64"))
+    pico = resolve_model("pico")
+    chain = Chain(pico, (tmp_path / "a",), tmp_path / "a", tmp_path, ("layout.cp=4", "train.seq_length=64"))
     words = " ".join(chain.stages()[0].commands[-1])
     assert words.endswith("--seq-length 64 --pad-multiple 8")
     settings = ("train.pad_multiple=16", "train.steps=3")
-    words = " ".join(Chain(Path("/model"), chain.inputs, chain.questions, tmp_path, settings).stages()[0].commands[-1])
+    words = " ".join(Chain(pico, chain.inputs, chain.questions, tmp_path, settings).stages()[0].commands[-1])
     assert words.endswith("--seq-length 4096 --pad-multiple 16")
+
+
+def test_a_dense_model_is_not_quantized(tmp_path):
+    (tmp_path / "a").write_text("")
+    chain = Chain(resolve_model("nano-4b"), (tmp_path / "a",), tmp_path / "a", tmp_path)
+    assert [stage.name for stage in chain.stages()] == [name for name in NAMES if name != "quantize"]
+    again = Records(tmp_path).unfinished(chain.stages(), "evaluate")
+    assert [stage.name for stage in again] == [name for name in NAMES if name != "quantize"]  # nothing ran yet
+    with pytest.raises(UserError, match="is dense, and no FP8 selection of it is known; remove it"):
+        Chain(chain.model, chain.inputs, chain.questions, tmp_path, extra={"quantize": "--samples 4"})
 
 
 def test_one_process_goes_where_its_stage_belongs():

@@ -53,6 +53,13 @@ def test_the_real_model_in_numbers():
     assert merge.memory < 3 * GIB  # whatever the model
 
 
+def test_a_dense_member_is_imported_and_merged_and_not_quantized():
+    dense = Arch.load(resolve_model("nano-4b"))
+    assert [plan.name for plan in plan_export.plan_export(dense)] == ["import", "merge"]
+    # 3,973,556,832 parameters in BF16, and A_log and D of 96 heads in 21 layers in FP32.
+    assert model_bytes(dense) == 2 * 3_973_556_832 + 2 * 21 * 2 * 96
+
+
 def test_the_streaming_scripts_have_the_buffers_that_are_planned():
     assert (pieces.MOST, pieces.CHUNK_BYTES, pieces.STEP_BYTES) == (
         plan_export.THREADS, plan_export.CHUNK, plan_export.STEP,

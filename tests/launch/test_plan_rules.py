@@ -79,6 +79,26 @@ def test_layouts_of_adapters_are_right_for_both_or_for_neither(settings, right):
         assert text.startswith(f"CANNOT BE RIGHT: {refused.value}\n")
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("train.recompute=mamba,moe_act", "moe_act is of mixture-of-experts layers, and the model has none"),
+        ("lora.experts=each", "the model has no experts; leave it out"),
+    ],
+)
+def test_what_is_of_experts_is_refused_for_a_dense_member(setting, words):
+    with pytest.raises(UserError, match=words):
+        asked("--hardware", "h100", "--model", "nano-4b", setting)
+
+
+def test_a_dense_member_is_planned_without_experts():
+    code, text = preflight.report(asked("--hardware", "h100", "--gpus-per-node", "1", "--model", "nano-4b"), files=False)
+    assert code == 0
+    assert "kept by dense MLP" in text
+    assert "expert" not in text
+    asked("--hardware", "h100", "--model", "nano-4b", "lora.preset=peft")
+
+
 @pytest.mark.parametrize(("gpu", "nodes", "ep"), [("h100", 2, 8), ("gb200", 2, 4), ("b300", 1, 8)])
 def test_preflight_and_the_recipe_begin_with_the_same_layout(gpu, nodes, ep):
     per_node = HARDWARE[gpu].gpus_per_node

@@ -13,7 +13,7 @@ import pytest
 from nano3.arch import PRESETS, Arch, TensorSpec, resolve_model
 from nano3.cli import UserError
 from nano3.hf_config import FIXED
-from tests.helpers.tiny import TINY_CONFIG
+from tests.helpers.tiny import DENSE, TINY_CONFIG
 
 
 def arch(**overrides: Any) -> Arch:
@@ -151,10 +151,40 @@ def test_what_other_tools_leave_in_a_config_does_not_matter():
         arch(moe_new=1)
 
 
-def test_a_dense_member_is_refused_for_what_it_is():
-    dense = {name: value for name, value in TINY_CONFIG.items() if "expert" not in name}
-    with pytest.raises(UserError, match="a dense model of the family, without mixture of experts"):
-        Arch.from_config(dense | {"hybrid_override_pattern": "M*-M", "num_hidden_layers": 4})
+@pytest.mark.parametrize(
+    ("preset", "parameters", "tensors", "letters"),
+    [
+        ("nano-4b", 3_973_556_832, 263, {"M": 21, "-": 17, "*": 4}),
+        ("nano-9b-v2", 8_888_227_328, 341, {"M": 27, "-": 25, "*": 4}),
+        ("nano-12b-v2", 12_310_001_152, 369, {"M": 28, "-": 28, "*": 6}),
+        ("nemotron-h-8b", 8_100_852_736, 311, {"M": 24, "-": 24, "*": 4}),
+    ],
+)
+def test_the_dense_members_count_as_published(preset: str, parameters: int, tensors: int, letters: dict[str, int]):
+    """Every layer has a norm; beside it M has 8 tensors, * 4, - 2; and three tensors belong to no layer."""
+    dense = Arch.load(PRESETS[preset])
+    assert {letter: len(dense.layers_of(letter)) for letter in letters} == letters
+    assert sum({"M": 9, "*": 5, "-": 3}[letter] for letter in dense.pattern) + 3 == tensors
+    assert len(dense.tensors()) == tensors
+    assert dense.parameters == dense.active_parameters == parameters
+    assert dense.head_dim == 128
+
+
+def test_a_dense_model_has_no_sizes_of_experts():
+    """Absent, null, or transformers' defaults, which say nothing about it: one architecture."""
+    absent = {name: value for name, value in (TINY_CONFIG | DENSE).items() if value is not None}
+    dense = Arch.from_config(absent)
+    assert (dense.n_routed_experts, dense.routed_scaling_factor) == (0, 0.0)
+    assert Arch.from_config(absent | {"n_routed_experts": 8, "num_experts_per_tok": 9}) == dense
+    assert Arch.from_config(absent | {"moe_intermediate_size": None}) == dense
+
+
+def test_second_names_of_a_field_stand_for_it():
+    config = {name: value for name, value in TINY_CONFIG.items() if name != "head_dim"}
+    assert Arch.from_config(config | {"attention_head_dim": 16}) == arch()
+    assert arch(attention_head_dim=16, num_query_groups=2, norm_eps=1e-5) == arch()
+    with pytest.raises(UserError, match="attention_head_dim 8 and head_dim 16 disagree; remove one"):
+        arch(attention_head_dim=8)
 
 
 def test_config_files_that_cannot_be_read(tmp_path: Path):

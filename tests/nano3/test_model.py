@@ -10,14 +10,14 @@ from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
 from evaluation.hf_model import load_reference
 from tests.helpers.rank_server import done_by
-from tests.helpers.tiny import tiny_hf_folder
+from tests.helpers.tiny import DENSE, tiny_hf_folder
 
 LENGTHS = (7, 1, 12, 20)
 """As in tests/helpers/model_probe.py, which only its own process may import."""
 EVERYTHING_FP32 = {"": "F32"}
 
 
-CONFIGS = {"tiny": {}, "odd": {"vocab_size": 133, "hybrid_override_pattern": "M-*EM"}}
+CONFIGS = {"tiny": {}, "odd": {"vocab_size": 133, "hybrid_override_pattern": "M-*EM"}, "dense": DENSE}
 
 
 @pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
