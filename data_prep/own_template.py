@@ -133,7 +133,7 @@ class TemplateCheck:
         raise UserError(
             f"the chat template in {self.path} differs from this project's at character {place} of a probe: "
             f"{theirs[start : place + 20]!r} there, {ours[start : place + 20]!r} here; the model would be asked in "
-            "another format than it learned: use the tokenizer folder of Nemotron-3-Nano"
+            "another format than it learned: use the tokenizer folder of Nemotron-3-Nano (others: docs/family.md)"
         )
 
     def _render(self, probe: Probe) -> str:

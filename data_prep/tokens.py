@@ -169,7 +169,7 @@ class ChatTokenizer:
         if wrong:
             raise UserError(
                 f"{self.path} is not a tokenizer for Nemotron-3-Nano's chat format ({'; '.join(wrong)}); "
-                "use the tokenizer of the model that you tune"
+                "use the tokenizer of the model that you tune; models of another format: docs/family.md"
             )
 
     def _check_boundaries(self) -> None:

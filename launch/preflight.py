@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--hardware", required=True, help=", ".join(HARDWARE))
     parse.add_argument("--nodes", type=int, default=1, help="machines (default: 1)")
     parse.add_argument("--gpus-per-node", type=int, help="GPUs of each that are used (default: all)")
-    parse.add_argument("--model", default="nano", help=f"{', '.join(PRESETS)}, a Hugging Face folder or a NeMo checkpoint")
+    parse.add_argument(
+        "--model", default="nano", help=f"{', '.join(PRESETS)}, a Hugging Face folder or a NeMo checkpoint"
+    )
     parse.add_argument("--data", type=Path, help="token store")
     parse.add_argument("--validation", type=Path, help="token store to validate on")
     parse.add_argument("--out", type=Path, help="folder that the run will write")

@@ -72,7 +72,9 @@ class Chain:
         if wrong:
             raise UserError(f"--with {wrong[0]}=...: only {', '.join(EXTENDABLE)} take more flags")
         if "quantize" in self.extra and not self.quantizes:
-            raise UserError(f"--with quantize=...: {self.model} is dense, and no FP8 selection of it is known; remove it")
+            raise UserError(
+                f"--with quantize=...: {self.model} is dense, and no FP8 selection of it is known; remove it"
+            )
 
     @property
     def quantizes(self) -> bool:

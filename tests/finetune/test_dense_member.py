@@ -1,4 +1,4 @@
-"""A dense member of the family, from a Hugging Face folder to a certified merge: trained on two ranks, no expert in sight."""
+"""A dense member of the family, from a Hugging Face folder to a certified merge, trained on two ranks."""
 
 from __future__ import annotations
 
@@ -77,5 +77,7 @@ def mean_loss(model: Path, store: TokenStore) -> float:
 
 def test_its_fp8_is_refused_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.argv", ["quantize_fp8.py", str(folder / "merged"), str(folder / "fp8"), "--dry-run"])
-    with pytest.raises(UserError, match="is a dense member of the family: the published FP8 recipe is of the model with"):
+    with pytest.raises(
+        UserError, match="is a dense member of the family: the published FP8 recipe is of the model with"
+    ):
         quantize()

@@ -8,6 +8,8 @@ LAYOUTS = [
     "one", "ep8", "tp2.ep8", "tp4.ep4", "pp2.ep4", "pp4", "ep16", "tp2.etp2.ep2", "tp8.ep8", "tp2.pp2.ep2.cp2",
 ]  # fmt: skip
 """Of the real model, on the meta device; all ranks of a pipeline stage hold the same number of bytes."""
+DENSE_LAYOUTS = ["one", "tp2.pp2"]
+"""Of Nemotron-3-Nano-4B, likewise."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "all": {},
     "peft": {"preset": "peft", "experts": "none", "rank_pattern": ["in_proj:64"]},
@@ -35,5 +37,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any] | None, tuple[str, ...]]] = {
         for name in ("moe", "moe_act", "shared_experts", "layernorm", "mamba", "full")
     },
     "tp2 moe": ("tp2", "float32", {}, ("moe", "layernorm")),
+    "dense tp2": ("tp2@M-MM*-M-", "float32", {}, ()),
 }
-"""On CPU ranks: layout, dtype, adapters (None: every weight is trained), recomputation."""
+"""On CPU ranks: layout with the layer pattern where it is another, dtype, adapters (None: every weight is trained),
+recomputation."""

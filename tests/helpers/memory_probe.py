@@ -34,12 +34,12 @@ from nano3.arch import Arch, resolve_model
 from nano3.core import build_mcore_model
 from nano3.cpu.cuda import redirected_to
 from nano3.lora.lora import Nano3LoRA
-from nano3.parity.case import PACK, Case
+from nano3.parity.case import PACK, PATTERN, Case
 from nano3.parity.shards import fill
 from nano3.recompute import install_recompute, recompute_kwargs
 from nano3.targets import PRESETS, VOCABULARY, select
 from tests.helpers.mcore_model import build
-from tests.helpers.memory_cases import LAYOUTS, RUNS, TINY, VARIANT_LAYOUTS, VARIANTS
+from tests.helpers.memory_cases import DENSE_LAYOUTS, LAYOUTS, RUNS, TINY, VARIANT_LAYOUTS, VARIANTS
 
 
 def parallel(name: str, rank: int) -> worker.Sizes:
@@ -204,11 +204,15 @@ def tiny_model(
 def main() -> None:
     result: dict[str, Any] = {"measured": {}, "meta": {}}
     for name, (layout, dtype, settings, recompute) in RUNS.items():
-        case, sizes = Case(dtype=getattr(torch, dtype)), worker.Sizes.parse(layout)
+        text, _, pattern = layout.partition("@")
+        case = Case(dtype=getattr(torch, dtype), pattern=pattern or PATTERN)
+        sizes = worker.Sizes.parse(text)
         result["measured"][name] = on_ranks(sizes, measured, case, sizes, settings, recompute)
     arch = Arch.load(resolve_model("nano"))
     for name in [*LAYOUTS, *(name for name in VARIANT_LAYOUTS if name not in LAYOUTS)]:
         result["meta"][name] = meta_bytes(arch, name)
+    dense = Arch.load(resolve_model("nano-4b"))
+    result["dense"] = {name: meta_bytes(dense, name) for name in DENSE_LAYOUTS}
     Path(sys.argv[1]).write_text(json.dumps(result))
 
 

@@ -52,8 +52,8 @@ DENSE: dict[str, Any] = {
     **dict.fromkeys(ExpertSizes.__annotations__),
     **dict.fromkeys(("n_shared_experts", "norm_topk_prob")),
 }
-"""What makes the tiny model a dense one, with Nano-4B's oddities: five query heads a KV head, Mamba heads that are no power
-of two, two Mamba layers side by side."""
+"""What makes the tiny model a dense one, with Nano-4B's oddities: five query heads a KV head, Mamba heads that are no
+power of two, two Mamba layers side by side."""
 TORCH = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 
@@ -80,8 +80,8 @@ def tiny_hf_folder(
 ) -> Path:
     """Writes a tiny random Hugging Face folder (with a tokenizer) and returns its path.
 
-    `config_overrides` replace fields of config.json, None removes one; `dtypes` those of tensors by name suffix, `shards` is the number
-    of safetensors files.
+    `config_overrides` replace fields of config.json, None removes one; `dtypes` replace those of tensors by name
+    suffix; `shards` is the number of safetensors files.
     """
     path.mkdir(parents=True)
     config = {name: value for name, value in (TINY_CONFIG | config_overrides).items() if value is not None}

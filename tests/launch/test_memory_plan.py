@@ -18,7 +18,7 @@ from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError
 from nano3.parity.case import ARCH, PACK
 from nano3.targets import PRESETS, VOCABULARY, select, sizes
-from tests.helpers.memory_cases import LAYOUTS, RUNS, VARIANT_LAYOUTS, VARIANTS
+from tests.helpers.memory_cases import DENSE_LAYOUTS, LAYOUTS, RUNS, VARIANT_LAYOUTS, VARIANTS
 from tests.helpers.probes import made_afresh_by
 
 NANO = Arch.load(resolve_model("nano"))
@@ -62,6 +62,14 @@ def test_weights_and_adapters_equal_the_meta_build_exactly(found, name):
             assert sum(item.nbytes for item in made) == held[variant], variant
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("name", DENSE_LAYOUTS)
+def test_weights_of_a_dense_member_equal_the_meta_build_exactly(found, name):
+    dense, layout = Arch.load(resolve_model("nano-4b")), layout_of(name)
+    planned = [sum(item.nbytes for item in weights(dense, layout, stage, 2)) for stage in range(layout.pp)]
+    assert planned == [held["weights"] for held in found["dense"][name]]
+
+
 def standins_keep_more(work: Workload, stage: int) -> int:
     """Bytes that PyTorch on a CPU keeps where the GPU's kernels do not; docs/memory.md lists them."""
     arch, layout, batch = work.arch, work.layout, work.batch
@@ -84,25 +92,27 @@ def standins_keep_more(work: Workload, stage: int) -> int:
 @pytest.mark.full
 @pytest.mark.parametrize("name", RUNS)
 def test_cpu_ranks_measure_what_is_predicted(found, name):
-    layout_name, dtype, settings, recompute = RUNS[name]
+    text, dtype, settings, recompute = RUNS[name]
+    layout_name, _, pattern = text.partition("@")
+    arch = replace(ARCH, pattern=pattern) if pattern else ARCH
     layout, ranks = layout_of(layout_name), ranks_of(layout_name)
     for rank, measured in enumerate(found["measured"][name]):
         stage = rank // (ranks // layout.pp)
-        adapters = None if settings is None else adapters_of(ARCH, settings, 4)
+        adapters = None if settings is None else adapters_of(arch, settings, 4)
         work = Workload(
-            ARCH, layout, ranks, PACK, 4, adapters,
+            arch, layout, ranks, PACK, 4, adapters,
             bf16=dtype == "bfloat16", imbalance=measured["imbalance"], recompute=recompute,
         )  # fmt: skip
         learning = trained_tensors(work, stage)
         assert parameter_bytes(work, learning) == measured["adapters"]
         assert gradient_bytes(work, learning) == measured["gradients"]
         assert optimizer_bytes(work, learning) == pytest.approx(measured["optimizer"], rel=0.01)
-        here = kept(ARCH, layout, stage, replace(work.batch, fused_permute=False)).total
+        here = kept(arch, layout, stage, replace(work.batch, fused_permute=False)).total
         near = 0.03 if settings is not None or not work.bf16 else 0.08  # BF16 norms with trained weights keep casts
         assert here + standins_keep_more(work, stage) == pytest.approx(measured["activations"], rel=near)
         if settings is not None and not settings.get("dropout"):
             assert here == pytest.approx(measured["activations"], rel=0.1)
-            frozen = sum(item.nbytes for item in weights(ARCH, layout, stage, work.value))
+            frozen = sum(item.nbytes for item in weights(arch, layout, stage, work.value))
             assert frozen == measured["weights"]
 
 

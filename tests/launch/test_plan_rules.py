@@ -92,7 +92,9 @@ def test_what_is_of_experts_is_refused_for_a_dense_member(setting, words):
 
 
 def test_a_dense_member_is_planned_without_experts():
-    code, text = preflight.report(asked("--hardware", "h100", "--gpus-per-node", "1", "--model", "nano-4b"), files=False)
+    code, text = preflight.report(
+        asked("--hardware", "h100", "--gpus-per-node", "1", "--model", "nano-4b"), files=False
+    )
     assert code == 0
     assert "kept by dense MLP" in text
     assert "expert" not in text
