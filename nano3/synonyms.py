@@ -39,6 +39,7 @@ _NAMES = {
     "lora.targets": "target_modules lora_target_modules lora_target lora_modules modules",
     "lora.rslora": "use_rslora",
     "lora.dora": "use_dora",
+    "lora.max_rank": "max_lora_rank",
     "lora.plus_ratio": "loraplus_lr_ratio lora_plus loraplus lora_plus_ratio",
     "lora.init_from": "adapter_name_or_path lora_path peft_path restore_from_path init_lora_weights",
     "lora.rank_pattern": "ranks",

@@ -225,6 +225,8 @@ class LoraSettings(AdapterKind):
     `word_embeddings` and `output_layer` be named."""
     plus_ratio: Annotated[float, Range(0, 1e4, above=True)] = 1.0
     """LoRA+: the learning rate of B is this many times train.lr, which A has."""
+    max_rank: Annotated[int, Range(0, 1 << 16)] = 0
+    """Largest rank that the adapter's reader takes, such as vLLM's --max-lora-rank; more is refused. 0: any."""
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Probability on the adapters' input, while training; the embedding's adapter has no such input."""
     init_from: str = ""

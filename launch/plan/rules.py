@@ -29,12 +29,18 @@ def check_settings(plan: Plan, arch: Arch) -> None:
     _check_recompute(plan.train.recompute, arch)
     if plan.method == "lora" and plan.micro_batch != 1:
         raise UserError(f"micro_batch={plan.micro_batch}: {ONE_PACK}")
-    _check_ranks(plan.adapter_sizes(arch), arch)
+    _check_ranks(plan.adapter_sizes(arch), arch, plan.lora.max_rank)
 
 
-def _check_ranks(chosen: Mapping[str, Size], arch: Arch) -> None:
-    """Raises `UserError` for a rank above the width of the model, which no delta of its layers has."""
+def _check_ranks(chosen: Mapping[str, Size], arch: Arch, most: int) -> None:
+    """Raises `UserError` for a rank above what the reader takes, or above the width of the model, which no delta of its
+    layers has."""
     for path, size in chosen.items():
+        if most and size.rank > most:
+            raise UserError(
+                f"lora.rank: rank {size.rank} of {path} is above lora.max_rank={most}, which who loads the adapter "
+                "takes at most; give a lower rank"
+            )
         if size.rank > arch.hidden_size:
             raise UserError(
                 f"lora.rank: rank {size.rank} of {path} must be at most {arch.hidden_size}, the model's hidden size: "
