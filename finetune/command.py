@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from nano3.mixture import is_mixture, read_mixture
 from nano3.overrides import apply_overrides, apply_values, flatten
 from nano3.tensor_names import adaptable, adapter_shapes
 
+OWN_DATA = ("--model", "--data", "--config", "--help-settings")
+"""With one of these a recipe that is a demo too trains as the others do, and makes no data of its own."""
 GPUS_PER_NODE = 8
 MOST_RANKS = 65_536
 """Ranks of a machine, and machines, that are believed: a larger number is a slip of the hand."""
@@ -102,6 +104,11 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     parse.add_argument("--overwrite", action="store_true", help="start over in an OUT that has a run")
     parse.add_argument("settings", nargs="*", metavar="key=value", help="for example layout.ep=8 lora.rank=16")
     return parse
+
+
+def has_data(words: Sequence[str]) -> bool:
+    """Whether a command line names what to train on, or asks for a recipe's settings."""
+    return any(word.partition("=")[0] in OWN_DATA for word in words)
 
 
 def filled(args: argparse.Namespace) -> argparse.Namespace:

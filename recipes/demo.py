@@ -33,8 +33,6 @@ TITLE = "Teach pico to sort 8 to 10 numbers"
 OLD_QUESTIONS = 60
 """Held-out questions of each old task, for what the tuning made the model forget."""
 HELD_OUT_SEED, TRAINING_SEED = 101, 202
-OWN_DATA = ("--model", "--data", "--config", "--help-settings")
-"""With one of these it is a recipe as the others, which makes no data of its own."""
 
 
 def settings() -> Settings:
@@ -111,5 +109,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    trains_only = any(word.partition("=")[0] in OWN_DATA for word in sys.argv)
+    trains_only = command.has_data(sys.argv)
     run(partial(command.main, __doc__, settings, pico_number_sorting) if trains_only else main)

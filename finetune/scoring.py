@@ -1,0 +1,58 @@
+"""Scores of a small model on a recipe's own questions: the base, the tuned one, what PEFT makes of a submission."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from evaluation.comparison import Result
+from evaluation.evaluate import evaluate, write_result
+from evaluation.judging.questions import load_questions
+from evaluation.models import HFModel, beside
+from evaluation.tasks import load_task
+from nano3.cli import scratch_folder
+
+Prepare = Callable[[Any], Any]
+"""What changes a loaded model before it is asked."""
+
+
+def score(
+    base: Path, questions: Path, task: str, out: Path, *, thinking: bool = False, prepare: Prepare | None = None
+) -> Result:
+    """Greedy answers of `base`, changed by `prepare`, judged by the task and written to `out`.
+
+    Answers may have a quarter and eight tokens more than the longest expected one: small models learn to answer as
+    shortly as their training data, and a base that rambles would take an hour.
+    """
+    asked = load_questions(questions, form=load_task(task).form)
+    model = HFModel(base, thinking=thinking, prepare=prepare, name=out.stem)
+    texts = [question.written + (question.reasoning if thinking else "") for question in asked]
+    limit = math.ceil(1.25 * max(model.count_tokens(texts))) + 8
+    method = "both" if all(question.choices for question in asked) else "generate"
+    result = evaluate(model, load_task(task), asked, method, limit, thinking=thinking)
+    write_result(result, out)
+    return result
+
+
+def score_both(
+    base: Path, adapter: Path, questions: Path, task: str, out: Path, thinking: bool = False
+) -> list[Result]:
+    """The base and the base with the adapter beside its weights: OUT/scores-base.json and OUT/scores.json."""
+    return [
+        score(base, questions, task, out / name, thinking=thinking, prepare=beside(adapter if tuned else None, base))
+        for name, tuned in (("scores-base.json", False), ("scores.json", True))
+    ]
+
+
+@contextmanager
+def peft_of(submission: Path) -> Iterator[Prepare]:
+    """What makes PEFT put the adapter of a submission's zip into a loaded model, while its files are unpacked."""
+    from peft import PeftModel
+
+    with scratch_folder(submission.with_suffix("")) as folder, zipfile.ZipFile(submission) as packed:
+        packed.extractall(folder)
+        yield lambda model: PeftModel.from_pretrained(model, str(folder))

@@ -1,0 +1,121 @@
+r"""LoRA for the public reasoning challenge: puzzles by hidden rules, the answer in \boxed{}, a zip that vLLM loads.
+
+    python recipes/challenge_lora.py --nodes 2 --model /models/nano --data /data/puzzles    # training only
+    python conversion/submission.py write runs/lora/adapter submission.zip
+    python recipes/challenge_lora.py                                                        # the whole way on pico
+
+Teaches the six kinds of data_prep/puzzles with the reasoning of their solvers, at the challenge's largest rank, on
+layers that vLLM and PEFT both load: a higher rank is refused before anything starts. Data: docs/challenge.md has the
+commands. Without --model and --data it is a demo: one kind of puzzle that fits pico, two CPU ranks, the zip, and the
+boxed answers of the base, of the tuned model and of what PEFT makes of the zip. Exit code 1 for a broken promise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finetune import command
+from finetune.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
+from finetune.whole_path import train
+from launch.plan.layout import Layout
+from nano3.arch import resolve_model
+from nano3.cli import check_output, fresh_output, run
+
+KIND, TASK = "challenge-run", "reasoning-challenge"
+LEAST_GAIN, LEAST_EQUAL = 0.30, 0.99
+"""What the demo promises: the gain, and the share of answers that PEFT writes from the zip letter for letter."""
+SEQ_LENGTH = 896
+"""Tokens of a pack of the demo: two puzzles with their reasoning."""
+
+
+def settings() -> Settings:
+    """The published recipe on the layers that PEFT and vLLM both load, at most at the challenge's rank."""
+    return Settings(
+        lora=LoraSettings(preset="peft", rank=32, alpha=32.0, max_rank=32),
+        train=TrainSettings(lr=1e-4, global_batch=32),
+    )
+
+
+def pico_settings() -> Settings:
+    """The same for the small model: hot and short."""
+    return Settings(
+        layout=Layout(ep=2),
+        lora=LoraSettings(preset="peft", rank=32, alpha=64.0, max_rank=32),
+        train=TrainSettings(steps=600, warmup=10, lr=4e-3, weight_decay=0.0, global_batch=4, seq_length=SEQ_LENGTH),
+        log=LogSettings(every=20),
+    )
+
+
+def challenge_lora(run: Run) -> Any:
+    """The recipe: the published one, with the settings above."""
+    from finetune.configuration import lora_recipe
+
+    return lora_recipe(run)
+
+
+def prepare_data(out: Path, kind: str, held_out: int, training: int) -> None:
+    """Writes held-out and training puzzles of one kind's level 1, none of them alike, and their packed stores."""
+    from data_prep.chat_rows import read_conversations
+    from data_prep.generate import fresh_rows
+    from data_prep.overlap import HeldOut
+    from data_prep.prepare import prepare
+    from nano3.rows import write_rows
+
+    task = f"challenge/{kind}"
+    write_rows(out / "held_out.jsonl", fresh_rows(task, held_out, 101, level=1))
+    held = HeldOut(read_conversations(out / "held_out.jsonl"))
+    write_rows(out / "train.jsonl", fresh_rows(task, training, 202, held, level=1))
+    for name, rows in (("train", "train"), ("validation", "held_out")):
+        prepare([out / f"{rows}.jsonl"], resolve_model("pico"), out / name, seq_length=SEQ_LENGTH)
+
+
+def scores(out: Path) -> dict[str, Any]:
+    """Writes the zip; scores the base, the tuned model and what PEFT loads from the zip, and compares them."""
+    from conversion.submission import write_submission
+    from evaluation.comparison import compare
+    from finetune.scoring import peft_of, score, score_both
+
+    pico, adapter, questions = resolve_model("pico"), out / "lora" / "adapter", out / "held_out.jsonl"
+    print(f"{out / 'submission.zip'}: {write_submission(adapter, out / 'submission.zip')}", flush=True)
+    base, tuned = score_both(pico, adapter, questions, TASK, out, thinking=True)
+    with peft_of(out / "submission.zip") as prepare:
+        loaded = score(pico, questions, TASK, out / "scores-zip.json", thinking=True, prepare=prepare)
+    equal = [a["answer"] == b["answer"] for a, b in zip(tuned["answers"], loaded["answers"], strict=True)]
+    return compare(base, tuned, zip=loaded) | {"equal": sum(equal) / len(equal)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/challenge"), help="folder to write")
+    parser.add_argument("--kind", default="equations", help="kind of puzzle (default: equations)")
+    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks, a multiple of 2 (default: 2)")
+    parser.add_argument("--held-out", type=int, default=500, metavar="N", help="puzzles to score (default: 500)")
+    parser.add_argument("--training", type=int, default=4800, metavar="N", help="puzzles to train on")
+    args = parser.parse_args()
+    check_output(args.out, KIND)
+    out = args.out.resolve()
+    with fresh_output(out, KIND, grows=True):
+        pass
+    prepare_data(out, args.kind, args.held_out, args.training)
+    train(out, args.ranks, pico_settings, challenge_lora)
+    found = scores(out)
+    (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
+    low, high = found["ci95_gain"]
+    print(
+        f"{args.kind}, level 1: {found['base_accuracy']:.1%} -> {found['tuned_accuracy']:.1%} boxed and right "
+        f"of {found['n']} (95 % interval of the gain {low:+.1%} to {high:+.1%}); from the zip "
+        f"{found['zip_accuracy']:.1%}, {found['equal']:.1%} of the answers letter for letter"
+    )
+    return 0 if found["gain"] >= LEAST_GAIN and found["equal"] >= LEAST_EQUAL else 1
+
+
+if __name__ == "__main__":
+    trains_only = command.has_data(sys.argv)
+    run(partial(command.main, __doc__, settings, challenge_lora) if trains_only else main)
