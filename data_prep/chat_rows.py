@@ -18,6 +18,7 @@ from typing import Any
 
 from data_prep.drops import Drops
 from data_prep.forms.form import Form, guess, to_chat
+from data_prep.forms.said import said
 from data_prep.forms.usual import FORMS
 from data_prep.sources import SOURCES
 from data_prep.sources.source import Source
@@ -46,13 +47,16 @@ class ChatRows(Rows):
 
     `form` None guesses it from the first row. While rows come, `form` and `reason` say which it is and why, `unused`
     counts keys that change nothing, `drops` rows that a named data set leaves out, `evaluation_rows` rows that must
-    not be trained on; `facts`, at the end, what was read.
+    not be trained on; `facts`, at the end, what was read. `say`: what multiple-choice rows are to say, one of
+    `data_prep.forms.said.SAY`.
     """
 
-    def __init__(self, source: Path | str, form: Form | None = None, ignored: Collection[str] = ()) -> None:
+    def __init__(
+        self, source: Path | str, form: Form | None = None, ignored: Collection[str] = (), say: str = ""
+    ) -> None:
         self._opened = open_rows(source)  # refuses what cannot be read before anything else happens
         super().__init__(self._opened.name)
-        self.source, self.form, self.ignored = source, form, ignored
+        self.source, self.form, self.ignored, self.say = source, form, ignored, say
         self.reason = "as you asked"
         self.unused: Counter[str] = Counter()
         self.drops = Drops()
@@ -65,11 +69,19 @@ class ChatRows(Rows):
             self.form, self.reason = self._guessed(first)
             rows = chain([first], rows)
         if isinstance(self.form, Source):
-            yield from self._named(self.form)
+            made = self._named(self.form)
         else:
-            for row in rows:
-                yield Row(self._chat(self.form, row), row.where)
+            form = self.form
+            made = (Row(self._chat(form, row), row.where) for row in rows)
+        yield from map(self._said, made) if self.say else made
+        if not isinstance(self.form, Source):
             self.facts += self._opened.facts
+
+    def _said(self, row: Row) -> Row:
+        try:
+            return Row(said(row.fields, self.say), row.where)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
 
     def _guessed(self, first: Row) -> tuple[Form, str]:
         """The form of the first row, and the reason."""

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from data_prep.chat_rows import KNOWN, ChatRows, form_named
 from data_prep.drops import Drops
 from data_prep.forms.mapping import mapped_form
+from data_prep.forms.said import SAY
 from data_prep.overlap import HeldOut, compared_text
 from data_prep.sources.source import Source
 from nano3.conversations import Conversation, conversation
@@ -184,6 +185,8 @@ def main() -> int:
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="KEY", help="a key to leave out of every row; repeatable"
     )
+    ways = "; ".join(f"{name}: {says}" for name, says in SAY.items())
+    parser.add_argument("--say", choices=SAY, help=f"of multiple-choice rows, what the model learns to say ({ways})")
     parser.add_argument("--list", action="store_true", help="show all forms and named data sets")
     args = parser.parse_args()
     if args.list:
@@ -200,7 +203,7 @@ def main() -> int:
     if args.out.exists() and Path(args.input).exists() and args.out.samefile(args.input):
         raise UserError(f"--out {args.out} is the input; write to another file")
     form = mapped_form(args.map) if args.map else form_named(args.form)
-    rows = ChatRows(args.input, form, args.ignore)
+    rows = ChatRows(args.input, form, args.ignore, args.say or "")
     print_about(convert(rows, args.out, args.held_out), args.out, rows.drops)
     return 0
 

@@ -42,6 +42,7 @@ def score_both(
     base: Path, adapter: Path, questions: Path, task: str, out: Path, thinking: bool = False
 ) -> list[Result]:
     """The base and the base with the adapter beside its weights: OUT/scores-base.json and OUT/scores.json."""
+    out.mkdir(exist_ok=True)
     return [
         score(base, questions, task, out / name, thinking=thinking, prepare=beside(adapter if tuned else None, base))
         for name, tuned in (("scores-base.json", False), ("scores.json", True))

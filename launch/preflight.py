@@ -37,6 +37,7 @@ from launch.plan.preflight_checks import (
     check_model,
     check_mounts,
     check_output,
+    check_overlap,
     check_store,
     check_validation,
     check_versions,
@@ -135,6 +136,7 @@ def look(plan: Plan, arch: Arch, paths: Paths, nodes: int) -> tuple[list[Finding
     """Everything that is on disk; and the packs of the store."""
     found, packs = check_store(plan, arch, paths)
     found += check_validation(plan, arch, paths)
+    found += check_overlap(paths)
     found += check_model(paths)
     found += check_output(plan, arch, paths, nodes)
     found += check_mounts(paths)

@@ -99,8 +99,7 @@ def main() -> int:
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="puzzles to score (default: 500)")
     parser.add_argument("--training", type=int, default=4800, metavar="N", help="puzzles to train on")
     args = parser.parse_args()
-    check_output(args.out, KIND)
-    out = args.out.resolve()
+    out = check_output(args.out, KIND)
     with fresh_output(out, KIND, grows=True):
         pass
     prepare_data(out, args.kind, args.held_out, args.training)

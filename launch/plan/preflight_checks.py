@@ -5,10 +5,12 @@ Imports neither torch nor NeMo. Every check returns findings instead of raising,
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 from launch.plan.hardware import GIB
@@ -29,6 +31,10 @@ WANTED = {"nemo-toolkit": "2.7.3", "megatron-core": "0.16.1"}
 """Distributions that the recipe is written for (requirements.txt, requirements-gpu.txt)."""
 NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "wekafs", "ceph", "cifs", "fuse.glusterfs", "orangefs", "panfs"}
 """File systems that other machines can see; the kernel's names."""
+
+
+MOST_COMPARED = 200_000_000
+"""Training tokens that are compared with the validation store: about a minute."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,38 @@ def check_validation(plan: Plan, arch: Arch, paths: Paths) -> list[Finding]:
     if packs is None:
         return [Finding(True, f"--validation: {finding.text}") for finding in found]
     return [Finding(False, f"{packs} packs to validate on, all of them every time")]
+
+
+def check_overlap(paths: Paths) -> list[Finding]:
+    """Documents of the validation store whose prompt, token for token, is one that the run trains on."""
+    if paths.data is None or paths.validation is None:
+        return []
+    try:
+        stores = [TokenStore(folder) for folder in read_mixture(paths.data).stores]
+        held = TokenStore(paths.validation)
+        tokens = sum(store.manifest["tokens"] for store in stores)
+        if tokens > MOST_COMPARED:
+            text = f"{tokens:,} training tokens were not compared with --validation: data_prep/check_overlap.py does"
+            return [Finding(False, text)]
+        trained = {digest for store in stores for digest in _prompts(store)}
+        same = [number for number, digest in enumerate(_prompts(held)) if digest in trained]
+    except UserError:
+        return []  # check_store and check_validation say why
+    if not same:
+        return []
+    text = (
+        f"{len(same)} of {len(held)} validation documents have a prompt that is trained on (the first is "
+        f"{held.origin(same[0])}): their loss shows memory; leave them out with data_prep/clean.py --exclude"
+    )
+    return [Finding(True, text)]
+
+
+def _prompts(store: TokenStore) -> Iterator[bytes]:
+    """A hash of each document's tokens before the first that the loss counts."""
+    for start, end in pairwise(store.offsets.tolist()):
+        supervised = store.loss_mask[start:end].nonzero()[0]
+        stop = start + int(supervised[0]) if len(supervised) else end
+        yield hashlib.blake2b(store.tokens[start:stop].tobytes(), digest_size=16).digest()
 
 
 def check_model(paths: Paths) -> list[Finding]:

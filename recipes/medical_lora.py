@@ -1,0 +1,119 @@
+"""LoRA on MedMCQA, 182,822 questions of medical entrance exams, in one of three variants (docs/medical.md).
+
+    python recipes/medical_lora.py --nodes 2 --model /models/nano --data /data/medmcqa
+    make medical-smoke                              # 200 real questions on pico, two CPU ranks
+
+Base: NVIDIA-Nemotron-3-Nano-30B-A3B-BF16, the post-trained model. The Base model has no chat template, so its prompts
+would be ours alone. Data: data_prep/convert.py --form medmcqa --say letter, reasoned or explained, which also marks the
+letter, whose loss is reported apart. Cost: one pass is 13.5M tokens (about 30M with explanations), some 200 steps of 16
+packs. The smoke run (--rows) shows that the path learns: what it was taught comes back, and what it was not is chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finetune import command
+from finetune.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
+from finetune.whole_path import train
+from launch.plan.layout import Layout
+from nano3.arch import resolve_model
+from nano3.cli import check_output, fresh_output, run
+
+KIND, TASK, SEQ_LENGTH = "medical-smoke", "medmcqa", 1024
+LEAST_TRAINED, CHANCE = 0.95, 0.25
+"""What the smoke run promises: questions that it was taught, by log-likelihood; and those that it was not."""
+NOTE = "pico knows no medicine: what it was taught it has by heart, and every other question it guesses"
+
+
+def settings() -> Settings:
+    """The published recipe at 16 packs of 4,096 tokens a step: one pass is 206 steps, at 128 packs it would be 26."""
+    return Settings(train=TrainSettings(epochs=1.0, global_batch=16, seq_length=4096))
+
+
+def pico_settings() -> Settings:
+    """By heart: a large, hot adapter and many passes over few questions."""
+    return Settings(
+        layout=Layout(ep=2),
+        lora=LoraSettings(rank=64, alpha=64.0),
+        train=TrainSettings(steps=400, warmup=10, lr=4e-3, weight_decay=0.0, global_batch=2, seq_length=SEQ_LENGTH),
+        log=LogSettings(every=20),
+    )
+
+
+def medical_lora(run: Run) -> Any:
+    """The recipe: the published one, with the settings above."""
+    from finetune.configuration import lora_recipe
+
+    return lora_recipe(run)
+
+
+def prepare_data(rows: str, out: Path, held_out: int) -> None:
+    """Writes trained and held-out questions, none of them alike, and their packed stores.
+
+    The smoke run's rows may be those of the validation split: its adapter is thrown away, so it may learn them.
+    """
+    from data_prep.chat_rows import ChatRows, form_named
+    from data_prep.convert import convert, held_out_file
+    from data_prep.prepare import prepare
+    from nano3.rows import open_rows, write_rows
+
+    whole = out / "rows.jsonl"
+    convert(ChatRows(rows, form_named(TASK), say="letter"), whole, held_out)
+    for name, file in (("train", whole), ("validation", held_out_file(whole))):
+        kept = [
+            {k: v for k, v in row.fields.items() if k not in ("evaluation_only", "split")} for row in open_rows(file)
+        ]
+        write_rows(out / f"{name}.jsonl", kept)
+        prepare([out / f"{name}.jsonl"], resolve_model("pico"), out / name, seq_length=SEQ_LENGTH)
+
+
+def scores(out: Path) -> dict[str, Any]:
+    """Both scorers on both sets, before and after; prints the subjects. Returns what the report says."""
+    from evaluation.comparison import by_groups, compare, table
+    from evaluation.significance import wilson_interval
+    from finetune.scoring import score_both
+
+    found: dict[str, Any] = {"note": NOTE}
+    for name in ("train", "validation"):
+        into = out / f"scores-{name}"
+        base, tuned = score_both(resolve_model("pico"), out / "lora" / "adapter", out / f"{name}.jsonl", TASK, into)
+        letters = [sum(row["letter_correct"] for row in result["answers"]) for result in (base, tuned)]
+        own = {"letters": [right / tuned["n"] for right in letters]}
+        found[name] = compare(base, tuned) | own | {"ci95_letters": wilson_interval(letters[1], tuned["n"])}
+        print(f"\n{name}, written answers by subject:\n{table(by_groups(base, tuned))}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--rows", required=True, help="MedMCQA's rows in any of their forms, for the smoke run")
+    parser.add_argument("--out", type=Path, default=Path("runs/medical-smoke"), help="folder to write")
+    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks, a multiple of 2 (default: 2)")
+    parser.add_argument("--held-out", type=int, default=100, metavar="N", help="questions not to teach (default: 100)")
+    args = parser.parse_args()
+    out = check_output(args.out, KIND)
+    with fresh_output(out, KIND, grows=True):
+        pass
+    prepare_data(args.rows, out, args.held_out)
+    train(out, args.ranks, pico_settings, medical_lora)
+    found = scores(out)
+    (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
+    taught, (low, high) = found["train"]["letters"][1], found["validation"]["ci95_letters"]
+    print(
+        f"\ntaught: {taught:.1%} by log-likelihood (before: {found['train']['letters'][0]:.1%}), "
+        f"{found['train']['tuned_accuracy']:.1%} written; not taught: {found['validation']['letters'][1]:.1%} "
+        f"(95 %: {low:.1%} to {high:.1%}, chance {CHANCE:.0%}). {NOTE}."
+    )
+    return 0 if taught >= LEAST_TRAINED and low <= CHANCE <= high else 1
+
+
+if __name__ == "__main__":
+    run(partial(command.main, __doc__, settings, medical_lora) if command.has_data(sys.argv) else main)
