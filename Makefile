@@ -15,7 +15,7 @@ PACKAGES := nano3 finetune recipes pico data_prep conversion evaluation launch t
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo test test-full check gpu-check clean
+.PHONY: help install demo medical-smoke challenge-demo test test-full check gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,6 +25,14 @@ install: $(INSTALLED) ## only .venv with what requirements.txt names
 
 demo: $(INSTALLED) ## questions -> tokens -> import -> LoRA on 2 CPU ranks -> merge -> export -> scores (runs/demo)
 	$(PY) recipes/demo.py
+
+medical-smoke: $(INSTALLED) $(REFERENCE)/data/.done ## 200 real medical questions on pico, 100 held out, both scorers (runs/medical-smoke)
+	$(PY) -c "import sys, zipfile; print(zipfile.ZipFile(sys.argv[1]).read(sys.argv[2]).decode(), end='')" \
+		$(REFERENCE)/data/evals-*.whl evals/registry/data/medmcqa/samples.jsonl > build/medmcqa.jsonl
+	$(PY) recipes/medical_lora.py --rows build/medmcqa.jsonl
+
+challenge-demo: $(INSTALLED) ## puzzles of the reasoning challenge on pico, the zip, and what PEFT answers from it (runs/challenge)
+	$(PY) recipes/challenge_lora.py
 
 test: $(INSTALLED) $(REFERENCE)/.done ## the fast tests, at most 10 minutes on 2 cores
 	$(TESTS) -m "not full"

@@ -29,6 +29,7 @@ from evaluation.comparison import (
     table,
 )
 from evaluation.result_file import Result, read_result
+from evaluation.tasks import load_task, names
 
 
 def summary(before: Result, after: Result, wanted: float) -> str:
@@ -63,7 +64,9 @@ def main() -> int:
         raise UserError(f"--gain is {args.gain}; give points above 0, at most 100")
     before, after = read_result(args.before), read_result(args.after)
     print(summary(before, after, args.gain / 100))
-    print(f"\n{table(by_groups(before, after, args.by))}")
+    task = before.get("settings", {}).get("task")
+    published = load_task(task).published if task in names() else None
+    print(f"\n{table(by_groups(before, after, args.by), published)}")
     return 0
 
 

@@ -168,8 +168,11 @@ def by_groups(before: Result, after: Result, key: str = "subject") -> list[Line]
     return [Line(name, first[name], second[name], pairs[name], adjusted[name]) for name in first]
 
 
-def table(lines: Sequence[Line]) -> str:
-    """The groups as a table of plain text, totals last; `*` marks groups of fewer than `SMALL_GROUP` questions."""
+def table(lines: Sequence[Line], published: Mapping[str, tuple[int, int, int]] | None = None) -> str:
+    """The groups as a table of plain text, totals last; `*` marks groups of fewer than `SMALL_GROUP` questions.
+
+    `published`, group -> (questions, right before, right after) of others, stands beside ours where it is known.
+    """
     flags = [pair for line in lines for pair in zip(line.pair.before, line.pair.after, strict=True)]
     total = Paired(tuple(before for before, _ in flags), tuple(after for _, after in flags))
     width = max(len("all"), *(len(line.name) for line in lines)) + 2
@@ -177,12 +180,20 @@ def table(lines: Sequence[Line]) -> str:
     rows = [f"{'group':<{width}}{'n':>6}  {share}  {share}  {'gain':>7} {'p (Holm)':>9}"]
     for line in lines:
         name = line.name + (" *" if line.marked else "")
-        rows.append(_row(name, width, line.before, line.after, f"{line.p_holm:9.2g}"))
+        rows.append(_row(name, width, line.before, line.after, f"{line.p_holm:9.2g}" + _others(published, line.name)))
     everything = Group(total.n, sum(total.before)), Group(total.n, sum(total.after))
     rows.append(_row("all", width, *everything, f"{total.p_value:9.2g}"))
     if any(line.marked for line in lines):
         rows.append(f"* fewer than {SMALL_GROUP} questions: the figure says little, its interval says how little")
     return "\n".join(rows)
+
+
+def _others(published: Mapping[str, tuple[int, int, int]] | None, name: str) -> str:
+    """`   published 36.3 -> 77.8` of a group that others have scored too."""
+    if not published or name not in published:
+        return ""
+    n, before, after = published[name]
+    return f"   published {100 * before / n:.1f} -> {100 * after / n:.1f}"
 
 
 def _row(name: str, width: int, before: Group, after: Group, p_value: str) -> str:

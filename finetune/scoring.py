@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from evaluation.comparison import Result
-from evaluation.evaluate import evaluate, write_result
+from evaluation.evaluate import evaluate
 from evaluation.judging.questions import load_questions
 from evaluation.models import HFModel, beside
+from evaluation.result_file import Result, write_result
 from evaluation.tasks import load_task
 from nano3.cli import scratch_folder
 

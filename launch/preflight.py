@@ -184,8 +184,8 @@ def verdict(request: Request, memory: MemoryPlan, speed: Estimate, packs: int | 
         memory.table(gpu),
         f"  tightest: stage {tightest.stage}, most of it {tightest.largest()}" + _imbalance(memory, gpu),
         f"  estimate: {speed.tokens_per_second:,.0f} tokens/s/GPU, {speed.seconds:.1f} s a step ({speed.shares()});",
-        f"  {_hours(plan, speed, packs)}Published rows are met within a third (--errors); 'host' is what longer packs "
-        "win back",
+        f"  {_length(plan, speed, packs, request.ranks)}Published rows are met within a third (--errors); 'host' is "
+        "what longer packs win back",
     ]
     if packs is not None:
         step = speed.seconds / plan.train.global_batch
@@ -197,12 +197,16 @@ def verdict(request: Request, memory: MemoryPlan, speed: Estimate, packs: int | 
     return lines
 
 
-def _hours(plan: Plan, speed: Estimate, packs: int | None) -> str:
-    """How long the run takes, where its number of steps is given or the store is known."""
+def _length(plan: Plan, speed: Estimate, packs: int | None, ranks: int) -> str:
+    """How long the run takes and what it costs, where its number of steps is given or the store is known."""
     if plan.train.steps is None and packs is None:
         return ""
     steps = steps_of(plan.train, packs or 0)
-    return f"{steps} steps take {speed.seconds * steps / 3600:.1f} h. "
+    minutes = speed.seconds * steps / 60
+    time = f"{minutes / 60:.1f} h" if minutes >= 120 else f"{minutes:.0f} minutes"
+    tokens = steps * plan.train.global_batch * plan.train.seq_length
+    cost = f"{tokens / 1e6:,.1f}M tokens at most, {minutes * ranks / 60:,.1f} GPU-hours"
+    return f"{steps} steps take {time}: {cost}. "
 
 
 def report(request: Request, files: bool) -> tuple[int, str]:

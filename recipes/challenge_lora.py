@@ -4,10 +4,11 @@ r"""LoRA for the public reasoning challenge: puzzles by hidden rules, the answer
     python conversion/submission.py write runs/lora/adapter submission.zip
     python recipes/challenge_lora.py                                                        # the whole way on pico
 
-Teaches the six kinds of data_prep/puzzles with the reasoning of their solvers, at the challenge's largest rank, on
-layers that vLLM and PEFT both load: a higher rank is refused before anything starts. Data: docs/challenge.md has the
-commands. Without --model and --data it is a demo: one kind of puzzle that fits pico, two CPU ranks, the zip, and the
-boxed answers of the base, of the tuned model and of what PEFT makes of the zip. Exit code 1 for a broken promise.
+Teaches the six kinds of data_prep/puzzles with the reasoning of their solvers, on layers that vLLM and PEFT both load;
+a rank above the challenge's 32 is refused before anything starts. Data: a token store of puzzles (docs/challenge.md).
+Cost: not measured on a GPU. Result: OUT/adapter, of which conversion/submission.py makes the zip. Without --model and
+--data it is a demo: one kind that fits pico, two CPU ranks, the zip, and the boxed answers of the base, of the tuned
+model and of what PEFT makes of the zip, in OUT/report.json. Exit code 1 for a broken promise.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ from nano3.cli import check_output, fresh_output, run
 KIND, TASK = "challenge-run", "reasoning-challenge"
 LEAST_GAIN, LEAST_EQUAL = 0.30, 0.99
 """What the demo promises: the gain, and the share of answers that PEFT writes from the zip letter for letter."""
-SEQ_LENGTH = 896
-"""Tokens of a pack of the demo: two puzzles with their reasoning."""
+SEQ_LENGTH = 896  # two puzzles with their reasoning
 
 
 def settings() -> Settings:

@@ -3,10 +3,11 @@
     python recipes/medical_lora.py --nodes 2 --model /models/nano --data /data/medmcqa
     make medical-smoke                              # 200 real questions on pico, two CPU ranks
 
-Base: NVIDIA-Nemotron-3-Nano-30B-A3B-BF16, the post-trained model. The Base model has no chat template, so its prompts
-would be ours alone. Data: data_prep/convert.py --form medmcqa --say letter, reasoned or explained, which also marks the
-letter, whose loss is reported apart. Cost: one pass is 13.5M tokens (about 30M with explanations), some 200 steps of 16
-packs. The smoke run (--rows) shows that the path learns: what it was taught comes back, and what it was not is chance.
+Teaches the post-trained Nemotron-3-Nano-30B-A3B the right letters; the Base model has no chat template, so its prompts
+would be ours alone. Data: data_prep/convert.py --form medmcqa --say letter, reasoned or explained; the letter is
+marked, its loss reported apart. Cost: one pass is 13.5M tokens, 30M with explanations; not measured on a GPU.
+Result: OUT/adapter. With --rows it is a smoke run on pico: both scorers before and after, by subject, and
+OUT/report.json. Exit code 1 when what was taught does not come back, or what was not is no guess.
 """
 
 from __future__ import annotations

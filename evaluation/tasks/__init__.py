@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Task:
             follows it after a space.
         data: where the questions come from, as `--questions` takes it; "" when the user must say.
         make: count and seed -> questions, for generators.
+        published: subject -> questions, right before and right after tuning, of others' LoRA on this model.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Task:
     completion: Callable[[Question], str] | None = None
     data: str = ""
     make: Callable[[int, int], Iterator[Question]] | None = None
+    published: Mapping[str, tuple[int, int, int]] | None = None
 
 
 def names() -> list[str]:

@@ -49,6 +49,16 @@ def test_what_the_recipe_refuses_preflight_refuses_in_the_same_words(setting):
     assert str(ours.value) == str(theirs.value)
 
 
+def test_a_rank_above_what_the_reader_takes_is_refused_by_both():
+    for settings in (["lora.max_rank=32", "lora.rank=64"], ["lora.max_rank=32", "lora.rank_pattern=in_proj:64"]):
+        with pytest.raises(UserError, match=r"rank 64 of \S+ is above lora\.max_rank=32") as theirs:
+            check_recipe(settings)
+        with pytest.raises(UserError) as ours:
+            asked("--hardware", "h100", *settings)
+        assert str(ours.value) == str(theirs.value)
+    check_recipe(["lora.max_rank=32", "lora.rank=32"])
+
+
 def test_adapters_are_planned_one_pack_at_a_time():
     with pytest.raises(UserError, match=r"micro_batch=4: a pack is one sequence .*cu_seqlens.*train\.global_batch"):
         asked("--hardware", "h100", "micro_batch=4")

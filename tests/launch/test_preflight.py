@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from launch.plan.preflight_checks import (
     check_model,
     check_mounts,
     check_output,
+    check_overlap,
     check_store,
     check_validation,
     disk_bytes,
@@ -70,6 +72,18 @@ def test_verdict(hardware, nodes, settings, verdict, _why):
 def script(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "launch" / "preflight.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_how_long_a_run_is_and_what_it_costs():
+    """206 steps of 16 packs of 4,096 tokens; a GPU-hour is 3,600 seconds of one of the 16 GPUs."""
+    settings = ["train.steps=206", "train.global_batch=16", "train.seq_length=4096"]
+    request = asked("--hardware", "h100", "--nodes", "2", *settings)
+    _, text = preflight.report(request, files=False)
+    assert 206 * 16 * 4096 == 13_500_416
+    per_second = float(re.search(r"estimate: ([\d,]+) tokens/s/GPU", text)[1].replace(",", ""))
+    hours = 13_500_416 / per_second / 3600
+    minutes = hours * 60 / 16
+    assert f"206 steps take {minutes:.0f} minutes: 13.5M tokens at most, {hours:.1f} GPU-hours. " in text
 
 
 def test_exit_codes_and_the_time_that_it_takes():
@@ -234,6 +248,26 @@ def test_a_validation_store_is_checked_like_the_other(world, tmp_path):
     code, text = preflight.report(asked(*arguments, "--validation", str(tmp_path), "train.seq_length=64"), files=True)
     assert code == 1
     assert "WRONG: --validation: " in text
+
+
+def test_validation_questions_that_are_trained_on_are_found(tmp_path):
+    """40 of 100 are planted, with other answers; the store of the 60 others passes."""
+    pico = resolve_model("pico")
+    rows = [row(f"Sort these numbers: {number}, 7, 3", "3, 7") for number in range(160)]
+    planted = [row(f"Sort these numbers: {number}, 7, 3", "7") for number in range(40)]
+    sets = {"train": rows[:60], "clean": rows[100:160], "held": [*rows[100:160], *planted]}
+    stores = {
+        name: prepare([write_jsonl(tmp_path / f"{name}.jsonl", part)], pico, tmp_path / name, 64)[0].folder
+        for name, part in sets.items()
+    }
+    assert not check_overlap(Paths(pico, stores["train"], validation=stores["clean"]))
+    (found,) = check_overlap(Paths(pico, stores["train"], validation=stores["held"]))
+    assert found.wrong
+    assert found.text.startswith("40 of 100 validation documents have a prompt that is trained on (the first is ")
+    assert "held.jsonl:61" in found.text
+    request = ["--hardware", "h100", "--gpus-per-node", "1", "--model", "pico", "--data", str(stores["train"])]
+    code, text = preflight.report(asked(*request, "--validation", str(stores["held"]), "--seq", "64"), files=True)
+    assert (code, "WRONG: 40 of 100 validation documents" in text) == (1, True)
 
 
 @pytest.mark.parametrize("broken", ["documents.bin", "packs.idx", "packs.json", "manifest.json"])
