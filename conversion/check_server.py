@@ -3,8 +3,10 @@
     python conversion/check_server.py http://localhost:8000 --golden FP8.golden.safetensors
 
 Sends every prompt as token ids to /v1/completions and compares the log-probabilities of its tokens; sends its text to
-/tokenize and compares the ids. Prints the largest difference of each prompt. Exit code 0 when all are within the file's
-tolerances, 1 when the server answers something else, 2 when it cannot be asked.
+/tokenize and compares the ids. Prints the largest difference of each prompt, how near the answers are to those of an
+unquantized model, and what a pass does not show. Where the server says which folder it serves, and that folder is on
+this machine, its content hash is compared too. Exit code 0 when all is within the file's limits, 1 when the server
+answers something else, 2 when it cannot be asked.
 
 What is asked and read is vLLM's extension of OpenAI's completions: `prompt_logprobs` of the request, and of a choice in
 the response a list with null for the first token and {token id: {logprob, rank, decoded_token}} for each other
@@ -25,16 +27,16 @@ import argparse
 import http.client
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
 import numpy as np
 from annotated_types import MinLen
 from typing_extensions import TypedDict
 
 from conversion.fp8.golden_file import Golden
-from nano3.documents import Count, Name, parse_json
+from conversion.fp8.golden_verdict import Limits, of_all, of_prompt, unseen, way
+from nano3.documents import Count, Name, Sha256, Text, parse_json
 from nano3.network import Answer, ask, check_address, without
 
 T = TypeVar("T")
@@ -44,9 +46,12 @@ KEY_VARIABLE = "VLLM_API_KEY"
 
 
 class Model(TypedDict):
-    """A model that a server lists."""
+    """A model that a server lists. vLLM gives the folder or name that it was started with as `root`; a content hash is
+    nobody's usage yet, and is compared where there is one."""
 
     id: Name
+    root: NotRequired[Text | None]
+    model_sha256: NotRequired[Sha256]
 
 
 class Models(TypedDict):
@@ -85,15 +90,26 @@ class Server:
     def __init__(self, url: str, timeout: float, model: str | None = None) -> None:
         self.url = check_address(url).rstrip("/").removesuffix("/v1")
         self.timeout = timeout
-        self.model = self._model(model)
+        self.listed = self._model(model)
+        self.model = self.listed["id"]
 
-    def _model(self, wanted: str | None) -> str:
-        listed = self._call("/v1/models", Models, "is this an OpenAI-compatible server?")
-        names = [entry["id"] for entry in listed["data"]]
-        wanted = names[0] if wanted is None and len(names) == 1 else wanted
-        if wanted is None or wanted not in names:
-            raise UserError(f"{self.url} serves {', '.join(names[:20]) or 'nothing'}; choose with --model")
-        return wanted
+    def _model(self, wanted: str | None) -> Model:
+        models = self._call("/v1/models", Models, "is this an OpenAI-compatible server?")["data"]
+        wanted = models[0]["id"] if wanted is None and len(models) == 1 else wanted
+        found = [entry for entry in models if entry["id"] == wanted]
+        if not found:
+            names = ", ".join(entry["id"] for entry in models[:20])
+            raise UserError(f"{self.url} serves {names or 'nothing'}; choose with --model")
+        return found[0]
+
+    def model_sha256(self) -> str | None:
+        """The content hash of what it serves: its own word, or that of its folder where that is on this machine."""
+        root = Path(self.listed.get("root") or "")
+        if "model_sha256" in self.listed or not (root / "config.json").is_file():
+            return self.listed.get("model_sha256")
+        from conversion.identity import model_sha256
+
+        return model_sha256(root)
 
     def logprobs(self, tokens: np.ndarray) -> np.ndarray:
         """The server's log-probability of every token given those before it; 0 for the first, NaN where it has none."""
@@ -151,50 +167,45 @@ def _remedy(path: str, status: int) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """How far the server is off, in nats, for each token of a prompt but the first, and what is wrong with that."""
-
-    off: np.ndarray
-    problem: str | None
-
-
-def judge(golden: Golden, number: int, answered: np.ndarray, encoded: list[int] | None) -> Verdict:
-    """Compares one prompt. `encoded`: the server's tokens of its text, None where it was not asked."""
-    limits, off = golden.tolerance, np.abs(answered - golden.logprobs[number])[1:]
-    problems = []
-    if not np.isfinite(off).all():
-        problems.append(f"no number for token {1 + int(np.argmin(np.isfinite(off)))}")
-    elif off.max() > limits.largest:
-        problems.append(f"a token is off by more than {limits.largest:.3f}")
-    elif off.mean() > limits.mean:
-        problems.append(f"off by more than {limits.mean:.3f} on average")
-    if encoded is not None and encoded != golden.tokens[number].tolist():
-        problems.append("another tokenizer: its tokens are not those of the text")
-    return Verdict(off, "; ".join(problems) or None)
-
-
 def check(server: Server, golden: Golden, tokenizer: bool = True) -> list[str]:
     """Asks for every prompt, printing a line for each; returns what is wrong. Raises `UserError` when the server cannot
     be asked."""
-    problems, off = [], []
+    problems, answered, limits = _of_hash(server, golden), [], Limits.of(golden)
     for number, (text, tokens) in enumerate(zip(golden.texts, golden.tokens, strict=True)):
-        encoded = server.tokenize(text) if tokenizer else None
-        verdict = judge(golden, number, server.logprobs(tokens), encoded)
-        off.append(verdict.off)
-        worst = int(np.argmax(verdict.off))
+        other = tokenizer and server.tokenize(text) != tokens.tolist()
+        found = server.logprobs(tokens)
+        off = np.abs(found - golden.logprobs[number])[1:]
+        wrong = [problem] if (problem := of_prompt(golden, number, found, limits)) else []
+        wrong += ["another tokenizer: its tokens are not those of the text"] if other else []
         print(
-            f"prompt {number}: {len(tokens)} tokens, largest difference {verdict.off[worst]:.4f} at token {worst + 1}, "
-            f"mean {verdict.off.mean():.4f}: " + (f"FAILED, {verdict.problem}" if verdict.problem else "ok"),
+            f"prompt {number}: {len(tokens)} tokens, largest difference {off.max():.4f} at token "
+            f"{1 + int(np.argmax(off))}, mean {off.mean():.4f}: {'FAILED, ' + '; '.join(wrong) if wrong else 'ok'}",
             flush=True,
         )
-        if verdict.problem:
-            problems.append(f"prompt {number}: {verdict.problem}")
-    overall, limit = float(np.concatenate(off).mean()), golden.tolerance.overall
-    print(f"all prompts: mean difference {overall:.4f}, tolerance {limit:.4f}")
-    if not overall <= limit:
-        problems.append(f"all prompts are off by more than {limit:.3f} on average")
-    return problems
+        answered.append(found)
+        problems += [f"prompt {number}: {'; '.join(wrong)}"] if wrong else []
+    _print_all(golden, answered, limits)
+    return problems + of_all(golden, answered, limits)
+
+
+def _of_hash(server: Server, golden: Golden) -> list[str]:
+    """Whether the server has the weights of the file, where that can be known."""
+    found, expected = server.model_sha256(), golden.facts["model_sha256"]
+    if found is None:
+        print("hash: the server gives none, and its folder is not on this machine")
+        return []
+    print(f"hash: {found[:16]}, {'that of the golden answers' if found == expected else 'FAILED'}")
+    if found == expected:
+        return []
+    return [f"it serves a model of content hash {found[:16]}, the golden answers are of {expected[:16]}"]
+
+
+def _print_all(golden: Golden, answered: list[np.ndarray], limits: Limits) -> None:
+    off = np.concatenate([np.abs(a - b)[1:] for a, b in zip(answered, golden.logprobs, strict=True)])
+    print(f"all prompts: mean difference {off.mean():.4f}, limit {limits.overall:.4f}")
+    for name, limit in limits.ways.items():
+        told = f"limit {limit:.0%}" if limit <= 1 else "these prompts cannot tell"
+        print(f"towards a model with {name}: {way(golden, answered, name):.0%} of the way, {told}")
 
 
 def main() -> int:
@@ -221,6 +232,7 @@ def main() -> int:
         )
         return 1
     print(f"{server.model} at {server.url} answers as {args.golden} says, all {len(golden.texts)} prompts")
+    print(f"this does not show: {'; '.join(unseen(golden))}")
     return 0
 
 

@@ -1,21 +1,23 @@
 """Golden answers of an exported model: what a server that reads the folder right must answer.
 
-    python conversion/golden.py DIR [--prompts FILE] [--out FILE]
+    python conversion/golden.py DIR [--prompts FILE] [--unquantized MERGED] [--out FILE]
 
 DIR is a Hugging Face folder, merged or in FP8. Its log-probability of every token of a few prompts is computed in FP32
 by transformers' code, layer by layer, so that one layer of weights is all that must fit in memory (5.2 GB at most for
-Nano); of an FP8 folder with weights, activations and cache rounded as a server rounds them. The tolerances are
-measured: the same in BF16 shows what rounding alone does to this model on these prompts. conversion/check_server.py
-compares a running server with the file.
+Nano); of an FP8 folder with weights, activations and cache rounded as a server rounds them. The same in BF16 shows what
+rounding alone does to this model on these prompts. The same without rounded activations, and of the folder that DIR was
+made from (--unquantized), are what a server must not answer. Then faults are planted: the last lines say which of them
+the prompts show, and so what a pass does not show. conversion/check_server.py compares a running server with the file.
 
 The file of prompts has a JSON object with `messages` (chat JSONL) or `prompt` (plain text) a line; without it a few
-texts of our own are taken. The output must not lie in the model's folder, where servers load every *.safetensors.
+texts of our own are taken. Prompts of what the model was tuned for tell more. The output must not lie in the model's
+folder, where servers load every *.safetensors.
 """
 
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, run, scratch_folder
+    from nano3.cli import UserError, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -23,10 +25,10 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 import argparse
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -35,22 +37,16 @@ from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.output_folder import CERTIFICATE
 from conversion.checkpoint.safetensors_layout import FP8
 from conversion.checkpoint.tensor_digests import content_hash, facts_of
-from conversion.fp8.golden_file import Golden, Tolerance
+from conversion.fp8.golden_file import Golden
+from conversion.fp8.golden_passes import Way, answers, planted
+from conversion.fp8.golden_verdict import Limits, differences, problems, unseen
 from nano3.arch import resolve_model
 from nano3.documents import json_lines
 
-if TYPE_CHECKING:
-    import torch
-
-    from conversion.fp8.layerwise import Hidden
-    from nano3.fp8_emulation import ActivationScales
-
 LONGEST = 4096
 """Tokens of a prompt at most: vLLM keeps the log-probabilities of a whole prompt in memory."""
-FACTORS, FLOORS = Tolerance(3.0, 2.0, 1.75), Tolerance(0.1, 0.02, 0.01)
-"""Tolerances are these multiples of what BF16 does to the golden answers themselves, and no less than these nats. A
-server in BF16 adds in another order, which is an error of the same size; the tail of single tokens is long, the mean
-over all of them is steady."""
+UNROUNDED, UNQUANTIZED = "activations not in FP8", "weights not in FP8"
+"""What the other models of an FP8 folder's file have."""
 
 TEXTS = (
     "The capital of France is Paris, the capital of Italy is Rome, and the capital of Japan is Tokyo.",
@@ -109,76 +105,6 @@ def encode(folder: Path, rows: list[dict[str, Any]]) -> tuple[list[str], list[np
     return texts, tokens
 
 
-def logprobs(
-    hf: HFFolder, tokens: list[np.ndarray], dtype: torch.dtype, beside: Path, scales: ActivationScales | None
-) -> tuple[list[np.ndarray], int]:
-    """Log-probability of every token given those before it, an FP32 array for each prompt; and how many routed experts
-    the prompts reached.
-
-    Hidden states lie in a hidden folder beside the path `beside` meanwhile.
-    """
-    from tqdm import tqdm
-
-    from conversion.fp8.layerwise import Hidden
-
-    reached = 0
-    with scratch_folder(beside) as scratch:
-        hidden = Hidden(hf, tokens, scratch, dtype)
-        hidden.embed()
-        name = str(dtype).removeprefix("torch.")
-        for number in tqdm(range(len(hf.arch.layers)), desc=f"golden {name}", unit="layer", disable=None):
-            reached += _through_layer(hf, hidden, number, scales)
-        return [_of_prompt(hf, state, ids) for state, ids in zip(hidden, tokens, strict=True)], reached
-
-
-def _through_layer(hf: HFFolder, hidden: Hidden, number: int, scales: ActivationScales | None) -> int:
-    """One layer, which is let go of before the next is built; returns how many routed experts got a token."""
-    import torch
-
-    from conversion.fp8.layerwise import build_layer, count_tokens
-
-    model = build_layer(hf, number, hidden.dtype)
-    counts = torch.zeros(hf.arch.n_routed_experts, dtype=torch.long)
-    if hf.arch.layers[number] == "E":
-        count_tokens(model, counts)
-    if scales is not None:
-        scales.attach_layer(model.layers[0], number)
-    hidden.pass_through(model)
-    return int((counts > 0).sum())
-
-
-def _of_prompt(hf: HFFolder, hidden: torch.Tensor, ids: np.ndarray) -> np.ndarray:
-    """The last norm and lm_head, a few rows of the vocabulary at a time."""
-    import torch
-
-    from conversion.checkpoint.pieces import row_steps
-
-    arch, state = hf.arch, hidden[:-1].float()
-    norm = hf.rows("backbone.norm_f.weight", 0, arch.hidden_size).to(hidden.dtype).float()
-    state = state * torch.rsqrt(state.square().mean(-1, keepdim=True) + arch.layer_norm_epsilon) * norm
-    state, wanted = state.to(hidden.dtype), torch.from_numpy(ids[1:])
-    total = torch.full((len(state),), -torch.inf)
-    chosen = torch.zeros(len(state))
-    for start, count in row_steps(arch.vocab_size, 4 * arch.hidden_size):
-        part = (state @ hf.rows("lm_head.weight", start, count).to(hidden.dtype).T).float()
-        total = torch.logaddexp(total, part.logsumexp(1))
-        inside = (wanted >= start) & (wanted < start + count)
-        chosen[inside] = part[inside, wanted[inside] - start]
-    return torch.cat([torch.zeros(1), chosen - total]).numpy()
-
-
-def tolerance(exact: list[np.ndarray], rounded: list[np.ndarray]) -> Tolerance:
-    """How far a right server may be off, from the log-probabilities in FP32 and in BF16, an array for each prompt."""
-    off = [np.abs(a - b)[1:] for a, b in zip(exact, rounded, strict=True)]
-    found = Tolerance(
-        max(float(part.max()) for part in off),
-        max(float(part.mean()) for part in off),
-        float(np.concatenate(off).mean()),
-    )
-    values = {name: max(getattr(FACTORS, name) * size, getattr(FLOORS, name)) for name, size in asdict(found).items()}
-    return Tolerance(**values)
-
-
 def certified_hash(folder: Path, hf: HFFolder) -> str:
     """The content hash of the weights, read whole. Raises `UserError` when a certificate beside them has another."""
     found = content_hash(facts_of(hf))
@@ -190,8 +116,9 @@ def certified_hash(folder: Path, hf: HFFolder) -> str:
     return found
 
 
-def golden(folder: Path, rows: list[dict[str, Any]], beside: Path) -> Golden:
-    """The golden answers of a model folder to `rows` (see `read_prompts`). Raises `UserError`."""
+def golden(folder: Path, rows: list[dict[str, Any]], beside: Path, unquantized: Path | None = None) -> Golden:
+    """The golden answers of a model folder to `rows` (see `read_prompts`); `unquantized` is what an FP8 folder was made
+    from. Raises `UserError`."""
     import torch
 
     from conversion.dequantize import activation_scales
@@ -203,18 +130,40 @@ def golden(folder: Path, rows: list[dict[str, Any]], beside: Path) -> Golden:
         if top >= hf.arch.vocab_size:
             raise UserError(f"the tokenizer of {folder} gives token {top}; the model ends at {hf.arch.vocab_size - 1}")
         quantized = any(entry.dtype == FP8 for entry in hf.layout.entries.values())
-        scales = activation_scales(hf) if quantized else None
-        exact, reached = logprobs(hf, tokens, torch.float32, beside, scales)
-        rounded, _ = logprobs(hf, tokens, torch.bfloat16, beside, scales)
-        facts |= {
-            "fp8": quantized,
-            "experts": {"reached": reached, "of": hf.arch.n_routed_experts * len(hf.arch.moe_layers)},
-        }
-    if not all(np.isfinite(part).all() for part in exact):
-        raise UserError(
-            f"{folder} gives log-probabilities that are no numbers; check it with conversion/lint_export.py"
-        )
-    return Golden(texts, tokens, exact, tolerance(exact, rounded), facts)
+        scales = activation_scales(hf).as_served() if quantized else None
+        exact = answers(hf, tokens, Way(torch.float32, scales), beside)
+        if not all(np.isfinite(part).all() for part in exact.logprobs):
+            raise UserError(
+                f"{folder} gives log-probabilities that are no numbers; check it with conversion/lint_export.py"
+            )
+        bf16 = answers(hf, tokens, Way(torch.bfloat16, scales), beside)
+        others = {UNROUNDED: answers(hf, tokens, Way(torch.float32, None), beside).logprobs} if quantized else {}
+        if unquantized is not None:
+            others[UNQUANTIZED] = _of_source(folder, quantized, unquantized, tokens, beside)
+        experts = {"reached": exact.reached, "of": hf.arch.n_routed_experts * len(hf.arch.moe_layers)}
+        found = Golden(texts, tokens, exact.logprobs, bf16.logprobs, others, facts)
+        faults = []
+        for name, way in planted(hf, scales, exact).items():
+            said = answers(hf, tokens, way, beside).logprobs
+            mean = float(np.abs(np.concatenate(differences(exact.logprobs, said))).mean())
+            faults.append({"name": name, "mean": mean, "seen": bool(problems(found, said))})
+    return replace(found, facts=facts | {"fp8": quantized, "experts": experts, "planted": faults})
+
+
+def _of_source(folder: Path, quantized: bool, source: Path, tokens: list[np.ndarray], beside: Path) -> list[np.ndarray]:
+    """The answers of the folder that an FP8 folder was made from. Raises `UserError` where it was not."""
+    import torch
+
+    if not quantized:
+        raise UserError(f"{folder} is not in FP8; leave out --unquantized")
+    with HFFolder(source) as hf:
+        found = content_hash(facts_of(hf))
+        if (folder / CERTIFICATE).exists() and (came := read_certificate(folder)["input"]["sha256"]) != found:
+            raise UserError(
+                f"--unquantized {source} has content hash {found[:16]}; give the folder that {folder} was made from, "
+                f"{came[:16]}"
+            )
+        return answers(hf, tokens, Way(torch.float32, None), beside).logprobs
 
 
 def main() -> int:
@@ -223,6 +172,9 @@ def main() -> int:
     )
     parser.add_argument("folder", metavar="DIR", help="Hugging Face model folder, merged or FP8, or a preset")
     parser.add_argument("--prompts", metavar="FILE", type=Path, help="JSONL with messages or prompt a line")
+    parser.add_argument(
+        "--unquantized", metavar="MERGED", type=resolve_model, help="the folder that an FP8 DIR was made from"
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="file to write (default: DIR.golden.safetensors)")
     args = parser.parse_args()
     folder = resolve_model(args.folder)
@@ -231,14 +183,18 @@ def main() -> int:
         raise UserError(
             f"{out} lies in the model's folder, where servers load every *.safetensors; choose another place"
         )
-    found = golden(folder, read_prompts(args.prompts) if args.prompts else default_prompts(), out.resolve())
+    rows = read_prompts(args.prompts) if args.prompts else default_prompts()
+    found = golden(folder, rows, out.resolve(), args.unquantized)
     found.write(out)
-    experts, limits = found.facts["experts"], found.tolerance
+    experts, limits = found.facts["experts"], Limits.of(found)
     print(
         f"{out}: {len(found.texts)} prompts, {sum(map(len, found.tokens))} tokens, which reached "
         f"{experts['reached']} of {experts['of']} routed experts; a server may be off by {limits.largest:.3f} nats at "
         f"a token, by {limits.mean:.3f} on average over a prompt and by {limits.overall:.3f} over all"
     )
+    for fault in found.facts["planted"]:
+        print(f"planted: {fault['name']}: off by {fault['mean']:.3f}, {'seen' if fault['seen'] else 'NOT SEEN'}")
+    print(f"a pass does not show: {'; '.join(unseen(found))}")
     return 0
 
 

@@ -42,7 +42,7 @@ def summary(before: Result, after: Result, wanted: float) -> str:
     low, high = pair.interval
     lines.append(
         f"gain   {100 * pair.gain:+6.2f} points (95 %: {100 * low:+.2f} to {100 * high:+.2f}); {pair.fixed} fixed, "
-        f"{pair.broken} broken, McNemar p = {pair.p_value:.2g}"
+        f"{pair.broken} broken, {pair.test} p = {pair.p_value:.2g}"
     )
     if split := split_gain(before, after):
         lines.append(

@@ -5,7 +5,7 @@ Works on results of `evaluation.evaluate` as they are: verdicts are read, nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ from evaluation.significance import (
     SMALL_GROUP,
     Group,
     by_group,
-    clustered_interval,
     gain_interval,
     holm,
     mcnemar,
+    mean_interval,
+    paired_t,
     questions_needed,
-    wilson_interval,
+    shares_gain_interval,
 )
 from nano3.cli import UserError
 
@@ -52,24 +53,32 @@ def check_comparable(results: Mapping[str, Result]) -> None:
 
 @dataclass(frozen=True)
 class Paired:
-    """Verdicts of two models on the same questions in the same order."""
+    """Scores of two models on the same questions in the same order: 0, 1, or the share of a question's right samples.
 
-    before: tuple[bool, ...]
-    after: tuple[bool, ...]
+    The gain is the change of the mean score, so of the accuracy of one answer, however many samples there are.
+    """
+
+    before: tuple[float, ...]
+    after: tuple[float, ...]
 
     @property
     def n(self) -> int:
         return len(self.before)
 
     @property
+    def single(self) -> bool:
+        """Whether every question has one answer, right or wrong."""
+        return all(score in (0, 1) for score in (*self.before, *self.after))
+
+    @property
     def fixed(self) -> int:
-        """Wrong before, right after."""
-        return sum(a and not b for b, a in zip(self.before, self.after, strict=True))
+        """Wrong before, right after; of several samples more than half decide."""
+        return sum(a > 0.5 >= b for b, a in zip(self.before, self.after, strict=True))
 
     @property
     def broken(self) -> int:
-        """Right before, wrong after."""
-        return sum(b and not a for b, a in zip(self.before, self.after, strict=True))
+        """Right before, wrong after; of several samples more than half decide."""
+        return sum(b > 0.5 >= a for b, a in zip(self.before, self.after, strict=True))
 
     @property
     def gain(self) -> float:
@@ -77,25 +86,37 @@ class Paired:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Newcombe's, of the gain."""
-        return gain_interval(self.before, self.after)
+        """Newcombe's, of the gain; with several samples clustered by question."""
+        if self.single:
+            return gain_interval([score == 1 for score in self.before], [score == 1 for score in self.after])
+        return shares_gain_interval(self.before, self.after)
+
+    @property
+    def test(self) -> str:
+        """What `p_value` is of."""
+        return "McNemar" if self.single else "paired t"
 
     @property
     def p_value(self) -> float:
-        """McNemar's, exact."""
-        return mcnemar(self.fixed, self.broken)
+        """McNemar's, exact; with several samples of the paired t test over the questions."""
+        return mcnemar(self.fixed, self.broken) if self.single else paired_t(self.before, self.after)
 
 
-def paired(before: Result, after: Result, key: str = "correct") -> Paired:
-    """The two results' verdicts, paired by question id."""
+def share(row: Mapping[str, Any]) -> float:
+    """A question's score: 1 or 0; with several samples the share of right ones."""
+    return float(row["share"] if "samples" in row else row["correct"])
+
+
+def paired(before: Result, after: Result, score: Callable[[Mapping[str, Any]], float] = share) -> Paired:
+    """The two results' scores, paired by question id."""
     there = {row["id"]: row for row in after["answers"]}
-    pairs = [(bool(row[key]), bool(there[row["id"]][key])) for row in before["answers"]]
+    pairs = [(score(row), score(there[row["id"]])) for row in before["answers"]]
     return Paired(tuple(b for b, _ in pairs), tuple(a for _, a in pairs))
 
 
 def compare(base: Result, tuned: Result, **others: Result) -> dict[str, Any]:
     """The report's score fields: for every model NAME_accuracy and ci95_NAME; of tuned over base gain, ci95_gain,
-    fixed, broken, p_value (McNemar) and, where both results have letters too, format and knowledge (`split_gain`).
+    fixed, broken, p_value (`Paired`) and, where both results have letters too, format and knowledge (`split_gain`).
 
     Raises `UserError` as `check_comparable` does.
     """
@@ -112,19 +133,12 @@ def compare(base: Result, tuned: Result, **others: Result) -> dict[str, Any]:
 
 def accuracy(result: Result) -> float:
     """Share of right answers; with several samples, the mean of the questions' shares."""
-    return sum(_share(row) for row in result["answers"]) / len(result["answers"])
+    return sum(map(share, result["answers"])) / len(result["answers"])
 
 
 def interval(result: Result) -> tuple[float, float]:
     """95 %: Wilson's; with several samples of each question, clustered by question."""
-    rows = result["answers"]
-    if any("samples" in row for row in rows):
-        return clustered_interval([_share(row) for row in rows], [row["id"] for row in rows])
-    return wilson_interval(sum(row["correct"] for row in rows), len(rows))
-
-
-def _share(row: Mapping[str, Any]) -> float:
-    return float(row["share"] if "samples" in row else row["correct"])
+    return mean_interval([share(row) for row in result["answers"]])
 
 
 def split_gain(base: Result, tuned: Result) -> dict[str, Any]:
@@ -132,7 +146,7 @@ def split_gain(base: Result, tuned: Result) -> dict[str, Any]:
     format is the rest: answers that are found now and were not. Empty where the results have not both."""
     if not all("letter_correct" in row for result in (base, tuned) for row in result["answers"]):
         return {}
-    known = paired(base, tuned, "letter_correct")
+    known = paired(base, tuned, lambda row: float(row["letter_correct"]))
     written = accuracy(tuned) - accuracy(base)
     return {"knowledge": known.gain, "ci95_knowledge": list(known.interval), "format": written - known.gain}
 
@@ -158,12 +172,9 @@ def by_groups(before: Result, after: Result, key: str = "subject") -> list[Line]
     check_comparable({"before": before, "after": after})
     there = {row["id"]: row for row in after["answers"]}
     names = [str(row.get(key) or NO_SUBJECT) for row in before["answers"]]
-    flags = [(bool(row["correct"]), bool(there[row["id"]]["correct"])) for row in before["answers"]]
-    first, second = by_group(names, [b for b, _ in flags]), by_group(names, [a for _, a in flags])
-    chosen: dict[str, list[tuple[bool, bool]]] = {}
-    for name, flag in zip(names, flags, strict=True):
-        chosen.setdefault(name, []).append(flag)
-    pairs = {name: Paired(tuple(b for b, _ in part), tuple(a for _, a in part)) for name, part in chosen.items()}
+    first = by_group(names, [share(row) for row in before["answers"]])
+    second = by_group(names, [share(there[row["id"]]) for row in before["answers"]])
+    pairs = {name: Paired(first[name].scores, second[name].scores) for name in first}
     adjusted = holm({name: pair.p_value for name, pair in pairs.items()})
     return [Line(name, first[name], second[name], pairs[name], adjusted[name]) for name in first]
 
@@ -173,16 +184,16 @@ def table(lines: Sequence[Line], published: Mapping[str, tuple[int, int, int]] |
 
     `published`, group -> (questions, right before, right after) of others, stands beside ours where it is known.
     """
-    flags = [pair for line in lines for pair in zip(line.pair.before, line.pair.after, strict=True)]
-    total = Paired(tuple(before for before, _ in flags), tuple(after for _, after in flags))
+    before = tuple(score for line in lines for score in line.pair.before)
+    after = tuple(score for line in lines for score in line.pair.after)
+    total = Paired(before, after)
     width = max(len("all"), *(len(line.name) for line in lines)) + 2
     share = f"{'%':>7} {'95 %':^15}"
     rows = [f"{'group':<{width}}{'n':>6}  {share}  {share}  {'gain':>7} {'p (Holm)':>9}"]
     for line in lines:
         name = line.name + (" *" if line.marked else "")
         rows.append(_row(name, width, line.before, line.after, f"{line.p_holm:9.2g}" + _others(published, line.name)))
-    everything = Group(total.n, sum(total.before)), Group(total.n, sum(total.after))
-    rows.append(_row("all", width, *everything, f"{total.p_value:9.2g}"))
+    rows.append(_row("all", width, Group(before), Group(after), f"{total.p_value:9.2g}"))
     if any(line.marked for line in lines):
         rows.append(f"* fewer than {SMALL_GROUP} questions: the figure says little, its interval says how little")
     return "\n".join(rows)
@@ -206,7 +217,8 @@ def _row(name: str, width: int, before: Group, after: Group, p_value: str) -> st
 
 def enough(pair: Paired, wanted: float) -> str:
     """A sentence on whether these questions are enough to see a gain of `wanted`, from how often the models differ."""
-    differ = max((pair.fixed + pair.broken) / pair.n, wanted)
+    off = sum(abs(a - b) for b, a in zip(pair.before, pair.after, strict=True))
+    differ = max(off / pair.n, wanted)
     need = questions_needed(wanted, min(1.0, differ))
     verdict = "enough" if pair.n >= need else "too few"
     return (

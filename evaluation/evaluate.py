@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.bias import bias, turns_of
-from evaluation.comparison import accuracy, interval
+from evaluation.comparison import accuracy, interval, share
 from evaluation.generation import GREEDY, Sampling
 from evaluation.judging.extraction import LETTERS, after_thinking
 from evaluation.judging.judges import OUTCOMES, RIGHT, UNFINISHED, WRONG, Verdict
 from evaluation.judging.questions import Question, load_questions, questions_sha256
 from evaluation.models import HFModel, Model, Written, beside, identity_of, plain_folder, sha256_of
 from evaluation.result_file import KIND, check_result_file, write_result
-from evaluation.significance import wilson_interval
+from evaluation.significance import by_group
 from evaluation.tasks import Task, load_task, names
 from nano3.arch import resolve_model
 from nano3.hf_config import read_config
@@ -61,10 +61,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Asks `model` every question and judges what it says; returns the result that `main` writes.
 
-    Fields: n, correct, accuracy, ci95, outcomes (how many of each of `judges.OUTCOMES`), by_source, by_subject,
-    settings, hashes (what must agree before two results compare), and answers: a row for each question with its text,
-    what was expected, what was said, the answer found in it and by which rule, and the verdict. With method `letters`
-    the likeliest letter is the answer; with `both` the answer is written, and the row has `letter_correct` besides.
+    Fields: n (questions), correct (right answers, of all samples), accuracy, ci95, outcomes (how many of each of
+    `judges.OUTCOMES`), by_source, by_subject, settings, hashes (what must agree before two results compare), and
+    answers: a row for each question with its text, what was expected, what was said, the answer found in it and by
+    which rule, and the verdict. With method `letters` the likeliest letter is the answer; with `both` the answer is
+    written, and the row has `letter_correct` besides.
 
     Raises:
         UserError: letters are asked of questions without choices.
@@ -129,7 +130,8 @@ def _letter_fields(question: Question, scores: Sequence[float], alone: bool) -> 
 
 
 def _answer_fields(task: Task, question: Question, several: Sequence[Written]) -> dict[str, Any]:
-    """The first sample's answer and verdict; with several samples the share of right ones and their majority."""
+    """The first sample's answer and verdict; with several samples the share of right ones, the question's score
+    (`comparison.share`). `correct` then says whether more than half are: for lists of what was fixed and broken."""
     verdicts = [judge(task, question, written) for written in several]
     first, verdict = several[0], verdicts[0]
     fields: dict[str, Any] = {
@@ -157,7 +159,7 @@ def _result(model: Model, rows: list[dict[str, Any]], settings: dict[str, Any], 
     result: dict[str, Any] = {"kind": KIND, "format": 2, "model": model.name, **model.identity, "n": len(rows)}
     counts = Counter(row["outcome"] for row in rows)
     result |= {
-        "correct": sum(row["correct"] for row in rows),
+        "correct": round(sum(map(share, rows)) * settings["sampling"]["samples"]),
         "accuracy": accuracy({"answers": rows}),
         "ci95": list(interval({"answers": rows})),
         "outcomes": {outcome: counts[outcome] for outcome in OUTCOMES},
@@ -173,17 +175,10 @@ def _result(model: Model, rows: list[dict[str, Any]], settings: dict[str, Any], 
 
 
 def _by(rows: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
-    grouped: dict[str, list[bool]] = {}
-    for row in rows:
-        grouped.setdefault(row.get(key) or "", []).append(row["correct"])
+    groups = by_group([row.get(key) or "" for row in rows], [share(row) for row in rows])
     return {
-        name: {
-            "n": len(flags),
-            "correct": sum(flags),
-            "accuracy": sum(flags) / len(flags),
-            "ci95": list(wilson_interval(sum(flags), len(flags))),
-        }
-        for name, flags in sorted(grouped.items())
+        name: {"n": group.n, "accuracy": group.accuracy, "ci95": list(group.interval)}
+        for name, group in sorted(groups.items())
     }
 
 
@@ -318,8 +313,9 @@ def main() -> int:
         )
     low, high = result["ci95"]
     others = ", ".join(f"{count} {name}" for name, count in result["outcomes"].items() if count and name != RIGHT)
+    asked = result["n"] * args.samples
     print(
-        f"{result['correct']} of {result['n']} right = {result['accuracy']:.1%} (95 %: {low:.1%} to {high:.1%})"
+        f"{result['correct']} of {asked} right = {result['accuracy']:.1%} (95 %: {low:.1%} to {high:.1%})"
         f"{'; ' + others if others else ''}; {time.monotonic() - started:.0f} s; answers in {out}"
     )
     return 0

@@ -27,6 +27,7 @@ from typing_extensions import TypedDict
 from conversion.certificates.certificate import folder_sha256
 from conversion.certificates.certificate_json import CERTIFICATE, read_certificate
 from conversion.identity import model_sha256
+from evaluation.comparison import accuracy
 from evaluation.result_file import Result, results_in
 from nano3.checkpoints.base_identity import FILE as BASE_FILE
 from nano3.checkpoints.base_identity import read_base
@@ -172,7 +173,7 @@ def _certified(name: str, folder: Path, known: dict[str, str], adapter: str) -> 
 
 def _result(path: Path, result: Result, known: Mapping[str, str]) -> Link:
     """A result against the models of the chain: by the model's hash, and the adapter's where one lay beside it."""
-    score = f"{result.get('correct')} of {result['n']} right"
+    score = f"{accuracy(result):.1%} of {result['n']} questions right"
     sha256, adapter = result.get("model_sha256", ""), result.get("adapter_sha256")
     if not sha256:
         return Link("result", path, "", f"{score}, of {result.get('model')}, whose hash was not recorded")

@@ -135,9 +135,10 @@ def _gain(pair: Pair) -> str:
     both = paired(pair.before, pair.after)
     low, high = both.interval
     facts = {
-        "gain": f"{points(both.gain)} points, 95 % interval {points(low)} to {points(high)} (Newcombe 1998)",
+        "gain": f"{points(both.gain)} points, 95 % interval {points(low)} to {points(high)} (Newcombe 1998"
+        + (")" if both.single else ", clustered by question)"),
         "fixed, broken": f"{both.fixed:,} wrong before and right after, {both.broken:,} the other way",
-        "McNemar": f"p = {both.p_value:.2g}, exact",
+        both.test: f"p = {both.p_value:.2g}, {'exact' if both.single else 'over the questions'}",
         "enough questions?": enough(both, 0.02),
     }
     if split := split_gain(pair.before, pair.after):

@@ -71,6 +71,39 @@ def _combine(first: float, second: float, phi: float) -> float:
     return sqrt(max(0.0, first * first - 2 * phi * first * second + second * second))
 
 
+def shares_gain_interval(
+    base: Sequence[float] | np.ndarray, tuned: Sequence[float] | np.ndarray
+) -> tuple[float, float]:
+    """95 % interval of the gain where a question's score is a share: that of its right samples.
+
+    Newcombe's way of combining two intervals (`gain_interval`), with `clustered_interval` of each side in place of
+    Wilson's and the correlation of the questions' shares as φ. A question counts once, however many samples it has.
+    """
+    if len(base) != len(tuned) or not len(base):
+        raise ValueError(f"need the same questions, at least one: {len(base)} and {len(tuned)} scores")
+    before, after = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
+    p_base, p_tuned = float(before.mean()), float(after.mean())
+    (low_base, high_base), (low_tuned, high_tuned) = mean_interval(before), mean_interval(after)
+    spread = float(before.std() * after.std())
+    phi = float(((before - p_base) * (after - p_tuned)).mean()) / spread if spread else 0.0
+    gain = p_tuned - p_base
+    down = _combine(p_tuned - low_tuned, high_base - p_base, phi)
+    return gain - down, gain + _combine(high_tuned - p_tuned, p_base - low_base, phi)
+
+
+def paired_t(base: Sequence[float], tuned: Sequence[float]) -> float:
+    """Two-sided p value that two models' shares have the same mean: Student's paired t test over the questions, whose
+    error is clustered by question. 1 where nothing differs; where all differ by the same, that of the sign test."""
+    from scipy.stats import t
+
+    off = np.asarray(tuned, dtype=float) - np.asarray(base, dtype=float)
+    n, mean = len(off), float(off.mean())
+    if not off.any():
+        return 1.0
+    error = float(off.std(ddof=1)) / sqrt(n) if n > 1 else 0.0
+    return float(2 * t.sf(abs(mean) / error, n - 1)) if error else mcnemar(n, 0)
+
+
 def mcnemar(fixed: int, broken: int) -> float:
     """Exact two-sided p value that `fixed` and `broken` come from the same rate (McNemar, Psychometrika 12:153, 1947).
 
@@ -115,17 +148,29 @@ def clustered_interval(scores: Sequence[float], clusters: Sequence[Hashable]) ->
     """
     if len(scores) != len(clusters) or not scores:
         raise ValueError(f"need a cluster for each score, at least one: {len(scores)} and {len(clusters)}")
+    values = np.asarray(scores, dtype=float)
+    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    return _clustered(values, np.bincount([places[cluster] for cluster in clusters], values - values.mean()))
+
+
+def _clustered(values: np.ndarray, off: np.ndarray) -> tuple[float, float]:
+    """The same from the scores (N,) and, for each cluster, the sum of their differences from the mean (G,)."""
     from scipy.stats import t
 
-    n, p = len(scores), sum(scores) / len(scores)
-    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
-    count = len(places)
+    n, count, p = len(values), len(off), float(values.mean())
     if count == 1 or not 0 < p < 1:
         return _wilson(p, count)
-    off = np.bincount([places[cluster] for cluster in clusters], np.asarray(scores) - p)
     variance = count / (count - 1) * float(off @ off) / n**2
     independent = p * (1 - p) / variance if variance else float(n)
     return _wilson(p, independent * (Z95 / float(t.ppf(0.975, count - 1))) ** 2)
+
+
+def mean_interval(scores: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean score of questions: Wilson's where each is 0 or 1, clustered where some are shares."""
+    values = np.asarray(scores, dtype=float)
+    if np.isin(values, (0, 1)).all():
+        return wilson_interval(int(values.sum()), len(values))
+    return _clustered(values, values - values.mean())
 
 
 def questions_needed(gain: float, disagreement: float) -> int:
@@ -142,19 +187,22 @@ def questions_needed(gain: float, disagreement: float) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Questions of one kind: how many, how many right, and the interval of the share."""
+    """Questions of one kind: the score of each, 0, 1 or the share of its right samples."""
 
-    n: int
-    correct: int
+    scores: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.scores)
 
     @property
     def accuracy(self) -> float:
-        return self.correct / self.n
+        return sum(self.scores) / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's."""
-        return wilson_interval(self.correct, self.n)
+        """As `mean_interval`."""
+        return mean_interval(self.scores)
 
     @property
     def small(self) -> bool:
@@ -162,14 +210,12 @@ class Group:
         return self.n < SMALL_GROUP
 
 
-def by_group(names: Sequence[str], correct: Sequence[bool]) -> dict[str, Group]:
-    """Group name -> its questions, the largest first; `names` and `correct` are of the same questions."""
-    counts: dict[str, list[int]] = {}
-    for name, right in zip(names, correct, strict=True):
-        count = counts.setdefault(name, [0, 0])
-        count[0] += 1
-        count[1] += bool(right)
-    return {name: Group(*counts[name]) for name in sorted(counts, key=lambda name: (-counts[name][0], name))}
+def by_group(names: Sequence[str], scores: Sequence[float]) -> dict[str, Group]:
+    """Group name -> its questions, the largest first; `names` and `scores` are of the same questions."""
+    found: dict[str, list[float]] = {}
+    for name, score in zip(names, scores, strict=True):
+        found.setdefault(name, []).append(score)
+    return {name: Group(tuple(found[name])) for name in sorted(found, key=lambda name: (-len(found[name]), name))}
 
 
 def difference_interval(first: int, n_first: int, second: int, n_second: int) -> tuple[float, float]:

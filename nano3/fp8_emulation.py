@@ -57,6 +57,13 @@ class ActivationScales:
             largest[_group(name)] = max(scale, largest.get(_group(name), 0.0))
         return cls({name: largest[_group(name)] for name in inputs}, cache)
 
+    def as_served(self) -> ActivationScales:
+        """With the cache's scales rounded to BF16: vLLM makes the parameters that they are loaded into in the model's
+        dtype (vllm/model_executor/layers/quantization/kv_cache.py)."""
+        return ActivationScales(
+            self.inputs, {name: float(torch.tensor(s).bfloat16()) for name, s in self.cache.items()}
+        )
+
     @classmethod
     def read(cls, folder: Path) -> ActivationScales | None:
         """Those of a folder, None where it has none. Raises `UserError` for a file that cannot be read."""

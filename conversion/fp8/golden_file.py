@@ -1,16 +1,18 @@
-"""The file of golden answers: prompts as token ids, their log-probabilities, and how far a right server may be off.
+"""The file of golden answers: prompts as token ids, their log-probabilities, and what tells a right server from others.
 
 A safetensors file: `tokens` (all tokens, one prompt after the other) int64, `lengths` (prompts,) int64, `logprobs` (all
 tokens) float32, natural logarithms, of each token given those before it; 0 for the first of a prompt, which has none.
-The header has `golden`, JSON: the texts, the tolerances, and where the numbers come from; and `sha256`, over that and
-the three arrays. Torch-free.
+`bf16` are the same as a server in BF16 gives them, `other.NAME` those of another model that could be served by mistake.
+The header has `golden`, JSON: the texts, and where the numbers come from; and `sha256`, over that and the arrays.
+conversion/fp8/golden_verdict.py compares. Torch-free.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,62 +21,65 @@ from annotated_types import MinLen
 from typing_extensions import TypedDict
 
 from nano3.cli import UserError, fresh_file
-from nano3.documents import NotNegative, parse_json
+from nano3.documents import Count, Name, NotNegative, Sha256, parse_json
 
-FORMAT = 2
-"""Format 1, which is read too, had no hash."""
+FORMAT = 3
+"""Formats 1 and 2 had tolerances in place of the BF16 answers, and no other models."""
+OTHER = "other."
 
 
-class ToleranceFields(TypedDict):
-    """The fields of `Tolerance`."""
+class Fault(TypedDict):
+    """A fault that was planted when the file was made, and whether the comparison sees it."""
 
-    largest: NotNegative
+    name: Name
     mean: NotNegative
-    overall: NotNegative
+    seen: bool
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How far the log-probabilities of a right server may be off, in nats: each (`largest`), those of a prompt on
-    average (`mean`), and those of all prompts on average (`overall`, which sees a small change of everything)."""
+class Experts(TypedDict):
+    """How many of the routed experts the prompts reached."""
 
-    largest: float
-    mean: float
-    overall: float
+    reached: Count
+    of: Count
 
 
 class Header(TypedDict):
     """`golden` in the header. Facts that only people read are not named here."""
 
-    format: Literal[1, 2]
+    format: Literal[3]
     texts: Annotated[list[str], MinLen(1)]
-    tolerance: ToleranceFields
+    model_sha256: Sha256
+    experts: Experts
+    planted: list[Fault]
 
 
 @dataclass(frozen=True)
 class Golden:
-    """Golden answers. `tokens` and `logprobs` have an array for each prompt, both of its length; `facts` says what they
-    were computed from."""
+    """Golden answers. `tokens`, `logprobs`, `bf16` and each of `others` have an array for each prompt, of its length;
+    `facts` says what they were computed from."""
 
     texts: list[str]
     tokens: list[np.ndarray]
     logprobs: list[np.ndarray]
-    tolerance: Tolerance
+    bf16: list[np.ndarray]
+    others: dict[str, list[np.ndarray]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def write(self, out: Path) -> None:
         """Writes the file whole or not at all."""
         from safetensors.numpy import save_file
 
+        answers = {"logprobs": self.logprobs, "bf16": self.bf16}
+        answers |= {OTHER + name: found for name, found in self.others.items()}
         tensors: dict[str, np.ndarray] = {
             "tokens": np.concatenate(self.tokens).astype(np.int64),
             "lengths": np.array([len(tokens) for tokens in self.tokens], dtype=np.int64),
-            "logprobs": np.concatenate(self.logprobs).astype(np.float32),
+            **{name: np.concatenate(found).astype(np.float32) for name, found in answers.items()},
         }
-        header = {"format": FORMAT, "texts": self.texts, "tolerance": asdict(self.tolerance), **self.facts}
+        header = {"format": FORMAT, "texts": self.texts, **self.facts}
         text = json.dumps(header)
         with fresh_file(out) as temporary:
-            save_file(tensors, temporary, {"golden": text, "sha256": _sha256(text, **tensors)})
+            save_file(tensors, temporary, {"golden": text, "sha256": _sha256(text, tensors)})
 
     @classmethod
     def read(cls, path: Path) -> Golden:
@@ -82,32 +87,45 @@ class Golden:
         from safetensors import SafetensorError, safe_open
 
         remedy = "write it with conversion/golden.py"
+
+        def refused(reason: object) -> UserError:
+            return UserError(f"{path} is not a file of golden answers ({reason}); {remedy}")
+
         try:
             with safe_open(path, "numpy") as file:
                 said = file.metadata() or {}
                 text, digest = said["golden"], said.get("sha256")
-                tokens, lengths, logprobs = (file.get_tensor(name) for name in ("tokens", "lengths", "logprobs"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a file of golden answers ({error}); {remedy}") from None
+            raise refused(error) from None
         header: dict[str, Any] = dict(parse_json(text, Header, f"{path}: golden in the header", remedy))
-        version = header.pop("format")
-        if (digest or version == FORMAT) and digest != _sha256(text, tokens, lengths, logprobs):
-            raise UserError(
-                f"{path} is not a file of golden answers (not what was written: its SHA-256 is another); {remedy}"
-            )
-        texts, bounds = header.pop("texts"), header.pop("tolerance")
-        whole = tokens.ndim == lengths.ndim == logprobs.ndim == 1 and tokens.dtype.kind == lengths.dtype.kind == "i"
-        if not whole or logprobs.dtype != np.float32 or len(texts) != len(lengths) or lengths.min() < 1:
-            raise UserError(f"{path} is not a file of golden answers (other arrays); {remedy}")
-        if not len(tokens) == len(logprobs) == sum(lengths.tolist()) or not np.isfinite(logprobs).all():
-            raise UserError(f"{path} is not a file of golden answers (its parts do not fit each other); {remedy}")
-        cuts = np.cumsum(lengths)[:-1]
-        tolerance = Tolerance(bounds["largest"], bounds["mean"], bounds["overall"])
-        return cls(texts, np.split(tokens, cuts), np.split(logprobs, cuts), tolerance, header)
+        if digest != _sha256(text, arrays):
+            raise refused("not what was written: its SHA-256 is another")
+        if not {"tokens", "lengths", "logprobs", "bf16"} <= arrays.keys():
+            raise refused("an array is missing")
+        return cls._of_arrays(arrays, header, refused)
+
+    @classmethod
+    def _of_arrays(cls, arrays: dict[str, np.ndarray], header: dict[str, Any], refused: Any) -> Golden:
+        """The parts, one array a prompt; raises what `refused` makes where they do not fit each other."""
+        texts, lengths, tokens = header.pop("texts"), arrays.pop("lengths"), arrays.pop("tokens")
+        header.pop("format")
+        if not tokens.ndim == lengths.ndim == 1 or not tokens.dtype.kind == lengths.dtype.kind == "i":
+            raise refused("other arrays")
+        if len(texts) != len(lengths) or lengths.min() < 1 or len(tokens) != sum(lengths.tolist()):
+            raise refused("its parts do not fit each other")
+        for name, found in arrays.items():
+            if found.dtype != np.float32 or found.shape != tokens.shape or not np.isfinite(found).all():
+                raise refused(f"{name} does not fit the tokens")
+        cut = {name: np.split(found, np.cumsum(lengths)[:-1]) for name, found in arrays.items()}
+        others = {name.removeprefix(OTHER): found for name, found in cut.items() if name.startswith(OTHER)}
+        apart = np.split(tokens, np.cumsum(lengths)[:-1])
+        return cls(texts, apart, cut["logprobs"], cut["bf16"], others, header)
 
 
-def _sha256(header: str, tokens: np.ndarray, lengths: np.ndarray, logprobs: np.ndarray) -> str:
+def _sha256(header: str, arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(header.encode())
-    for array in (tokens, lengths, logprobs):
-        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name}{array.dtype}{array.shape}".encode() + array.tobytes())
     return digest.hexdigest()

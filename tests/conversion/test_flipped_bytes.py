@@ -23,7 +23,7 @@ from conversion.checkpoint.model_folder import HFFolder, open_model
 from conversion.checkpoint.output_folder import unfinished_output
 from conversion.checkpoint.safetensors_layout import FileLayout
 from conversion.checkpoint.tensor_digests import scan
-from conversion.fp8.golden_file import Golden, Tolerance
+from conversion.fp8.golden_file import Golden
 from conversion.fp8.selection import Selection
 from conversion.hf_to_nemo import convert
 from conversion.lint_export import lint
@@ -61,9 +61,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = {"format": FORMAT, "step": 4, "samples": 8, "layout": {"ranks": 1}, "identity": {}}
     (checkpoint / "training/state.json").write_text(json.dumps(state))
     seal(checkpoint)
-    numbers = [np.arange(3), np.arange(3, dtype=np.float32)]
+    tokens, numbers = [np.arange(3)], [np.arange(3, dtype=np.float32)]
+    facts = {"model_sha256": "0" * 64, "planted": [], "experts": {"reached": 0, "of": 0}}
     (folder / "golden").mkdir()
-    Golden(["text"], numbers[:1], numbers[1:], Tolerance(0.1, 0.02, 0.01)).write(folder / "golden/file.safetensors")
+    Golden(["text"], tokens, numbers, numbers, {}, facts).write(folder / "golden/file.safetensors")
     return folder
 
 

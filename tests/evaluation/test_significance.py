@@ -18,7 +18,10 @@ from evaluation.significance import (
     gain_interval_of_counts,
     holm,
     mcnemar,
+    mean_interval,
+    paired_t,
     questions_needed,
+    shares_gain_interval,
     wilson_interval,
 )
 from nano3.cli import UserError
@@ -139,6 +142,68 @@ def test_the_clustered_interval_covers_what_it_says(n, count):
         low, high = clustered_interval((random_numbers.binomial(4, difficulty) / 4).tolist(), clusters)
         hits += low <= mean <= high
     assert 0.94 < hits / count < 0.96
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("n", "count"), [(20, 10_000), (300, 10_000), (4183, 2000)])
+def test_the_interval_of_a_gain_in_shares_covers_what_it_says(n, count):
+    """Four samples of each question by each model, which find the same questions hard."""
+    random_numbers, hits = np.random.default_rng(n), 0
+    for _ in range(count):
+        mean, spread, gain = (
+            random_numbers.uniform(0.2, 0.7),
+            random_numbers.uniform(0.5, 5),
+            random_numbers.uniform(0, 1),
+        )
+        hard = random_numbers.beta(spread * mean, spread * (1 - mean), n)
+        better = hard + gain * hard * (1 - hard)  # its mean: mean + gain * E[hard (1 - hard)]
+        truth = gain * (mean * (1 - mean) * spread / (spread + 1))
+        before, after = (random_numbers.binomial(4, chance) / 4 for chance in (hard, better))
+        low, high = shares_gain_interval(before, after)
+        hits += low <= truth <= high
+    assert 0.94 < hits / count < 0.96
+
+
+def test_a_gain_in_shares_by_hand():
+    """Three questions of four samples: shares change by 1/4, 1/4 and 1, 1/2 on average, with an error of 1/4: t = 2."""
+    before, after = [0.25, 0.5, 0.0], [0.5, 0.75, 1.0]
+    assert paired_t(before, after) == pytest.approx(1 - 2 / math.sqrt(6))  # Student's t of 2 degrees of freedom
+    assert paired_t(before, before) == 1
+    assert paired_t([0.25, 0.5], [0.5, 0.75]) == 0.5  # both by the same: the sign test of two
+    low, high = shares_gain_interval(before, after)
+    assert low < 0.5 < high
+    assert shares_gain_interval(after, before) == pytest.approx((-high, -low))
+    # shares that rise alike in every question are surer than shares that cross
+    alike, cross = [0.5, 0.75] * 50, [0.75, 0.5] * 50
+    one, other = shares_gain_interval([0.25, 0.5] * 50, alike), shares_gain_interval([0.25, 0.5] * 50, cross)
+    assert one[1] - one[0] < 0.5 * (other[1] - other[0])
+    assert mean_interval([0, 1, 1]) == wilson_interval(2, 3)
+    assert mean_interval([0.5, 1, 1]) == clustered_interval([0.5, 1, 1], "abc")
+
+
+def sampled(shares: dict[str, float]) -> dict:
+    rows = [
+        {"id": key, "source": "s", "share": share, "correct": share > 0.5, "samples": []}
+        for key, share in shares.items()
+    ]
+    return {"answers": rows}
+
+
+def test_several_samples_have_one_meaning_everywhere():
+    """The gain is the change of the mean share, in accuracies, interval, test and groups alike; a vote decides nothing:
+    two questions of three go from 1/2 to 3/4, which a vote would count as fixed, from 1/6 to 2/3 in all."""
+    base, tuned = sampled({"a": 0.5, "b": 0.5, "c": 0.0}), sampled({"a": 0.75, "b": 0.75, "c": 0.5})
+    report = compare(base, tuned)
+    assert (report["base_accuracy"], report["tuned_accuracy"]) == pytest.approx((1 / 3, 2 / 3))
+    assert report["gain"] == pytest.approx(1 / 3)
+    assert report["ci95_gain"] == list(shares_gain_interval([0.5, 0.5, 0], [0.75, 0.75, 0.5]))
+    assert report["p_value"] == paired_t([0.5, 0.5, 0], [0.75, 0.75, 0.5])
+    assert report["fixed"] == 2
+    [line] = by_groups(base, tuned, "source")
+    assert (line.before.accuracy, line.after.accuracy, line.pair.gain) == pytest.approx((1 / 3, 2 / 3, 1 / 3))
+    assert line.after.interval == mean_interval([0.75, 0.75, 0.5])
+    assert " 33.33 " in table([line])
+    assert paired(base, tuned).test == "paired t"
 
 
 def test_samples_of_one_question_are_no_new_questions():

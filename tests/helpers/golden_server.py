@@ -19,6 +19,8 @@ class FakeServer:
     def __init__(self, model: Any, tokenizer: Any, names: tuple[str, ...] = ("fp8",)) -> None:
         self.model, self.tokenizer, self.names = model, tokenizer, names
         self.delay, self.without, self.missing = 0.0, False, ""
+        self.card: dict[str, Any] = {}
+        """What /v1/models says of each model besides."""
         self.asked: list[tuple[str, Any]] = []
 
     def answer(self, path: str, body: Any) -> tuple[int, Any]:
@@ -28,7 +30,10 @@ class FakeServer:
         if path == self.missing:
             return 404, {"detail": "Not Found"}
         if path == "/v1/models":
-            return 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.names]}
+            return 200, {
+                "object": "list",
+                "data": [{"id": name, "object": "model", **self.card} for name in self.names],
+            }
         if body["model"] not in self.names:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist.", "code": 404}}
         if path == "/tokenize":

@@ -17,8 +17,8 @@ import torch
 from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.output_folder import UnfinishedOutput
 from conversion.fp8.calibrate import calibrate
+from conversion.fp8.golden_passes import Way, answers
 from conversion.fp8.selection import Selection
-from conversion.golden import logprobs
 from tests.helpers.tiny import tiny_hf_folder
 
 
@@ -39,7 +39,7 @@ def run(folder: Path, beside: Path, what: str) -> int:
                 hf, Selection.published(hf.arch), samples, UnfinishedOutput(beside / folder.name), lambda _tokens: None
             )
         else:
-            logprobs(hf, samples, torch.float32, beside, None)
+            answers(hf, samples, Way(torch.float32, None), beside)
     return status("VmHWM") - before
 
 
