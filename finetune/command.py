@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,9 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     return parse
 
 
-def has_data(words: Sequence[str]) -> bool:
-    """Whether a command line names what to train on, or asks for a recipe's settings."""
-    return any(word.partition("=")[0] in OWN_DATA for word in words)
+def has_data() -> bool:
+    """Whether the command line names what to train on, or asks for a recipe's settings."""
+    return any(word.partition("=")[0] in OWN_DATA for word in sys.argv)
 
 
 def filled(args: argparse.Namespace) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from typing import Any
 from finetune.recipe_file import recipe_of
 from finetune.setting_sentences import text_of
 from finetune.settings import Run, Settings
-from nano3.cli import UserError
+from nano3.cli import UserError, check_output, fresh_output
 from nano3.overrides import flatten
 
 CALIBRATION_SAMPLES = 256
@@ -35,6 +35,14 @@ class Stages:
         started = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - started, 1)
+
+
+def fresh_folder(out: Path, kind: str) -> Path:
+    """An empty folder for a demo's results, which grows from now on; an older one of the same kind is replaced."""
+    out = check_output(out, kind)
+    with fresh_output(out, kind, grows=True):
+        pass
+    return out
 
 
 def train(out: Path, ranks: int, defaults: Callable[[], Settings], recipe: Callable[[Run], Any]) -> dict[str, Any]:

@@ -13,24 +13,28 @@ model and of what PEFT makes of the zip, in OUT/report.json. Exit code 1 for a b
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import json
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune import command
 from finetune.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
-from finetune.whole_path import train
+from finetune.whole_path import fresh_folder, train
 from launch.plan.layout import Layout
 from nano3.arch import resolve_model
-from nano3.cli import check_output, fresh_output, run
 
-KIND, TASK = "challenge-run", "reasoning-challenge"
+KIND, TASK, SEQ_LENGTH = "challenge-run", "reasoning-challenge", 896
 LEAST_GAIN, LEAST_EQUAL = 0.30, 0.99
 """What the demo promises: the gain, and the share of answers that PEFT writes from the zip letter for letter."""
-SEQ_LENGTH = 896  # two puzzles with their reasoning
 
 
 def settings() -> Settings:
@@ -46,7 +50,7 @@ def pico_settings() -> Settings:
     return Settings(
         layout=Layout(ep=2),
         lora=LoraSettings(preset="peft", rank=32, alpha=64.0, max_rank=32),
-        train=TrainSettings(steps=600, warmup=10, lr=4e-3, weight_decay=0.0, global_batch=4, seq_length=SEQ_LENGTH),
+        train=TrainSettings(steps=600, warmup=10, lr=2e-3, weight_decay=0.0, global_batch=4, seq_length=SEQ_LENGTH),
         log=LogSettings(every=20),
     )
 
@@ -95,15 +99,12 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/challenge"), help="folder to write")
     parser.add_argument("--kind", default="equations", help="kind of puzzle (default: equations)")
-    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks, a multiple of 2 (default: 2)")
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="puzzles to score (default: 500)")
     parser.add_argument("--training", type=int, default=4800, metavar="N", help="puzzles to train on")
     args = parser.parse_args()
-    out = check_output(args.out, KIND)
-    with fresh_output(out, KIND, grows=True):
-        pass
+    out = fresh_folder(args.out, KIND)
     prepare_data(out, args.kind, args.held_out, args.training)
-    train(out, args.ranks, pico_settings, challenge_lora)
+    train(out, 2, pico_settings, challenge_lora)
     found = scores(out)
     (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
     low, high = found["ci95_gain"]
@@ -116,5 +117,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    trains_only = command.has_data(sys.argv)
-    run(partial(command.main, __doc__, settings, challenge_lora) if trains_only else main)
+    run(lambda: command.main(__doc__, settings, challenge_lora) if command.has_data() else main())

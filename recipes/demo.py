@@ -13,7 +13,6 @@ and OUT/report.html. Exit code 1 for a broken promise.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,10 @@ from typing import Any
 
 from finetune import command
 from finetune.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
-from finetune.whole_path import Stages, broken_promises, train, whole_path
+from finetune.whole_path import Stages, broken_promises, fresh_folder, train, whole_path
 from launch.plan.layout import Layout
 from nano3.arch import resolve_model
-from nano3.cli import UserError, check_output, fresh_output, run
+from nano3.cli import UserError, run
 from pico.tasks import DEMO, PRETRAINING
 
 KIND = "demo-run"
@@ -88,10 +87,7 @@ def main() -> int:
     parser.add_argument("--training", type=int, default=7500, metavar="N", help="new questions to train on")
     parser.add_argument("--old-training", type=int, default=1500, metavar="N", help="old questions mixed in")
     args = parser.parse_args()
-    check_output(args.out, KIND)
-    out, stages, started = args.out.resolve(), Stages(), time.monotonic()
-    with fresh_output(out, KIND, grows=True):
-        pass
+    out, stages, started = fresh_folder(args.out, KIND), Stages(), time.monotonic()
     with stages.stage("data"):
         overlap = prepare_data(out, args.held_out, args.training, args.old_training)
     tune = partial(train, out, args.ranks, settings, pico_number_sorting)
@@ -109,5 +105,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    trains_only = command.has_data(sys.argv)
-    run(partial(command.main, __doc__, settings, pico_number_sorting) if trains_only else main)
+    run(lambda: command.main(__doc__, settings, pico_number_sorting) if command.has_data() else main())

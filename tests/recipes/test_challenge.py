@@ -44,18 +44,12 @@ def test_what_it_trains_vllm_and_peft_load(of_recipe):
 
 
 def test_a_higher_rank_is_refused_before_anything_starts(tmp_path: Path):
-    flags = [
-        "--model",
-        "nano",
-        "--nodes",
-        "2",
-        "--cluster",
-        str(tmp_path / "cluster.yaml"),
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    local = ["--model", "pico", "--local", "--out", str(tmp_path / "o"), "lora.rank=64"]
+    arguments = ["--model", "pico", "--local", "--out", str(tmp_path / "out"), "lora.rank=64"]
     with pytest.raises(UserError, match=r"rank 64 of \S+ is above lora\.max_rank=32"):
-        resolve(parser().parse_args(local), settings)
-    assert has_data(["challenge_lora.py", *flags])
-    assert not has_data(["challenge_lora.py", "--kind", "bits"])
+        resolve(parser().parse_args(arguments), settings)
+
+
+def test_with_data_it_is_a_recipe_and_else_a_demo(monkeypatch: pytest.MonkeyPatch):
+    for words, expected in ((["--data=store"], True), (["--help-settings"], True), (["--kind", "bits"], False)):
+        monkeypatch.setattr("sys.argv", ["challenge_lora.py", *words])
+        assert has_data() == expected
