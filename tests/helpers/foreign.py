@@ -63,12 +63,12 @@ def take(path: str, wanted: dict[str, tuple[str, ...]], **given: Any) -> dict[st
     """Runs the definitions `wanted` of a source, with `given` as all that they see around them; all names at the end.
 
     A class without members named is taken whole; of another one only those are. Neither keeps bases or decorators that
-    are not `given`, and imports inside functions of what is `given` are left out.
+    are neither `given` nor `wanted`, and imports inside functions of what is `given` are left out.
     """
     body = []
     for node in ast.parse(source(path)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in wanted:
-            body.append(_reduced(node, wanted[node.name], given))
+            body.append(_reduced(node, wanted[node.name], set(given) | set(wanted)))
         elif isinstance(node, ast.Assign | ast.AnnAssign) and _assigned(node) in wanted:
             body.append(node)
     module = ast.fix_missing_locations(ast.Module(body, type_ignores=[]))
@@ -88,28 +88,26 @@ def _assigned(node: ast.stmt) -> str | None:
 
 
 def _reduced(
-    node: ast.FunctionDef | ast.ClassDef, members: tuple[str, ...], given: dict[str, Any]
+    node: ast.FunctionDef | ast.ClassDef, members: tuple[str, ...], known: set[str]
 ) -> ast.FunctionDef | ast.ClassDef:
     """A definition without what cannot run here."""
-    known = set(given) | {"staticmethod", "classmethod", "property"}
     if isinstance(node, ast.ClassDef):
-        node.bases = [base for base in node.bases if ast.unparse(base) in given]
+        node.bases = [base for base in node.bases if ast.unparse(base) in known]
         node.keywords = []
         if members:
             found = {name for statement in node.body if (name := _assigned(statement))}
             assert set(members) <= found, f"{node.name} has no {set(members) - found}: its release has moved them"
             node.body = [statement for statement in node.body if _assigned(statement) in members]
+    marks = known | {"staticmethod", "classmethod", "property"}
     for inside in ast.walk(node):
         if isinstance(inside, ast.FunctionDef | ast.ClassDef):
-            inside.decorator_list = [
-                mark for mark in inside.decorator_list if ast.unparse(mark).partition("(")[0] in known
-            ]
-            inside.body = [
-                statement
-                for statement in inside.body
-                if not (isinstance(statement, ast.ImportFrom) and {a.name for a in statement.names} <= set(given))
-            ]
+            inside.decorator_list = [m for m in inside.decorator_list if ast.unparse(m).partition("(")[0] in marks]
+            inside.body = [s for s in inside.body if not _imports_only(s, known)]
     return node
+
+
+def _imports_only(node: ast.stmt, known: set[str]) -> bool:
+    return isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names} <= known
 
 
 if __name__ == "__main__":

@@ -139,7 +139,6 @@ def sglang() -> dict[str, Any]:
         re=re,
         lru_cache=lru_cache,
         QuantizationConfig=object,
-        ModelOptQuantConfig=object,
         is_layer_skipped=utils["is_layer_skipped"],
         LinearBase=Linear,
         ParallelLMHead=Head,
