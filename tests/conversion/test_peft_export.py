@@ -140,6 +140,40 @@ def test_peft_gives_the_logits_of_the_merged_model(consumer: str, kind: str, bas
     assert (found - before).abs().max() > 0.1
 
 
+MERGED = {"shared": 16, "each": 14, "fc2 alone": 4, "patterns": 14, "rslora": 14, "preset": 10, "dora": 11}
+"""Kind -> how many tensors of transformers' model it changes: experts of a layer are two, up and down."""
+
+
+@pytest.mark.parametrize("kind", LOADS["peft"])
+def test_pefts_own_merge_gives_the_bits_of_ours(kind: str, base: Path, tmp_path: Path):
+    """In FP32. A wrong scale, twice the alpha, is seen in every tensor."""
+    source = our_adapter(tmp_path / "adapter", kind)
+    export(source, tmp_path / "peft", "peft")
+    merge(base, source, tmp_path / "merged")
+    before, ours = (load_reference(path, torch.float32).state_dict() for path in (base, tmp_path / "merged"))
+    changed = {name for name in ours if not torch.equal(ours[name], before[name])}
+    assert len(changed) == MERGED[kind]
+    assert differing(ours, peft_merged(base, tmp_path / "peft")) == set()
+    told = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    told |= {
+        "lora_alpha": 2 * told["lora_alpha"],
+        "alpha_pattern": {k: 2 * v for k, v in told["alpha_pattern"].items()},
+    }
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(told))
+    assert differing(ours, peft_merged(base, tmp_path / "peft")) == changed
+
+
+def peft_merged(base: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """The base with an adapter merged by PEFT, in transformers' names."""
+    model = peft.PeftModel.from_pretrained(load_reference(base, torch.float32), folder)
+    return model.merge_and_unload().state_dict()
+
+
+def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> set[str]:
+    assert first.keys() == second.keys()
+    return {name for name in first if not torch.equal(first[name], second[name])}
+
+
 def test_on_pico(tmp_path: Path):
     """The complete small model of this repository, with everything that PEFT on transformers 5 can represent.
 

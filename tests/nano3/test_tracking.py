@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,6 +84,61 @@ def test_tensorboard_has_the_same_names_and_numbers(killed):
         assert [event.value for event in shown] == pytest.approx([value for _, value in expected])  # stored in FP32
     third = events.Histograms("expert_load/1")[2]
     assert (third.wall_time, third.histogram_value.bucket) == (1003.0, [3.0, 0.0, 3.0])
+
+
+def recorded(folder: Path) -> dict[int, dict[str, Any]]:
+    """metrics.jsonl: step -> what it reports, the step's own row and its validation together."""
+    steps: dict[int, dict[str, Any]] = {}
+    for row in read_rows(folder / "metrics.jsonl"):
+        steps.setdefault(row["step"], {}).update({k: v for k, v in row.items() if k not in ("step", "time")})
+    return steps
+
+
+def in_wandb(folder: Path) -> dict[int, dict[str, Any]]:
+    """The same out of W&B's offline file; a histogram is its counts."""
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    hidden = re.compile(r"_.*|.*/(bins|_type)")
+    _, rows = history(file)
+    return {
+        row["_step"]: {k.removesuffix("/values"): v for k, v in row.items() if not hidden.fullmatch(k)} for row in rows
+    }
+
+
+def in_tensorboard(folder: Path) -> dict[int, dict[str, Any]]:
+    """The same out of TensorBoard's event files, by its own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0, "scalars": 0})
+    events.Reload()
+    steps: dict[int, dict[str, Any]] = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            steps.setdefault(event.step, {})[name] = event.value
+    for name in events.Tags()["histograms"]:
+        for event in events.Histograms(name):
+            steps.setdefault(event.step, {})[name] = event.histogram_value.bucket
+    return steps
+
+
+def compare_views(folder: Path) -> int:
+    """Compares every number of the record with both views, W&B's to the bit and TensorBoard's in FP32; how many."""
+    expected = recorded(folder)
+    assert in_wandb(folder) == expected
+    rounded = {
+        s: {k: v if isinstance(v, list) else float(np.float32(v)) for k, v in row.items()}
+        for s, row in expected.items()
+    }
+    assert in_tensorboard(folder) == rounded
+    return sum(len(row) for row in expected.values())
+
+
+def test_both_views_have_every_number_of_the_record(killed, tmp_path):
+    assert compare_views(killed) == 8 + 4 + 8
+    shutil.copytree(killed, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"loss": 0.5', '"loss": 0.50000001'))
+    with pytest.raises(AssertionError):
+        compare_views(tmp_path / "run")
 
 
 def test_wandb_online_is_not_sent_what_it_has(tmp_path, monkeypatch):
@@ -230,6 +287,11 @@ def test_a_killed_training_run_is_one_run_with_every_step_once(layouts):
     assert [row["_step"] for row in shown] == [1, 2, 3, 4]
     assert [row["loss"] for row in shown] == [row["loss"] for row in rows[:4]]
     assert shown[-1]["validation_loss"] == rows[-1]["validation_loss"]
+
+
+@pytest.mark.full
+def test_both_views_have_every_number_of_a_training_run(layouts):
+    assert compare_views(layouts / "ep2") > 100
 
 
 @pytest.mark.full
