@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from conversion.checkpoint.names import MegatronTensor, megatron_tensors
 from nano3.arch import PRESETS, Arch
+from nano3.tensor_names import MegatronTensor, megatron_tensors
 from tests.helpers.foreign import take
 
 BRIDGE = "megatron/bridge/models"
