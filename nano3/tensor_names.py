@@ -60,6 +60,15 @@ class MegatronTensor:
         assert row + count <= self.shape[1], (self.key, first, count)
         return (expert, row, *rest), (1, count, *self.row_shape)
 
+    def rows(self, first: int, count: int) -> Iterator[RowBlock]:
+        """Rows `first` to `first + count` as Hugging Face's, from top to bottom."""
+        begin = 0
+        for block in self.blocks:
+            low, high = max(first, begin), min(first + count, begin + block.count)
+            if low < high:
+                yield RowBlock(block.name, block.start + low - begin, high - low)
+            begin += block.count
+
 
 @dataclass(frozen=True)
 class Linear:

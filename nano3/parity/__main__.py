@@ -5,8 +5,9 @@
 
 A layout is sizes of tp, pp, cp, ep, etp and dp; ranks that they leave are data parallel. `tp2.ep2@M-*E` has a layer
 pattern of its own, `tp2.ep2+each` an adapter for each expert (others: `+dora`, `+allgather`, `+distributed` optimizer,
-`+recompute` of some parts of a layer, `+full` recomputation). Prints a table, writes parity.json, and exits with 1 if
-anything is beyond its bound (nano3/parity/comparison.py).
+`+recompute` of some parts of a layer, `+full` recomputation, `+nf4`: a frozen base in 4 bits). `nf4` alone stands for
+16 layouts with such a base. Prints a table, writes parity.json, and exits with 1 if anything is beyond its bound
+(nano3/parity/comparison.py).
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ def main() -> int:
     args = arguments()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.perf_counter()
-    from nano3.parity.layouts import LAYOUTS, parse_layouts  # imports torch: not before warnings are silenced
+    from nano3.parity.layouts import (
+        LAYOUTS,
+        NF4_LAYOUTS,
+        parse_layouts,
+    )  # imports torch: not before warnings are silenced
 
-    wanted = parse_layouts(args.layouts or LAYOUTS)
+    wanted = parse_layouts(NF4_LAYOUTS if args.layouts == ["nf4"] else args.layouts or LAYOUTS)
     print("importing NeMo and Megatron-Core, once for all ranks ...", file=sys.stderr, flush=True)
     from nano3.quiet import quiet, quiet_imports
 

@@ -31,6 +31,11 @@ ARCH = Arch(
     initializer_range=0.05,
 )  # fmt: skip
 """Two KV heads: tensor parallel 4 has more ranks than that."""
+NF4_WIDTHS = {
+    "hidden_size": 64, "head_dim": 32, "mamba_head_dim": 16, "moe_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 192, "intermediate_size": 128,
+}  # fmt: skip
+"""Rows of whole blocks of 64, which NF4 can cut: some by 2 between blocks, the shared expert's 192 amid one."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Case:
             which takes no FP64.
         recompute: what the backward pass computes again, in the words of `nano3/recompute.py`.
         pattern: of the layers.
+        nf4: whether the linear layers are frozen in 4 bits; the model is wider then.
         seed: of weights and batches.
         packs: document lengths of the packs of a global batch.
     """
@@ -97,6 +103,7 @@ class Case:
     distributed: bool = False
     recompute: tuple[str, ...] = ()
     pattern: str = PATTERN
+    nf4: bool = False
     seed: int = 0
     packs: tuple[tuple[int, ...], ...] = PACKS
 
@@ -107,7 +114,7 @@ class Case:
 
     @cached_property
     def arch(self) -> Arch:
-        return replace(ARCH, pattern=self.pattern)
+        return replace(ARCH, pattern=self.pattern, **(NF4_WIDTHS if self.nf4 else {}))
 
     def batch(self, step: int, number: int) -> dict[str, torch.Tensor]:
         """Pack `number` of the global batch of `step`, on the host; about a third of the tokens are not supervised."""

@@ -16,19 +16,30 @@ LAYOUTS = (
     "etp2+each", "etp2.dp4+each", "tp2.ep2.etp2+each", "etp2+dora",
     "tp2.ep2+allgather", "tp2.ep2.etp2+allgather",
     "dp2+distributed", "ep2+distributed", "tp2.ep2.dp2+distributed", "tp2.ep2+recompute", "pp2+recompute", "cp2+full",
+    "tp2@ME*E+nf4", "etp2@ME+nf4", "pp2@M*ME+nf4", "cp2@M*E+nf4", "tp2.ep2@M*E+nf4+each", "tp2.ep2@M*E+nf4+dora",
+    "tp2.ep2@M*E-+nf4+recompute", "dp2@ME+nf4+distributed",
 )  # fmt: skip
 """Among them a pattern with dense layers, one without attention, other kinds of adapters, the other dispatcher, the
-distributed optimizer, and layers that are computed again in the backward pass."""
+distributed optimizer, layers that are computed again in the backward pass, and a base in NF4."""
+NF4_LAYOUTS = tuple(
+    f"{sizes}+nf4{variant}"
+    for sizes, variant in (
+        ("tp2", ""), ("tp4", ""), ("ep2", ""), ("etp2", ""), ("pp2", ""), ("cp2", ""), ("tp2.ep2", ""),
+        ("tp2.ep2.etp2", ""), ("tp2.pp2.cp2.ep2", ""), ("tp2.ep2", "+each"), ("etp2", "+each"), ("tp2.ep2", "+dora"),
+        ("etp2", "+dora"), ("tp2.ep2", "+recompute"), ("cp2", "+full"), ("tp2.ep2.dp2", "+distributed"),
+    )
+)  # fmt: skip
+"""`python -m nano3.parity nf4`: all of the pattern, by hand; `LAYOUTS` has small ones of these."""
 VARIANTS: dict[str, dict[str, Any]] = {
-    "": {},
     "each": {"adapters": "each"},
     "dora": {"adapters": "dora"},
     "allgather": {"dispatcher": "allgather"},
     "distributed": {"distributed": True},
     "recompute": {"recompute": ("moe", "layernorm")},
     "full": {"recompute": ("full",)},
+    "nf4": {"nf4": True},
 }
-"""What may stand behind the plus sign, and what it changes in the case."""
+"""What may stand behind a plus sign, and what it changes in the case."""
 
 
 class Wanted(NamedTuple):
@@ -40,19 +51,21 @@ class Wanted(NamedTuple):
 
 
 def parse_layouts(texts: Iterable[str]) -> list[Wanted]:
-    """What LAYOUT, LAYOUT@PATTERN, LAYOUT+VARIANT or both, pattern first, ask for.
+    """What LAYOUT, LAYOUT@PATTERN, LAYOUT+VARIANT or all, pattern first, ask for; variants may be several.
 
     Raises:
         UserError: a text that is none of them.
     """
     found = []
     for text in texts:
-        rest, _, variant = text.partition("+")
+        rest, *variants = text.split("+")
         sizes, _, pattern = rest.partition("@")
-        if variant not in VARIANTS:
-            raise UserError(f"layout {text!r}: variants are {', '.join(filter(None, VARIANTS))}, not {variant!r}")
+        for variant in variants:
+            if variant not in VARIANTS:
+                raise UserError(f"layout {text!r}: variants are {', '.join(VARIANTS)}, not {variant!r}")
         try:
-            case = Case(pattern=pattern or PATTERN, **VARIANTS[variant])
+            changes = {name: value for variant in variants for name, value in VARIANTS[variant].items()}
+            case = Case(pattern=pattern or PATTERN, **changes)
             found.append(Wanted(text, Sizes.parse(sizes), case))
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from nano3.parity.case import VOCABULARY, Case, is_vocabulary
+from nano3.sharded_parts import parts_of, place
+from nano3.tensor_names import megatron_tensors
 
 
 class Shard(NamedTuple):
@@ -20,26 +22,27 @@ class Shard(NamedTuple):
     value: torch.Tensor
 
 
-def parts_of(model: torch.nn.Module) -> Iterator[ShardedTensor]:
-    """Every tensor of this rank as Megatron-Core's checkpoints name and place it; `data` is the tensor itself."""
-    for entry in model.sharded_state_dict(prefix="").values():  # type: ignore[operator]
-        for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-            if isinstance(part, ShardedTensor):
-                yield part
-
-
-def place(part: ShardedTensor) -> tuple[Any, ...]:
-    """Index of a part in its whole tensor: numbers for prepended axes, slices for the rest."""
-    ahead = part.prepend_axis_num
-    lengths = zip(part.global_offset[ahead:], part.local_shape, strict=True)
-    return (*part.global_offset[:ahead], *(slice(start, start + length) for start, length in lengths))
-
-
 @torch.no_grad()
 def fill(model: torch.nn.Module, case: Case) -> None:
     """Gives this rank its parts of the case's weights."""
     for part in parts_of(model):
         part.data.copy_(case.whole(part.key, part.global_shape)[place(part)])
+
+
+def hf_reader(case: Case) -> Callable[[str], torch.Tensor]:
+    """The case's weights whole, by Hugging Face's names: what `fill` cuts by Megatron's."""
+    tensors = list(megatron_tensors(case.arch))
+
+    @cache
+    def read(name: str) -> torch.Tensor:
+        found = {}
+        for tensor in (tensor for tensor in tensors if any(block.name == name for block in tensor.blocks)):
+            sizes = [block.count for block in tensor.blocks]
+            rows = case.whole(tensor.key, tensor.shape).reshape(-1, *tensor.row_shape).split(sizes)
+            found |= {b.start: part for b, part in zip(tensor.blocks, rows, strict=True) if b.name == name}
+        return torch.cat([found[start] for start in sorted(found)])
+
+    return read
 
 
 @torch.no_grad()

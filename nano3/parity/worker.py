@@ -31,8 +31,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from nano3.context_parallel import cut_batch  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
 from nano3.etp_replicas import then_equal_copies  # noqa: E402
+from nano3.nf4_base import quantize_linears  # noqa: E402
 from nano3.parity.case import ALPHA, PACK, RANK, STEPS, Case, Sizes  # noqa: E402
-from nano3.parity.shards import fill, shards  # noqa: E402
+from nano3.parity.shards import fill, hf_reader, shards  # noqa: E402
 from nano3.pipeline_parallel import pipeline_kwargs  # noqa: E402
 from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
 from nano3.targets import PRESETS, adaptable_modules, select  # noqa: E402
@@ -67,7 +68,7 @@ def keep_fp64_loss() -> None:
 
 def build(case: Case, sizes: Sizes) -> torch.nn.Module:
     """This rank's part of the model with the case's weights and, if asked for, adapters."""
-    model: torch.nn.Module = build_mcore_model(
+    model = build_mcore_model(
         config_of(case, sizes),
         case.arch.pattern,
         case.arch.vocab_size,
@@ -75,6 +76,8 @@ def build(case: Case, sizes: Sizes) -> torch.nn.Module:
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
+    if case.nf4:
+        quantize_linears(model, case.arch, hf_reader(case))  # before adapters: DoRA's lengths are of the frozen weights
     if case.adapters != "none":
         model = adapted(model, case)
     install_recompute(next(module for module in model.modules() if isinstance(module, MambaModel)), case.recompute)

@@ -21,6 +21,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
+from nano3 import nf4_base
 from nano3.context_parallel import cut_batch
 from nano3.etp_replicas import MARK
 from nano3.lora import adapters, expert_adapters
@@ -75,6 +76,15 @@ def a_copy_counted_twice() -> Any:
     )
 
 
+def quantized_after_cutting() -> Any:
+    """Ranks that quantize their own part of a tensor, as if it were one."""
+
+    def cut(self: Any, name: str, start: int, count: int, columns: slice) -> Any:
+        return self._quantizer(self._read(name)[start : start + count, columns])
+
+    return patch.object(nf4_base._Units, "cut", cut)
+
+
 def another_order(finalize: Callable[..., None]) -> Callable[..., None]:
     """`finalize`, and then another last bit on every rank but the first of those with slices of the same experts."""
 
@@ -105,6 +115,7 @@ FAULTS: dict[Callable[[], Any], str] = {
     a_leaked_document: "cp2",
     a_missing_exchange: "etp2+each",
     a_copy_counted_twice: "etp2+each",
+    quantized_after_cutting: "tp2+nf4",
     a_last_bit_of_another_order: "etp2+each",
     mended: "etp2+each",
 }

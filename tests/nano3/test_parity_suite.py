@@ -66,6 +66,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict:
         ("a_leaked_document", "gradient"),
         ("a_missing_exchange", "gradient"),
         ("a_copy_counted_twice", "norm"),
+        ("quantized_after_cutting", "gradient"),
     ],
 )
 def test_a_deliberate_fault_is_beyond_the_bounds(faults, fault, where):
@@ -87,7 +88,7 @@ def test_copies_of_an_experts_matrix_are_equal_whatever_the_order_of_a_sum(fault
     [
         ("tp", "layout 'tp': write sizes of tp, pp"),
         ("xp2", "layout 'xp2'"),
-        ("tp2+lora", "variants are each, dora, allgather, distributed, recompute, full, not 'lora'"),
+        ("tp2+lora", "variants are each, dora, allgather, distributed, recompute, full, nf4, not 'lora'"),
     ],
 )
 def test_a_layout_that_is_none_is_refused(layout, words):
@@ -99,6 +100,13 @@ def test_a_layout_names_sizes_pattern_and_adapters():
     plain, whole = parse_layouts(["ep2", "tp2.ep2@M-E+each"])
     assert (plain.sizes, plain.case) == (Sizes(ep=2), Case())
     assert (whole.sizes, whole.case) == (Sizes(tp=2, ep=2), Case(pattern="M-E", adapters="each"))
+
+
+def test_variants_may_be_several():
+    (both,) = parse_layouts(["tp2@M-E+nf4+each"])
+    assert (both.sizes, both.case) == (Sizes(tp=2), Case(pattern="M-E", nf4=True, adapters="each"))
+    with pytest.raises(UserError, match="not ''"):
+        parse_layouts(["tp2+"])
 
 
 def test_one_rank_computes_the_plain_way():
