@@ -10,7 +10,7 @@ given. Tensors are read in pieces, on all cores, so a 63 GB model costs one pass
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, run
+    from nano3.cli import UserError, fresh_file, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -83,6 +83,30 @@ def record(checkpoint: Path, facts: Facts, base: dict[str, str]) -> None:
     """Writes `base.json` into a NeMo checkpoint whose tensors have `facts`; `base` says what it descends from
     (certificates/certificate.py)."""
     (checkpoint / FILE).write_text(json.dumps({"sha256": content_hash(facts), "base": base}, indent=1) + "\n")
+
+
+def is_record(folder: Path) -> bool:
+    """Whether a folder only says which weights a base has, as `record_only` left it."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {FILE}
+
+
+def drop_record(folder: Path) -> None:
+    """Removes such a folder, where there is one."""
+    if is_record(folder):
+        (folder / FILE).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def record_only(folder: Path, source: Path) -> None:
+    """Writes `base.json` of the Hugging Face folder `source` into a folder that holds no weights.
+
+    Raises `UserError` where the folder holds something else.
+    """
+    if folder.exists() and not is_record(folder):
+        raise UserError(f"{folder} holds other weights than {source}; remove it, or choose another --out")
+    folder.mkdir(exist_ok=True)
+    with fresh_file(folder / FILE) as temporary:
+        temporary.write_text(json.dumps({"sha256": remembered_hash(source)}, indent=1) + "\n")
 
 
 def holds(checkpoint: Path, source: Path) -> bool:

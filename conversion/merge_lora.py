@@ -6,7 +6,8 @@ BASE is the model that was tuned: a Hugging Face folder (or preset), or a NeMo c
 training wrote, or an adapter of Hugging Face PEFT. OUT becomes a Hugging Face folder that plain transformers loads,
 none of this project's code needed; with --nemo a NeMo checkpoint, from which training starts on any layout. Deltas are
 added in FP32 and each tensor keeps its dtype; what the adapter does not target is copied bit for bit, config.json and
-tokenizer too.
+tokenizer too. An adapter that was trained on a base in 4 bits is added to the original weights; --base dequantized adds
+it to the weights that it saw, and then every linear layer changes.
 OUT/certificate.json says so tensor by tensor; conversion/certify.py recomputes it.
 """
 
@@ -76,10 +77,13 @@ class Summary:
         )
 
 
-def merge(base: Path, adapter_folder: Path, out: Path, nemo: bool = False, context: bool = True) -> Summary:
+def merge(
+    base: Path, adapter_folder: Path, out: Path, nemo: bool = False, context: bool = True, dequantized: bool = False
+) -> Summary:
     """Writes base + adapter to `out`. Every tensor of both is checked before one is written; raises `UserError`.
 
     `nemo`: a NeMo checkpoint in place of a Hugging Face folder, with NeMo's own `context/` unless told otherwise.
+    `dequantized`: onto the base as NF4 has it, for an adapter that was trained on that.
     """
     kind = NEMO_KIND if nemo else HF_KIND
     # Refuse what cannot be right before a tensor is read: that takes minutes for a real model.
@@ -93,6 +97,8 @@ def merge(base: Path, adapter_folder: Path, out: Path, nemo: bool = False, conte
         # Adapter and base fit by name and shape, and the disk has room.
         adapter = Adapter(adapter_folder, model.arch)
         same_routers = adapter.check_base(model.rows)
+        if dequantized and adapter.info.base_quantization is None:
+            raise UserError(f"--base dequantized: {adapter_folder} was not trained on a quantized base; leave it out")
         side = side_files(model.side)
         needed = model.layout.total_bytes + sum((model.side / path).stat().st_size for path in side)
         check_room(out, needed)
@@ -101,7 +107,7 @@ def merge(base: Path, adapter_folder: Path, out: Path, nemo: bool = False, conte
         adapter.info.refuse_other_base(base, content_hash(before), adapter_folder)
         previous_certificate(base, before)
         # What decides the bytes of the output is the job: a killed merge is resumed only by the same one.
-        merged, facts = Merged(model, adapter), _facts(adapter)
+        merged, facts = Merged(model, adapter, dequantized), _facts(adapter, dequantized)
         job = {"tool": "merge", "base": {name: fact.sha256 for name, fact in before.items()}, **facts}
         job |= {"layout": model.layout.to_json(), "chunk": CHUNK_BYTES if nemo else None}
         with unfinished_output(out, kind, job, needed) as work:
@@ -114,10 +120,11 @@ def merge(base: Path, adapter_folder: Path, out: Path, nemo: bool = False, conte
     return Summary(len(certificate["tensors"]), len(changes) - biases, same_routers, biases, changed)
 
 
-def _facts(adapter: Adapter) -> dict[str, Any]:
+def _facts(adapter: Adapter, dequantized: bool) -> dict[str, Any]:
     """What the certificate says of the merge as a whole."""
-    training = training_facts(adapter.folder)
-    return {"adapter": adapter.certified(), "router": adapter.info.router, "training": training}
+    facts = {"adapter": adapter.certified(), "router": adapter.info.router, "training": training_facts(adapter.folder)}
+    onto = {"merged_onto": "dequantized" if dequantized else "original"}
+    return facts | (onto if adapter.info.base_quantization else {})
 
 
 Written = tuple[dict[str, Fact], dict[str, dict[str, Any]]]
@@ -154,12 +161,21 @@ def main() -> int:
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="model folder to write")
     parser.add_argument("--nemo", action="store_true", help="write a NeMo checkpoint, not a Hugging Face folder")
+    parser.add_argument(
+        "--base",
+        dest="onto",
+        choices=["original", "dequantized"],
+        default="original",
+        help="of an adapter that was trained on a base in 4 bits (lora.base=nf4): add it to the original weights "
+        "(default), or to the dequantized ones",
+    )
     add_push(parser)
     args = parser.parse_args()
     if args.nemo and args.push:
         raise UserError("--push uploads Hugging Face folders; leave out --nemo or --push")
     hub = Hub(args.push) if args.push else None  # refuses at once what would fail after hours
-    summary = merge(named_model(args.base), args.adapter, args.out, args.nemo)
+    dequantized = args.onto == "dequantized"
+    summary = merge(named_model(args.base), args.adapter, args.out, args.nemo, dequantized=dequantized)
     print(f"{args.out}: {summary}")
     if hub is not None:
         print(hub.upload(args.out))

@@ -48,8 +48,8 @@ BALANCE_WARNING = (
 )
 
 
-def parser(description: str | None = None) -> argparse.ArgumentParser:
-    """Flags for paths and resources; the rest is key=value."""
+def parser(description: str | None = None, gpus: int = GPUS_PER_NODE) -> argparse.ArgumentParser:
+    """Flags for paths and resources, by default so many `gpus` a machine; the rest is key=value."""
     parse = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -76,7 +76,7 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
         "of several files the later",
     )
     parse.add_argument("--nodes", type=int, help="machines (default: 1)")
-    parse.add_argument("--gpus-per-node", type=int, help=f"GPUs of each machine (default: {GPUS_PER_NODE})")
+    parse.add_argument("--gpus-per-node", type=int, help=f"GPUs of each machine (default: {gpus})")
     parse.add_argument("--local", action="store_true", help="run on CPU ranks of this machine instead of GPUs")
     parse.add_argument("--ranks", type=int, help="CPU ranks with --local (default: 1)")
     parse.add_argument("--eval-only", action="store_true", help="loss and accuracy on --validation, no training")
@@ -286,14 +286,24 @@ def _on_cluster(args: argparse.Namespace, site: Cluster, run: Run, arch: Arch) -
     return run_cluster.submit(run, site, args.dry_run, args.after, args.follow, seeds)
 
 
-def main(description: str | None, defaults: Callable[[], Settings], recipe: Callable[[Run], Any]) -> int:
-    """A recipe's command line: its own defaults, and the function itself that makes its configuration."""
+def main(
+    description: str | None,
+    defaults: Callable[[], Settings],
+    recipe: Callable[[Run], Any],
+    gpus_per_node: int = GPUS_PER_NODE,
+) -> int:
+    """A recipe's command line: its own defaults, and the function itself that makes its configuration.
+
+    `gpus_per_node`: of a machine that no cluster.yaml describes.
+    """
     refuse_while_loading()
-    given = parser(description).parse_intermixed_args()
+    given = parser(description, gpus_per_node).parse_intermixed_args()
     if given.help_settings is not None:
         print(help_text(defaults(), given.help_settings))
         return 0
     args = filled(given)
+    if args.site is None and not args.local and args.gpus_per_node is None:
+        args.gpus_per_node = gpus_per_node
     run, arch = resolve(args, defaults, recipe_of(recipe))
     won, site = winners(given, args, defaults(), run), args.site
     check_output(run.out, KIND)

@@ -21,6 +21,7 @@ from nemo.collections import llm
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
 from finetune.checks import check_run
+from finetune.nf4_source import load_base
 from finetune.packed_data import PackedDataModule
 from finetune.reporting import memory_advice, progress
 from finetune.run_identity import run_identity, run_layout
@@ -62,6 +63,7 @@ def lora_recipe(run: Run) -> nemo_run.Partial:
             bf16=run.bf16,
             router=run.settings.router,
             recompute=train.recompute,
+            load_base=nemo_run.Partial(load_base, folder=run.weights) if run.nf4 else None,
         ),
         data=nemo_run.Config(
             PackedDataModule,
@@ -77,7 +79,8 @@ def lora_recipe(run: Run) -> nemo_run.Partial:
         trainer=_trainer(run),
         log=_log(run),
         resume=nemo_run.Config(
-            nl.AutoResume, restore_config=nemo_run.Config(nl.RestoreConfig, path=run.base, load_artifacts=False)
+            nl.AutoResume,
+            restore_config=None if run.nf4 else nemo_run.Config(nl.RestoreConfig, path=run.base, load_artifacts=False),
         ),
         optim=_optimizer(run),
         peft=_lora(run),
@@ -244,5 +247,6 @@ def lora_json(run: Run) -> dict[str, Any]:
         "dropout": lora.dropout,
         "targets": lora.chosen_targets(),
         "router": run.settings.router,
+        "base_quantization": "nf4" if run.nf4 else None,
         "base_config": read_config(run.model),
     }

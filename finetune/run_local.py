@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from conversion.identity import holds
+from conversion.identity import drop_record, holds, is_record, record_only
 from data_prep.mixture import check_length, size_of
 from data_prep.packing import PackedDataset
 from finetune.checks import check_run
@@ -96,7 +96,8 @@ def _put_aside(out: Path) -> None:
 
 
 def import_base(run: Run) -> None:
-    """Converts the Hugging Face folder into OUT/base, unless OUT/base was made from it and it has not changed."""
+    """Converts the Hugging Face folder into OUT/base, unless OUT/base was made from it and it has not changed. With
+    `lora.base=nf4` the ranks read the folder itself, and OUT/base says only which weights it has."""
     base, model = Path(run.base), Path(run.model)
     if not run.own_base:
         return
@@ -104,8 +105,12 @@ def import_base(run: Run) -> None:
         raise UserError(
             f"{model} has no weights; give --model FOLDER, the downloaded model, or --dry-run to see the recipe"
         )
-    if base.exists() and holds(base, model):
+    if base.exists() and not is_record(base) and holds(base, model):
         return
+    if run.nf4:
+        record_only(base, model)
+        return
+    drop_record(base)
     from conversion.hf_to_nemo import convert
 
     print("importing the base weights ...", file=sys.stderr)

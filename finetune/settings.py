@@ -207,8 +207,18 @@ class Run:
 
     @property
     def own_base(self) -> bool:
-        """Whether the run imports its base itself, into OUT/base."""
+        """Whether the run imports its base itself, into OUT/base; with `nf4` nothing but its hash."""
         return Path(self.base) == Path(self.out) / "base"
+
+    @property
+    def nf4(self) -> bool:
+        """Whether the frozen linear layers are in 4 bits."""
+        return self.settings.lora.base == "nf4"
+
+    @property
+    def weights(self) -> str:
+        """Where the base's tensors are read with `nf4`: a base of its own is the model's folder, and no copy of it."""
+        return self.model if self.own_base else self.base
 
     @property
     def bf16(self) -> bool:

@@ -38,7 +38,8 @@ def main() -> int:
         make = load_recipe(run.recipe, Path(run.out))
         recipe = evaluation_recipe(run, make) if run.eval_only else make(run)
     quiet()
-    check_folder(Path(run.base) / "weights")  # before NeMo opens it
+    if not run.nf4:
+        check_folder(Path(run.base) / "weights")  # before NeMo opens it
     try:
         fiddle.build(recipe)()
     except CheckpointException as error:

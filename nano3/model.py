@@ -6,8 +6,9 @@ attention and the Mamba mixer, which resets convolution and state at each docume
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from nano3.context_parallel import cut_batch  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
 from nano3.etp_replicas import then_equal_copies  # noqa: E402
 from nano3.loss import TokenLoss, WeightedFinish, accuracy, judges, mean_loss, mean_losses, record_verdicts  # noqa: E402
+from nano3.nf4_base import build_on_meta  # noqa: E402
 from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
 from nano3.router import BALANCE_RATE, count_documents_only  # noqa: E402
 from nano3.stage_weights import NAMES, StageWeights  # noqa: E402
@@ -83,6 +85,9 @@ class Nano3Config(SSMConfig):
     vocab_size: int = 0
     recompute: list[str] = field(default_factory=list)
     """What the backward pass computes again (`nano3.recompute`)."""
+    load_base: Callable[[MambaModel], None] | None = None
+    """Gives the model, whose linear layers have no memory yet, its weights (`nano3.nf4_base`). None: it is built with
+    memory, and the weights come from a checkpoint."""
 
     def configure_model(
         self,
@@ -97,9 +102,20 @@ class Nano3Config(SSMConfig):
             raise ValueError("Megatron-Core's hybrid stack has no virtual pipeline; leave it unset")
         first = parallel_state.is_pipeline_first_stage() if pre_process is None else pre_process
         last = parallel_state.is_pipeline_last_stage() if post_process is None else post_process
-        model = build_mcore_model(
-            self, self.hybrid_override_pattern, self.vocab_size, self.seq_length, pre_process=first, post_process=last
+        build = partial(
+            build_mcore_model,
+            self,
+            self.hybrid_override_pattern,
+            self.vocab_size,
+            self.seq_length,
+            pre_process=first,
+            post_process=last,
         )
+        if self.load_base is None:
+            model = build()
+        else:
+            model = build_on_meta(self, build)
+            self.load_base(model)
         install_recompute(model, self.recompute)
         record_verdicts(model)
         if self.moe_router_bias_update_rate:
@@ -171,18 +187,25 @@ class Nano3Model(GPTModel):
 
 
 def nano3_config(
-    arch: Arch, seq_length: int, bf16: bool, router: str = "frozen", recompute: Sequence[str] = (), **layout: Any
+    arch: Arch,
+    seq_length: int,
+    bf16: bool,
+    router: str = "frozen",
+    recompute: Sequence[str] = (),
+    load_base: Callable[[MambaModel], None] | None = None,
+    **layout: Any,
 ) -> Nano3Config:
     """The configuration for `arch`, BF16 or FP32, with a `frozen` router or one that goes on to `balance`.
 
-    `recompute`: what the backward pass computes again (`nano3.recompute`). `layout`: Megatron-Core's parallel sizes,
-    for who builds the model without NeMo's strategy.
+    `recompute`: what the backward pass computes again (`nano3.recompute`). `load_base`: see `Nano3Config`. `layout`:
+    Megatron-Core's parallel sizes, for who builds the model without NeMo's strategy.
     """
     bias_rate = BALANCE_RATE if router == "balance" else 0.0
     return Nano3Config(
         **{**transformer_kwargs(arch), "moe_router_bias_update_rate": bias_rate},
         **recompute_kwargs(recompute),
         recompute=list(recompute),
+        load_base=load_base,
         **layout,
         hybrid_override_pattern=arch.pattern,
         vocab_size=arch.vocab_size,
@@ -198,7 +221,12 @@ def nano3_config(
 
 
 def nano3_model(
-    folder: str, seq_length: int, bf16: bool, router: str = "frozen", recompute: Sequence[str] = ()
+    folder: str,
+    seq_length: int,
+    bf16: bool,
+    router: str = "frozen",
+    recompute: Sequence[str] = (),
+    load_base: Callable[[MambaModel], None] | None = None,
 ) -> Nano3Model:
-    """The model that the config.json in `folder` describes, without weights (they come from the checkpoint)."""
-    return Nano3Model(nano3_config(Arch.load(Path(folder)), seq_length, bf16, router, recompute))
+    """The model that the config.json in `folder` describes; without `load_base` its weights come from a checkpoint."""
+    return Nano3Model(nano3_config(Arch.load(Path(folder)), seq_length, bf16, router, recompute, load_base))

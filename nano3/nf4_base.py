@@ -37,14 +37,14 @@ def build_on_meta(config: Any, build: Callable[[], MambaModel]) -> MambaModel:
 
 
 @torch.no_grad()
-def load_in_nf4(model: MambaModel, arch: Arch, read: Read) -> None:
+def load_in_nf4(model: MambaModel, arch: Arch, read: Read, quantizer: Quantizer = quantize) -> None:
     """Fills a model from `build_on_meta`: linear layers in NF4, everything else as it is."""
     _materialize(model)
     tensors, frozen = {tensor.key: tensor for tensor in megatron_tensors(arch)}, _frozen_keys(arch)
     for part in parts_of(model):
         if part.key not in frozen:
             _fill(tensors[part.key], part, read)
-    quantize_linears(model, arch, read)
+    quantize_linears(model, arch, read, quantizer)
 
 
 @torch.no_grad()

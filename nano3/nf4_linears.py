@@ -40,7 +40,8 @@ class Nf4Weight(nn.Module):
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """The weight, a tensor of its own."""
-        values = [part.values(dtype) for part in self.parts]
+        parts: Any = self.parts
+        values = [part.values(dtype) for part in parts]
         return values[0] if len(values) == 1 else torch.cat(values)
 
 
@@ -158,7 +159,8 @@ class _Grouped:
     def __getattr__(self, name: str) -> Any:
         """`weight0`, `weight1`, ..., dequantized anew: for the lengths of DoRA."""
         if name.startswith("weight") and name[6:].isdigit():
-            return self.codes[int(name[6:])].values(self.config.params_dtype)  # type: ignore[union-attr]
+            codes: Any = self.codes[int(name[6:])]
+            return codes.values(self.config.params_dtype)
         return super().__getattr__(name)  # type: ignore[misc]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:

@@ -229,6 +229,8 @@ class LoraSettings(AdapterKind):
     """Largest rank that the adapter's reader takes, such as vLLM's --max-lora-rank; more is refused. 0: any."""
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Probability on the adapters' input, while training; the embedding's adapter has no such input."""
+    base: Literal["original", "nf4"] = "original"
+    """The frozen linear layers: in 16 bits, or in 4 (NF4 with double quantization, QLoRA)."""
     init_from: str = ""
     """Adapter folder to start from: an earlier run's, or what `conversion/adapter.py import` wrote. The settings above,
     but for dropout and LoRA+, become its; the optimizer starts fresh. Empty: fresh adapters."""

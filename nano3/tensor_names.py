@@ -125,6 +125,12 @@ def linears(arch: Arch, number: int) -> tuple[Linear, ...]:
     return specs.feed_forward("mlp.", "", norm=layer + "norm.weight")
 
 
+def linear_tensors(arch: Arch) -> frozenset[str]:
+    """The Hugging Face tensors of all linear layers: what QLoRA freezes in 4 bits."""
+    found = (linear for number in range(len(arch.layers)) for linear in linears(arch, number))
+    return frozenset(block.name for linear in found for block in linear.blocks)
+
+
 def adaptable(arch: Arch) -> dict[str, Linear]:
     """What can carry an adapter by its path, as `nano3.targets.adaptable_modules` lists them."""
     names = {targets.EMBEDDING: "backbone.embeddings.weight", targets.OUTPUT: "lm_head.weight"}

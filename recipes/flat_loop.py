@@ -23,9 +23,11 @@ from recipes.nemotron_lora import settings
 def flat_loop(run: Run) -> Any:
     """The recipe: what every rank calls once to train."""
     lora, layout, router = run.settings.lora, run.settings.layout, run.settings.router
-    other = [layout.pp * layout.etp > 1, router != "frozen", run.bf16, lora.dora, lora.plus_ratio != 1, lora.init_from]
-    if any(other) or run.validation or run.settings.stages.weights != "uniform":
-        raise UserError("only nemotron_lora.py has pp, etp, balance, BF16, DoRA, LoRA+, init_from, stages, validation")
+    other = [layout.pp * layout.etp > 1, router != "frozen", run.bf16 or run.nf4, lora.dora, lora.plus_ratio != 1]
+    if any(other) or lora.init_from or run.validation or run.settings.stages.weights != "uniform":
+        raise UserError(
+            "only nemotron_lora.py has pp, etp, balance, BF16, NF4, DoRA, LoRA+, init_from, stages, validation"
+        )
     return partial(train, run)
 
 

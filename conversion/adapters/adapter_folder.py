@@ -10,6 +10,7 @@ Under DoRA a row of the merged weight is the row of W + delta, scaled to the len
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,7 +23,7 @@ from conversion.adapters.lora_json import read_lora_json
 from conversion.adapters.peft_folder import PeftFolder
 from conversion.adapters.peft_names import CONFIG as PEFT_CONFIG
 from conversion.certificates.certificate import folder_sha256, norm_ratio
-from conversion.certificates.certificate_json import BALANCE
+from conversion.certificates.certificate_json import BALANCE, DEQUANTIZED
 from conversion.checkpoint.model_folder import ModelFolder, RowFolder
 from conversion.checkpoint.output_folder import WEIGHTS
 from conversion.checkpoint.pieces import STEP_BYTES, row_steps
@@ -31,7 +32,8 @@ from conversion.checkpoint.torch_dist import RowReader, TorchDistReader
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.digest import combine, layer_digest
-from nano3.tensor_names import VOCABULARY_KEYS, adaptable, adapter_key, adapter_shapes
+from nano3.nf4 import Nf4, quantize
+from nano3.tensor_names import VOCABULARY_KEYS, adaptable, adapter_key, adapter_shapes, linear_tensors
 
 CERTIFIED = ("rank", "alpha", "targets", "experts", "rslora", "dora")
 """Settings of an adapter that its merge's certificate names."""
@@ -136,8 +138,8 @@ class Adapter:
     def certified(self) -> dict[str, Any]:
         """What a certificate says of the adapter that was merged: content, settings, the modules that it adapts."""
         said = {name: getattr(self.info, name) for name in CERTIFIED} | {"modules": sorted(self.modules)}
-        combined = {"combined": self.info.combined} if self.info.combined else {}
-        return {"sha256": folder_sha256(self.folder), **said, **combined}
+        some = {name: getattr(self.info, name) for name in ("combined", "base_quantization")}
+        return {"sha256": folder_sha256(self.folder), **said, **{name: fact for name, fact in some.items() if fact}}
 
     def contributions(self) -> dict[str, list[Contribution]]:
         """Hugging Face tensor name -> which of its rows change, and where their new values come from."""
@@ -224,15 +226,18 @@ class Adapter:
 class Merged(RowFolder):
     """The merged model. `adapter` fits `base`; deltas are added in FP32, and each tensor keeps its dtype.
 
+    `dequantized`: onto what the linear layers are after NF4, those without an adapter too.
     Rows of one tensor come from one thread at a time, each once; tensors may have threads of their own.
     """
 
-    def __init__(self, base: ModelFolder, adapter: Adapter) -> None:
+    def __init__(self, base: ModelFolder, adapter: Adapter, dequantized: bool = False) -> None:
         self.base, self.path, self.side = base, base.path, base.side
         self.arch, self.layout = base.arch, base.layout
         self.adapter = adapter
         self._parts, self._biases = adapter.contributions(), adapter.router_biases()
-        self.targeted = (*self._parts, *self._biases)
+        self._in_nf4 = linear_tensors(base.arch) if dequantized else frozenset()
+        self._last = threading.local()
+        self.targeted = tuple(dict.fromkeys((*self._parts, *self._biases, *sorted(self._in_nf4))))
         """Tensors that may change; all others are those of the base, bit for bit."""
         self._sums = {name: [0.0, 0.0] for name in self.targeted}
         self._seen = dict.fromkeys(self.targeted, 0)
@@ -251,16 +256,30 @@ class Merged(RowFolder):
 
     def new_rows(self, name: str, start: int, old: torch.Tensor) -> torch.Tensor:
         """What becomes of the rows `old`, which begin at row `start` of a targeted tensor; in their dtype."""
-        new = self._biases[name][start : start + len(old)].to(old.dtype) if name in self._biases else old.clone()
+        frozen = old
+        if name in self._in_nf4:
+            frozen = self._frozen(name).cut(start, len(old), slice(0, old.shape[1])).values(old.dtype)
+        new = self._biases[name][start : start + len(old)].to(old.dtype) if name in self._biases else frozen.clone()
         for part in self._parts.get(name, ()):
             low, high = max(start, part.start), min(start + len(old), part.start + part.count)
             if low < high:
                 moved = replace(part, first=part.first + low - part.start)
-                new[low - start : high - start] = self.adapter.merged(moved, old[low - start : high - start])
+                new[low - start : high - start] = self.adapter.merged(moved, frozen[low - start : high - start])
         self._sums[name][0] += _squares(new.float() - old.float())
         self._sums[name][1] += _squares(old)
         self._seen[name] += len(old)
         return new
+
+    def _frozen(self, name: str) -> Nf4:
+        """A whole tensor in NF4; the last one is kept, as a thread takes one tensor after the other."""
+        if getattr(self._last, "name", None) != name:
+            try:
+                self._last.value = quantize(self.base.rows(name, 0, self.layout.entries[name].rows))
+            except ValueError as error:
+                raise UserError(f"{self.path}: {name}: {error}; merge onto the original weights") from error
+            self._last.name = name
+        found: Nf4 = self._last.value
+        return found
 
     def steps(self, name: str, rows: int) -> Iterator[tuple[int, int]]:
         """(first, number) of the rows of a targeted tensor that are computed in one go, in FP32."""
@@ -277,7 +296,8 @@ class Merged(RowFolder):
             self._sums[name], self._seen[name] = [0.0, 0.0], 0
             for begin, count in self.steps(name, rows):
                 self.new_rows(name, begin, self.base.rows(name, begin, count))
-        modules = {part.path for part in self._parts.get(name, ())} or {BALANCE}
+        modules = {part.path for part in self._parts.get(name, ())} | ({DEQUANTIZED} if name in self._in_nf4 else set())
+        modules = modules or {BALANCE}
         return {"by": sorted(modules), "relative_change": norm_ratio(*self._sums[name])}
 
 

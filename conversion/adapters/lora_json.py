@@ -37,6 +37,8 @@ class LoraInfo(AdapterKind):
     router_sha256: str | None
     base_sha256: str | None
     combined: dict[str, Any] | None
+    base_quantization: Literal["nf4"] | None = None
+    """What the frozen linear layers were in while it was trained; None: in the base's own precision."""
 
     def sizes(self, arch: Arch) -> dict[str, Size]:
         """Rank and scale of every adapted module by path. Raises `UserError` when `arch` has no such layers."""
@@ -58,6 +60,7 @@ class LoraInfo(AdapterKind):
 
 
 _OPTIONAL: dict[str, Any] = {"router": "frozen", "router_sha256": None, "base_sha256": None, "combined": None}
+_OPTIONAL |= {"base_quantization": None}
 _REMEDY = "copy the adapter again"
 _Targets = Annotated[list[Name], MaxLen(100_000)]
 
@@ -77,6 +80,7 @@ class LoraFile(TypedDict):
     router: Literal["frozen", "balance"]
     router_sha256: Sha256 | None
     base_sha256: Sha256 | None
+    base_quantization: Literal["nf4"] | None
     combined: CombinedFacts | None
 
 

@@ -46,6 +46,8 @@ UNKNOWN = "unknown"
 
 BALANCE = "router=balance"
 """What changes a correction bias, where training moved those."""
+DEQUANTIZED = "base=dequantized"
+"""What changes every frozen linear layer, where an adapter is merged onto the 4-bit weights that it was trained on."""
 
 SIDES = ("input", "output")
 _REMEDY = "get the folder again from who made it"
@@ -113,6 +115,7 @@ class AdapterFacts(TypedDict, total=False):
     experts: Name
     rslora: bool
     dora: bool
+    base_quantization: Literal["nf4"]
     modules: list[Name]
     combined: CombinedFacts | None
 
@@ -168,6 +171,7 @@ class Certificate(TypedDict):
     training: NotRequired[TrainingFacts]
     calibration: NotRequired[CalibrationFacts]
     router: NotRequired[Literal["frozen", "balance"]]
+    merged_onto: NotRequired[Literal["original", "dequantized"]]
     previous: Certificate | None
 
 
@@ -175,7 +179,16 @@ PROOF = {
     "folder": ["kind", "output", "totals", "files", "tensors", "previous"],
     "input": ["input", "base.sha256", "tensors.input", "tensors.relative_change", "tensors.relative_error"],
     "adapter": ["adapter"],
-    "claimed": ["base.name", "base.revision", "base.found_in", "router", "training", "calibration", "tools"],
+    "claimed": [
+        "base.name",
+        "base.revision",
+        "base.found_in",
+        "router",
+        "merged_onto",
+        "training",
+        "calibration",
+        "tools",
+    ],
 }
 """What `verify` recomputes which parts from: the folder itself, the model before the step, the adapter. The rest is
 what the writer claims, which nobody can recompute from a model."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from conversion.certificates.certificate_json import (
     BALANCE,
+    DEQUANTIZED,
     MAY,
     PROOF,
     SIDES,
@@ -26,6 +27,7 @@ from conversion.checkpoint.safetensors_layout import some
 from conversion.checkpoint.tensor_digests import content_hash
 from conversion.fp8.selection import KV_SCALES, SCALES
 from nano3.arch import Arch
+from nano3.targets import VOCABULARY
 from nano3.tensor_names import adaptable
 
 ROUTER = (".gate.weight", ".gate.e_score_correction_bias")
@@ -93,6 +95,10 @@ def _targets(link: dict[str, Any], arch: Arch) -> Iterator[str]:
     for path in modules:
         for block in linears[path].blocks:
             holders.setdefault(block.name, set()).add(path)
+    if link.get("merged_onto") == "dequantized":
+        for linear in (linear for path, linear in linears.items() if path not in VOCABULARY):
+            for block in linear.blocks:
+                holders.setdefault(block.name, set()).add(DEQUANTIZED)
     for name, line in changed.items():
         by = line.get("by")
         if link.get("router") == "balance" and name.endswith(ROUTER[1]):

@@ -120,10 +120,19 @@ def _merge(link: dict[str, Any]) -> list[str]:
     return [
         f"- adapter: SHA-256 `{adapter.get('sha256')}`; {settings}",
         *_parents(adapter.get("combined") or {}),
+        *_quantized_base(link),
         f"- router: {moved}",
         *_spread("size of the changes, norm over norm", link, "relative_change"),
         *_training(link.get("training", {})),
     ]
+
+
+def _quantized_base(link: dict[str, Any]) -> list[str]:
+    """Of an adapter that was trained on a base in 4 bits."""
+    onto = {"original": "the original weights", "dequantized": "the dequantized weights that it was trained on"}
+    if "merged_onto" not in link:
+        return []
+    return [f"- trained on the base in 4 bits (NF4), merged onto {onto[link['merged_onto']]}"]
 
 
 def _parents(combined: dict[str, Any]) -> list[str]:

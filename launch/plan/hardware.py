@@ -12,6 +12,7 @@ accumulate in FP32, as training does; that is the rate here. Nobody here has run
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass
 
 from nano3.cli import UserError
@@ -90,6 +91,16 @@ HARDWARE = {
     )
 }
 """By the name that `--hardware` takes."""
+
+
+def gib_here() -> float | None:
+    """Memory in GiB of the smallest GPU of this machine, as `nvidia-smi` shows it; None without one."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        return min(float(line) for line in shown.splitlines()) / 1024
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 def find_gpu(name: str) -> Gpu:

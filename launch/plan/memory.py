@@ -16,7 +16,7 @@ from math import lcm
 from launch.plan.activations import Batch, by_letter, kept, transients
 from launch.plan.hardware import GIB, Gpu
 from launch.plan.layout import Layout
-from launch.plan.weights import FP32, Adapters, Held, adapter_weights, weights
+from launch.plan.weights import FP32, Adapters, Held, adapter_weights, linears, stage_layers, weights
 from nano3.arch import LETTERS, Arch, padded_vocab_size
 from nano3.cli import UserError
 
@@ -48,6 +48,8 @@ class Workload:
     """BF16 with FP32 gradients and the distributed optimizer; otherwise FP32 without it."""
     imbalance: float = IMBALANCE
     recompute: tuple[str, ...] = ()
+    nf4: bool = False
+    """The frozen linear layers are in 4 bits."""
 
     @property
     def value(self) -> int:
@@ -137,7 +139,7 @@ def plan_memory(work: Workload) -> MemoryPlan:
 
 
 def _stage(work: Workload, stage: int) -> RankPlan:
-    base = list(weights(work.arch, work.layout, stage, work.value))
+    base = list(weights(work.arch, work.layout, stage, work.value, work.nf4))
     trained = trained_tensors(work, stage)
     adapters = 0 if work.adapters is None else parameter_bytes(work, trained)
     items = {"weights": sum(held.nbytes for held in base), "adapters": adapters}
@@ -145,6 +147,8 @@ def _stage(work: Workload, stage: int) -> RankPlan:
     items["optimizer"] = optimizer_bytes(work, trained)
     activations = _activations(work, stage)
     items |= activations
+    if work.nf4:
+        items["a weight dequantized"] = _dequantized(work, stage)
     items["fragmentation (margin)"] = round(FRAGMENTATION * sum(activations.values()))
     items["CUDA context (margin)"] = CUDA_CONTEXT
     items["NCCL buffers (margin)"] = NCCL_PER_GROUP * groups(work.layout, work.ranks)
@@ -220,6 +224,13 @@ def _activations(work: Workload, stage: int) -> dict[str, int]:
     kinds = by_letter(stage_kept.layers)
     items = {f"kept by {LETTERS[letter]}": kinds.get(letter, 0) * flying for letter in LETTERS}
     return items | {"kept by the head": stage_kept.head * flying, "logits": stage_kept.logits, "in work": beyond}
+
+
+def _dequantized(work: Workload, stage: int) -> int:
+    """The largest weight of a stage in 16 bits: one at a time, of one expert, while its product is computed."""
+    layers = stage_layers(work.arch, work.layout, stage)
+    found = (one for number, letter in layers for one in linears(work.arch, work.layout, number, letter))
+    return max(linear.inputs * linear.outputs for linear in found) * work.value
 
 
 def groups(layout: Layout, ranks: int) -> int:

@@ -79,6 +79,11 @@ class Plan:
         ranks = {path: size.rank for path, size in self.adapter_sizes(arch).items()}
         return Adapters(ranks, self.lora.experts == "each", self.lora.dora, self.lora.dropout > 0)
 
+    @property
+    def nf4(self) -> bool:
+        """Whether the frozen linear layers are in 4 bits."""
+        return self.method == "lora" and self.lora.base == "nf4"
+
     def workload(self, arch: Arch, ranks: int) -> Workload:
         """The plan on so many ranks."""
         train = self.train
@@ -92,6 +97,7 @@ class Plan:
             micro_batch=self.micro_batch,
             imbalance=self.imbalance,
             recompute=tuple(train.recompute),
+            nf4=self.nf4,
         )
 
     def with_layout(self, layout: Layout, recompute: Sequence[Recompute] | None = None) -> Plan:

@@ -165,14 +165,15 @@ def _safetensors_problem(path: Path) -> str | None:
 
 def disk_bytes(plan: Plan, arch: Arch, imports: bool) -> int:
     """What a run writes: checkpoints (adapter in BF16, FP32 copy and two moments), one more while one is written, the
-    adapter itself, and the imported base where it is not a NeMo checkpoint yet."""
+    adapter itself, and the imported base where it is not a NeMo checkpoint yet and not read in 4 bits."""
     adapters = plan.adapters(arch)
     values = (
         0
         if adapters is None
         else sum(held.count * held.tensors for held in adapter_weights(arch, Layout(), 0, 2, adapters))
     )
-    return values * (2 + 12) * (plan.checkpoint.keep + 2) + (2 * arch.parameters if imports else 0)
+    base = 2 * arch.parameters if imports and not plan.nf4 else 0
+    return values * (2 + 12) * (plan.checkpoint.keep + 2) + base
 
 
 def check_output(plan: Plan, arch: Arch, paths: Paths, nodes: int) -> list[Finding]:

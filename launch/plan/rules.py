@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from launch.plan.layout import Layout
+from launch.plan.nf4_weights import BLOCK, row_parallel
 from launch.plan.plan_settings import Plan, TrainPlan
+from nano3 import tensor_names
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.overrides import check_ranges
-from nano3.targets import EMBEDDING, AdapterKind, Size, is_routed
+from nano3.targets import EMBEDDING, AdapterKind, LoraSettings, Size, is_routed
 
 ONE_PACK = (
     "a pack is one sequence with its own document boundaries (cu_seqlens), so a forward pass takes exactly one; for "
@@ -62,6 +64,22 @@ def _check_recompute(chosen: Sequence[str], arch: Arch) -> None:
                 f"train.recompute={','.join(chosen)}: {whole} already covers {', '.join(sorted(parts))}; "
                 f"leave out {whole} or the others"
             )
+
+
+def check_base(arch: Arch, lora: LoraSettings, layout: Layout) -> None:
+    """Raises `UserError` for a base in NF4 that this layout cannot cut: between rows anywhere, between columns only
+    where a row is whole blocks of 64."""
+    if lora.base != "nf4":
+        return
+    for number in range(len(arch.layers)):
+        for linear in tensor_names.linears(arch, number):
+            path = f"decoder.layers.{number}.{linear.module}"
+            axis = "etp" if is_routed(path) else "tp"
+            if linear.width % BLOCK and row_parallel(path) and getattr(layout, axis) > 1:
+                raise UserError(
+                    f"lora.base=nf4: layout.{axis}={getattr(layout, axis)} cuts the rows of {path}, which have "
+                    f"{linear.width} values, no multiple of {BLOCK}; give layout.{axis}=1 or lora.base=original"
+                )
 
 
 def check_packs(train: TrainPlan, layout: Layout) -> None:

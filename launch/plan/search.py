@@ -13,7 +13,7 @@ from launch.plan.layout import Layout
 from launch.plan.layout_rules import check, nearest
 from launch.plan.memory import MemoryPlan, plan_memory
 from launch.plan.plan_settings import Plan, Recompute
-from launch.plan.rules import check_adapters, check_packs
+from launch.plan.rules import check_adapters, check_base, check_packs
 from launch.plan.throughput import Estimate, estimate
 from nano3.arch import Arch
 from nano3.cli import UserError
@@ -60,6 +60,7 @@ def valid_layouts(arch: Arch, plan: Plan, ranks: int, per_node: int) -> list[Lay
     def can(layout: Layout) -> bool:
         try:
             check_adapters(chosen, plan.lora, layout)
+            check_base(arch, plan.lora, layout)
             check_packs(train, layout)
         except UserError:
             return False
@@ -73,6 +74,7 @@ def refuse_layout(arch: Arch, plan: Plan, ranks: int, per_node: int) -> None:
     train = plan.train
     check(arch, plan.layout, ranks, train.seq_length, train.global_batch, per_node)
     check_adapters(plan.adapter_sizes(arch), plan.lora, plan.layout)
+    check_base(arch, plan.lora, plan.layout)
     check_packs(train, plan.layout)
 
 

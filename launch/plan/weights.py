@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from launch.plan.layout import Layout, stages
+from launch.plan.nf4_weights import nf4_bytes
 from nano3.arch import Arch, padded_vocab_size
 from nano3.targets import EMBEDDING, OUTPUT, is_routed
 
@@ -88,13 +89,19 @@ def _feed_forward(prefix: str, hidden: int, width: int) -> Iterator[Linear]:
     yield Linear(f"{prefix}linear_fc2", width, hidden, True)
 
 
-def weights(arch: Arch, layout: Layout, stage: int, value: int) -> Iterator[Held]:
-    """Every parameter and buffer of the base model on a rank of pipeline stage `stage`; `value` bytes per value."""
+def weights(arch: Arch, layout: Layout, stage: int, value: int, nf4: bool = False) -> Iterator[Held]:
+    """Every parameter and buffer of the base model on a rank of pipeline stage `stage`; `value` bytes per value.
+
+    `nf4`: the linear layers are in 4 bits, and their items count bytes.
+    """
     vocabulary = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp * arch.hidden_size
     if stage == 0:
         yield Held(EMBEDDING, vocabulary, value)
     for number, letter in stage_layers(arch, layout, stage):
-        for linear in linears(arch, layout, number, letter):
+        if nf4:
+            for path, (count, tensors) in nf4_bytes(arch, layout, number).items():
+                yield Held(path, count, 1, per_expert=is_routed(path), buffer=True, tensors=tensors)
+        for linear in () if nf4 else linears(arch, layout, number, letter):
             count, routed = linear.inputs * linear.outputs, is_routed(linear.path)
             yield Held(linear.path, count, value, per_expert=routed, tensors=linear.experts)
         yield Held(f"decoder.layers.{number}.norm", arch.hidden_size, value)

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -31,7 +31,7 @@ ARCH = Arch(
     initializer_range=0.05,
 )  # fmt: skip
 """Two KV heads: tensor parallel 4 has more ranks than that."""
-NF4_WIDTHS = {
+NF4_WIDTHS: dict[str, Any] = {
     "hidden_size": 64, "head_dim": 32, "mamba_head_dim": 16, "moe_intermediate_size": 64,
     "moe_shared_expert_intermediate_size": 192, "intermediate_size": 128,
 }  # fmt: skip

@@ -35,7 +35,7 @@ def hf_reader(case: Case) -> Callable[[str], torch.Tensor]:
 
     @cache
     def read(name: str) -> torch.Tensor:
-        found = {}
+        found: dict[int, torch.Tensor] = {}
         for tensor in (tensor for tensor in tensors if any(block.name == name for block in tensor.blocks)):
             sizes = [block.count for block in tensor.blocks]
             rows = case.whole(tensor.key, tensor.shape).reshape(-1, *tensor.row_shape).split(sizes)
