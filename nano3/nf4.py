@@ -53,7 +53,7 @@ def dynamic_code(device: str = "cpu") -> Tensor:
     """
     found = [0.0, 1.0]
     for decade in range(7):
-        bounds = torch.linspace(0.1, 1, 2**decade + 1)
+        bounds = torch.linspace(0.1, 1, 2**decade + 1, device="cpu")
         middles = (bounds[:-1] + bounds[1:]) / 2
         found += [sign * number for sign in (1, -1) for number in (10 ** (decade - 6) * middles).tolist()]
     return torch.tensor(sorted(found), device=device)

@@ -74,10 +74,12 @@ def kernels(tier: Tier) -> None:
 
 def stack(tier: Tier) -> None:
     """Tier (b)."""
+    from tests.gpu.layouts import qlora
+
     if missing := _missing(STACK):
         return tier.skip(f"not installed: {', '.join(missing)} (requirements-gpu.txt)")
     with tempfile.TemporaryDirectory() as name:
-        tier.rows = stack_rows(Path(name), gpu="0")
+        tier.rows = [*stack_rows(Path(name), gpu="0"), *qlora(Path(name), local=False)]
     tier.judge()
     return None
 
@@ -98,7 +100,7 @@ def stack_rows(folder: Path, gpu: str) -> list:
             raise RuntimeError(f"{'stand-ins' if where == '1' else 'GPU'}, {precision}: {done.stderr[-1500:]}")
     from tests.gpu.distance import compare
 
-    return [*compare(*files), partition_row(gpu)]
+    return [*compare(*files), partition_row(gpu), *nf4_rows(gpu)]
 
 
 def partition_row(gpu: str) -> Row:
@@ -108,6 +110,14 @@ def partition_row(gpu: str) -> Row:
         raise RuntimeError(f"context-parallel positions: {done.stderr[-1500:]}")
     wrong, total = map(int, done.stdout.splitlines()[-1].split())
     return Row(f"context-parallel positions, of {total}", wrong, 0, "that differ from Transformer Engine's")
+
+
+def nf4_rows(gpu: str) -> list[Row]:
+    """Quantizing and dequantizing on the device."""
+    done = _run("tests.gpu.nf4", NANO3_CPU=gpu)
+    if done.returncode:
+        raise RuntimeError(f"NF4: {done.stderr[-1500:]}")
+    return rows_from(done.stdout)
 
 
 def layouts(tier: Tier, nano: str | None, data: str | None) -> None:

@@ -19,12 +19,15 @@ LAYOUTS = ("ep=8", "tp=2 ep=4", "tp=4", "pp=3", "tp=2 pp=3")
 STEPS = 3
 LOSS_BOUND, NORM_BOUND = 1e-2, 5e-2
 """Relative, in BF16, over three steps: layouts add in another order, and a few tokens are routed otherwise."""
+QLORA_BOUND = 5e-2
+"""Likewise, of BF16 against FP32; not measured."""
 COUNTED = 20
 """Steps of the real model; the first quarter warms up."""
 
 
 def data(folder: Path) -> Path:
     """A token store of short sorting tasks for pico, packed to 512."""
+    folder.mkdir(exist_ok=True)
     raw, store = folder / "raw.jsonl", folder / "store"
     _python("data_prep/generate.py", "--task", "number_sorting", "--size", "400", "--seed", "1", "--out", str(raw))
     _python(
@@ -39,11 +42,19 @@ def _python(*arguments: str) -> None:
         raise RuntimeError(f"{' '.join(arguments)} failed:\n{(done.stdout + done.stderr)[-2000:]}")
 
 
-def train(out: Path, model: str, store: Path, ranks: int, local: bool, settings: list[str]) -> list[dict]:
+def train(
+    out: Path,
+    model: str,
+    store: Path,
+    ranks: int,
+    local: bool,
+    settings: list[str],
+    recipe: str = "recipes/nemotron_lora.py",
+) -> list[dict]:
     """Rows of metrics.jsonl with a loss, of a run on `ranks` GPUs or CPU ranks."""
     where = ["--local", "--ranks", str(ranks)] if local else ["--gpus-per-node", str(ranks)]
     paths = ["--model", model, "--data", str(store), "--out", str(out)]
-    _python("recipes/nemotron_lora.py", *paths, *where, *settings)
+    _python(recipe, *paths, *where, *settings)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "loss" in row]
 
@@ -70,6 +81,19 @@ def compare(
             errors = [abs(a[name] / b[name] - 1) for a, b in zip(found, single, strict=True)]
             rows.append(Row(f"{layout} on {used}: {name}, {STEPS} steps", worst(errors), bound))
     return rows
+
+
+def qlora(folder: Path, local: bool) -> list[Row]:
+    """`recipes/nemotron_qlora.py` on one GPU in BF16 beside one CPU rank in FP32: the losses of pico's first steps."""
+    store = data(folder / "data")
+    settings = [f"train.steps={STEPS}", "train.warmup=0", "train.seq_length=512", "train.global_batch=8"]
+    recipe = "recipes/nemotron_qlora.py"
+    found = [
+        train(folder / name, "pico", store, 1, cpu, settings, recipe)
+        for name, cpu in (("qlora", local), ("qlora-cpu", True))
+    ]
+    errors = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(*found, strict=True)]
+    return [Row(f"QLoRA on one GPU: loss, {STEPS} steps", worst(errors), QLORA_BOUND)]
 
 
 def _fitting(layout: str, ranks: int) -> int:

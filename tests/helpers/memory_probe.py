@@ -34,12 +34,13 @@ from nano3.arch import Arch, resolve_model
 from nano3.core import build_mcore_model
 from nano3.cpu.cuda import redirected_to
 from nano3.lora.lora import Nano3LoRA
+from nano3.nf4_base import quantize_linears
 from nano3.parity.case import PACK, PATTERN, Case
 from nano3.parity.shards import fill
 from nano3.recompute import install_recompute, recompute_kwargs
 from nano3.targets import PRESETS, VOCABULARY, select
 from tests.helpers.mcore_model import build
-from tests.helpers.memory_cases import DENSE_LAYOUTS, LAYOUTS, RUNS, TINY, VARIANT_LAYOUTS, VARIANTS
+from tests.helpers.memory_cases import DENSE_LAYOUTS, LAYOUTS, NF4_LAYOUTS, RUNS, TINY, VARIANT_LAYOUTS, VARIANTS
 
 
 def parallel(name: str, rank: int) -> worker.Sizes:
@@ -49,6 +50,11 @@ def parallel(name: str, rank: int) -> worker.Sizes:
     parallel_state.initialize_model_parallel(**sizes.kwargs, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(0)
     return sizes
+
+
+def on_meta(arch: Arch, name: str) -> torch.Tensor:
+    """A whole Hugging Face tensor without values."""
+    return torch.empty(arch.tensors()[name].shape, device="meta")
 
 
 def held(model: torch.nn.Module) -> int:
@@ -78,6 +84,9 @@ def meta_bytes(arch: Arch, name: str) -> list[dict[str, int]]:
                     model = lora(arch, **settings)(model)
             if not variant:
                 result["weights"] = held(model)
+                if name in NF4_LAYOUTS:
+                    quantize_linears(model, arch, partial(on_meta, arch))
+                    result["nf4"] = held(model)
             else:
                 trained = [p for p in model.parameters() if p.requires_grad]
                 result[variant] = sum(p.numel() * p.element_size() for p in trained)

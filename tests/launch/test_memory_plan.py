@@ -18,7 +18,7 @@ from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError
 from nano3.parity.case import ARCH, PACK
 from nano3.targets import PRESETS, VOCABULARY, select, sizes
-from tests.helpers.memory_cases import DENSE_LAYOUTS, LAYOUTS, RUNS, VARIANT_LAYOUTS, VARIANTS
+from tests.helpers.memory_cases import DENSE_LAYOUTS, LAYOUTS, NF4_LAYOUTS, RUNS, VARIANT_LAYOUTS, VARIANTS
 from tests.helpers.probes import made_afresh_by
 
 NANO = Arch.load(resolve_model("nano"))
@@ -57,6 +57,8 @@ def test_weights_and_adapters_equal_the_meta_build_exactly(found, name):
     layout = layout_of(name)
     for stage, held in enumerate(found["meta"][name]):
         assert sum(item.nbytes for item in weights(NANO, layout, stage, 2)) == held["weights"]
+        if name in NF4_LAYOUTS:
+            assert sum(item.nbytes for item in weights(NANO, layout, stage, 2, nf4=True)) == held["nf4"]
         for variant, settings in VARIANTS.items() if name in VARIANT_LAYOUTS else ():
             made = adapter_weights(NANO, layout, stage, 2, adapters_of(NANO, settings))
             assert sum(item.nbytes for item in made) == held[variant], variant

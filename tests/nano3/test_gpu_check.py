@@ -88,12 +88,13 @@ def test_distances_by_hand(tmp_path):
 
 @pytest.mark.full
 def test_tier_b_runs_with_the_stand_ins_in_place_of_the_gpu(tmp_path):
-    standin, gpu, standin_gradient, gpu_gradient, positions = stack_rows(tmp_path, gpu="1")
+    standin, gpu, standin_gradient, gpu_gradient, positions, *nf4 = stack_rows(tmp_path, gpu="1")
     assert gpu.value == standin.value  # the same code twice
     assert gpu_gradient.value == standin_gradient.value
     assert 1e-4 < standin.value < 0.05  # BF16 was on
     assert (positions.value, positions.bound) == (0, 0)
     assert positions.name == "context-parallel positions, of 16478"
+    assert [(row.name.partition(":")[0], row.value) for row in nf4] == [("NF4", 0)] * 3
 
 
 @pytest.mark.full
