@@ -46,8 +46,8 @@ def pico_settings() -> Settings:
     """By heart: a large, hot adapter and many passes over few questions."""
     return Settings(
         layout=Layout(ep=2),
-        lora=LoraSettings(rank=64, alpha=64.0),
-        train=TrainSettings(steps=400, warmup=10, lr=1e-3, weight_decay=0.0, global_batch=2, seq_length=SEQ_LENGTH),
+        lora=LoraSettings(rank=64, alpha=128.0),
+        train=TrainSettings(steps=320, warmup=10, lr=1e-3, weight_decay=0.0, global_batch=2, seq_length=SEQ_LENGTH),
         log=LogSettings(every=20),
     )
 
