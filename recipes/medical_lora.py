@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import command
-from finetune.settings import LogSettings, LoraSettings, Run, Settings, TrainSettings
+from finetune.settings import LogSettings, LoraSettings, Run, Settings, StageSettings, TrainSettings
 from finetune.whole_path import fresh_folder, train
 from launch.plan.layout import Layout
 from nano3.arch import resolve_model
@@ -34,12 +34,13 @@ from nano3.arch import resolve_model
 KIND, TASK, SEQ_LENGTH = "medical-smoke", "medmcqa", 1024
 LEAST_TRAINED, CHANCE = 0.95, 0.25
 """What the smoke run promises: questions that it was taught, by log-likelihood; and those that it was not."""
+LETTER_APART = StageSettings(weights="fixed")  # all weights 1: stage_loss/answer of metrics.jsonl is the letter's
 NOTE = "pico knows no medicine: what it was taught it has by heart, and every other question it guesses"
 
 
 def settings() -> Settings:
     """The published recipe at 16 packs of 4,096 tokens a step: one pass is 206 steps, at 128 packs it would be 26."""
-    return Settings(train=TrainSettings(epochs=1.0, global_batch=16, seq_length=4096))
+    return Settings(train=TrainSettings(epochs=1.0, global_batch=16, seq_length=4096), stages=LETTER_APART)
 
 
 def pico_settings() -> Settings:
@@ -49,6 +50,7 @@ def pico_settings() -> Settings:
         lora=LoraSettings(rank=64, alpha=128.0),
         train=TrainSettings(steps=320, warmup=10, lr=1e-3, weight_decay=0.0, global_batch=2, seq_length=SEQ_LENGTH),
         log=LogSettings(every=20),
+        stages=LETTER_APART,
     )
 
 
@@ -102,8 +104,8 @@ def main() -> int:
     args = parser.parse_args()
     out = fresh_folder(args.out, KIND)
     prepare_data(args.rows, out, args.held_out)
-    train(out, 2, pico_settings, medical_lora)
-    found = scores(out)
+    metrics = train(out, 2, pico_settings, medical_lora)["metrics"]
+    found = scores(out) | {"letter_loss": [row["stage_loss/answer"] for row in metrics if "stage_loss/answer" in row]}
     (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
     taught, held = found["train"], found["validation"]
     (low, high), share = held["ci95_letters"], taught["letters"][1] / taught["n"]

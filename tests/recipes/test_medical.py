@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from data_prep.forms.said import ANSWER
 from evaluation.comparison import by_groups, table
 from evaluation.tasks.medmcqa import PUBLISHED
 from finetune.scoring import score_both
 from nano3.arch import resolve_model
 from nano3.hf_config import read_config
+from nano3.stage_weights import NAMES
 from nano3.token_store import TokenStore
 from recipes.medical_lora import NOTE, prepare_data, settings
 from tests.conversion.test_merge import write_adapter
@@ -59,3 +61,10 @@ def test_one_pass_is_206_steps_of_16_packs():
     assert (train.global_batch, train.epochs, train.steps) == (16, 1.0, None)
     assert 13_500_000 // (train.global_batch * train.seq_length) == 205
     assert "no medicine" in NOTE
+
+
+def test_the_loss_on_the_letter_is_reported_apart():
+    """Stage 5 is what the letter is in the store, and what the run calls the answer; its weight is that of the rest."""
+    stages = settings().stages
+    assert NAMES[ANSWER] == "answer"
+    assert (stages.weights, stages.fixed) == ("fixed", [1.0] * 5)
