@@ -62,8 +62,11 @@ def dynamic_code(device: str = "cpu") -> Tensor:
 def nearest(values: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """The `Coder` of this module: every value over its block's absmax becomes the nearest number."""
     blocks, middles = -(-len(values) // block), (code[:-1] + code[1:]) / 2
-    if values.device.type == "cpu":
-        codes, absmax = torch.empty(len(values), dtype=torch.uint8), torch.empty(blocks)
+    if values.device.type in ("cpu", "meta"):
+        codes = torch.empty(len(values), dtype=torch.uint8, device=values.device)
+        absmax = torch.empty(blocks, device=values.device)
+        if values.is_meta:  # only how much there would be
+            return codes, absmax
         # Whole blocks and the short one at the end are two calls: the loop takes blocks of one size.
         whole = len(values) // block
         for low, high, first in ((0, whole * block, 0), (whole * block, len(values), whole)):

@@ -16,8 +16,7 @@ LAYOUTS = (
     "etp2+each", "etp2.dp4+each", "tp2.ep2.etp2+each", "etp2+dora",
     "tp2.ep2+allgather", "tp2.ep2.etp2+allgather",
     "dp2+distributed", "ep2+distributed", "tp2.ep2.dp2+distributed", "tp2.ep2+recompute", "pp2+recompute", "cp2+full",
-    "tp2@ME*E+nf4", "etp2@ME+nf4", "pp2@M*ME+nf4", "cp2@M*E+nf4", "tp2.ep2@M*E+nf4+each", "tp2.ep2@M*E+nf4+dora",
-    "tp2.ep2@M*E-+nf4+recompute", "dp2@ME+nf4+distributed",
+    "tp2@M*E+nf4", "etp2@ME+nf4+each", "tp2.ep2@ME+nf4+dora", "dp2@ME+nf4+distributed",
 )  # fmt: skip
 """Among them a pattern with dense layers, one without attention, other kinds of adapters, the other dispatcher, the
 distributed optimizer, layers that are computed again in the backward pass, and a base in NF4."""

@@ -17,7 +17,7 @@ from conversion.merge_lora import merge
 from data_prep.packing import build_packs
 from finetune.checks import check_run
 from finetune.recipe_file import keep, recipe_of
-from finetune.run_local import import_base, write_run
+from finetune.run_local import import_base, last_checkpoint, write_run
 from finetune.settings import CheckpointSettings, LogSettings, Run
 from launch.plan.hardware import HARDWARE
 from launch.plan.layout import Layout
@@ -49,9 +49,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def qlora(folder: Path, name: str, ranks: int = 1, **lora: object) -> Run:
-    """Four hot steps with dropout, a checkpoint every other one; written and ready to start."""
+    """Four hot steps, a checkpoint every other one; written and ready to start."""
     chosen = settings()
-    chosen.lora = replace(chosen.lora, rank=4, alpha=8.0, dropout=0.2, **lora)
+    chosen.lora = replace(chosen.lora, rank=4, alpha=8.0, **lora)
     chosen.train = replace(chosen.train, steps=4, warmup=1, lr=1e-2, global_batch=2, seq_length=64, recompute=[])
     chosen.checkpoint = CheckpointSettings(every=2, minutes=0)
     chosen.log = LogSettings(tensorboard=False, wandb="off")
@@ -103,14 +103,18 @@ def test_killed_and_resumed_it_ends_bit_equal(folder, ranks, trained):
 
 
 @pytest.mark.full
-def test_another_base_is_another_run(folder, ranks):
-    other = qlora(folder, "other")
-    train(ranks, other, FAULT="kill:3")
-    changed = replace(other.settings, lora=replace(other.settings.lora, base="original"))
-    write_run(replace(other, settings=changed))
-    import_base(replace(other, settings=changed))
-    train(ranks, replace(other, settings=changed), EXPECTED="refusal")
-    assert "lora.base" in log(folder / "other")
+def test_another_base_is_another_run(trained, tmp_path):
+    """The checkpoints are refused; the record of the base makes way for an import."""
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    run = Run.from_json((trained / "run.json").read_text())
+    run = replace(run, out=str(tmp_path), base=str(tmp_path / "base"))
+    import_base(run)
+    assert last_checkpoint(run) is not None
+    run.settings.lora.base = "original"
+    import_base(run)
+    assert (tmp_path / "base/weights").is_dir()
+    with pytest.raises(UserError, match=r"lora\.base"):
+        last_checkpoint(run)
 
 
 @pytest.mark.full
@@ -157,15 +161,10 @@ def test_an_adapter_that_saw_the_original_weights_is_not_merged_onto_others(trai
 
 
 @pytest.mark.full
-def test_two_ranks_with_half_of_the_experts_each_train_the_same_model(folder, ranks):
-    """Without dropout: its random numbers depend on the layout."""
-    losses = {}
-    for number in (1, 2):
-        run = qlora(folder, f"ranks-{number}", number)
-        run.settings.lora.dropout = 0.0
-        write_run(run)
-        losses[number] = [row["loss"] for row in metrics(train(ranks, run))]
-    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+def test_two_ranks_with_half_of_the_experts_each_train_the_same_model(folder, ranks, trained):
+    two = train(ranks, qlora(folder, "two-ranks", 2))
+    alone, together = ([row["loss"] for row in metrics(out)] for out in (trained, two))
+    assert together == pytest.approx(alone, rel=1e-5)
 
 
 def test_by_default_it_is_what_fits_the_card_that_is_there():

@@ -10,8 +10,8 @@ LAYOUTS = [
 """Of the real model, on the meta device; all ranks of a pipeline stage hold the same number of bytes."""
 DENSE_LAYOUTS = ["one", "tp2.pp2"]
 """Of Nemotron-3-Nano-4B, likewise."""
-NF4_LAYOUTS = ["ep8", "tp4.ep4", "tp2.etp2.ep2"]
-"""Whose linear layers are frozen in NF4 too; tp4 and etp2 cut rows amid a block."""
+NF4_LAYOUTS = ["ep8", "tp8.ep8", "tp2.etp2.ep2"]
+"""Whose linear layers are frozen in NF4 too; tp8 and etp2 cut rows amid a block."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "all": {},
     "peft": {"preset": "peft", "experts": "none", "rank_pattern": ["in_proj:64"]},

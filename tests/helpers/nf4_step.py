@@ -117,11 +117,11 @@ def ours() -> dict[str, Any]:
     arch, tensors = Arch.load(FOLDER), load_file(FOLDER / "model.safetensors")
     modules = select(arch, ["linear_qkv", "linear_proj", "in_proj", "*.shared_experts.*"], "none")
 
-    def build(bf16: bool) -> torch.nn.Module:
+    def build(bf16: bool, nf4: bool = True) -> torch.nn.Module:
         def load(model: Any) -> None:
             load_in_nf4(model, arch, lambda name: tensors[name], quantized)
 
-        model = nano3_config(arch, TOKENS, bf16, load_base=load).configure_model(None)
+        model = nano3_config(arch, TOKENS, bf16, load_base=load if nf4 else None).configure_model(None)
         return Nano3LoRA(modules=modules, rank=RANK, alpha=ALPHA)(model)
 
     def loss_of(model: torch.nn.Module) -> torch.Tensor:
@@ -132,6 +132,22 @@ def ours() -> dict[str, Any]:
             packed_seq_params=packed_seq_params(bounds, 1),
         )  # fmt: skip
         return (losses * mask).sum() / mask.sum()
+
+    def kept_bytes(model: torch.nn.Module) -> int:
+        """Bytes of activations that forward keeps for backward."""
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        found: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = loss_of(model)
+        del loss
+        return sum(found.values())
 
     # 1. The step in FP32 with bitsandbytes' rounding.
     model, linears, found = build(False), adaptable(arch), {}
@@ -153,6 +169,7 @@ def ours() -> dict[str, Any]:
             "B": layer.adapter.linear_out.weight.grad,
             "blocks": [(block.name.removesuffix(".weight"), block.start, block.count) for block in blocks],
         }
+    activations = kept_bytes(build(False, nf4=False)), kept_bytes(model)
     # 2. A BF16 model as training wraps it: scales stay FP32, and no dequantized weight outlives its product.
     model = build(True)
     scales = {buffer.dtype for part in model.modules() if isinstance(part, Nf4) for buffer in (part.scale, part.offset)}
@@ -178,10 +195,11 @@ def ours() -> dict[str, Any]:
     rough.backward()
     Nf4.values = values  # type: ignore[method-assign]
     floats = sum(p.numel() for name, p in model.named_parameters() if ".adapter." not in name)
+    finite = all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
     return {
-        "loss": loss.item(), "layers": found, "scales": {*scales, *kept}, "alive": after_forward, "peak": peak,
-        "made": made, "bf16_loss": rough.item(), "float_values": floats,
-        "gradients_finite": all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None),
+        "kept": activations, "loss": loss.item(), "layers": found, "scales": {*scales, *kept}, "alive": after_forward,
+        "peak": peak, "made": made, "bf16_loss": rough.item(), "float_values": floats,
+        "gradients_finite": finite,
     }  # fmt: skip
 
 
