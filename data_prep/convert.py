@@ -56,21 +56,19 @@ def convert(rows: ChatRows, out: Path, held_out: int = 0) -> dict[str, Any]:
         temporary = stack.enter_context(fresh_file(out))
         target = stack.enter_context(temporary.open("w", encoding="utf-8"))
         if not held_out:
-            count = _write(target, _checked(rows))
+            count = _write(target, (row for row, _ in _checked(rows)))
         else:
             out.resolve().parent.mkdir(parents=True, exist_ok=True)
             scratch = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", dir=out.resolve().parent))
             chosen, count = _write_and_choose(scratch, rows, held_out)
             if count < 2 * held_out:
                 raise UserError(f"--held-out {held_out} of {count} rows leaves fewer to train on; ask for fewer")
-            scratch.seek(0)
-            held = [Row(fields, where) for number, (fields, where) in _numbered(scratch) if number in chosen]
+            held = [row for number, row, _ in _numbered(scratch) if number in chosen]
             beside = stack.enter_context(fresh_file(held_out_file(out)))
             with beside.open("w", encoding="utf-8") as file:
                 _write(file, held)
-            scratch.seek(0)
             lines = tqdm(_numbered(scratch), desc="held-out questions", total=count, unit="row", disable=None)
-            rest = (row for number, row in lines if number not in chosen)
+            rest = ((row, compared) for number, row, compared in lines if number not in chosen)
             count = _write(target, _clear_of(held, rest, rows))
         target.flush()
         about = _about(rows, count, len(held))
@@ -84,11 +82,10 @@ def held_out_file(out: Path) -> Path:
     return out.with_name(f"{out.stem}.held-out{out.suffix}")
 
 
-def _checked(rows: ChatRows) -> Iterator[Row]:
-    """The chat rows that preparation accepts."""
+def _checked(rows: ChatRows) -> Iterator[tuple[Row, Conversation]]:
+    """The chat rows, and what preparation will make of each."""
     for row in tqdm(rows, desc=rows.name, unit="row", disable=None):
-        conversation(row.fields, row.where, rows.name)
-        yield row
+        yield row, conversation(row.fields, row.where, rows.name)
 
 
 def _write(out: IO[str], rows: Iterable[Row]) -> int:
@@ -96,15 +93,15 @@ def _write(out: IO[str], rows: Iterable[Row]) -> int:
 
 
 def _write_and_choose(scratch: IO[str], rows: ChatRows, held_out: int) -> tuple[set[int], int]:
-    """Writes all rows with their places; returns the numbers of those to hold out, and how many rows there are."""
+    """Writes all rows with their places and what of them is compared; returns the numbers of those to hold out, and
+    how many rows there are."""
     smallest: list[tuple[int, int]] = []  # (-hash, number), the largest hash first
     hashes: set[int] = set()
     count = 0
-    for number, row in enumerate(_checked(rows)):
+    for number, (row, read) in enumerate(_checked(rows)):
         count = number + 1
-        scratch.write(json.dumps([row.fields, row.where], ensure_ascii=False) + "\n")
-        question = conversation(row.fields, row.where, rows.name).question
-        value = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest())
+        scratch.write(json.dumps([row.fields, row.where, compared_text(read)], ensure_ascii=False) + "\n")
+        value = int.from_bytes(hashlib.blake2b(read.question.encode(), digest_size=8).digest())
         if value not in hashes and (len(smallest) < held_out or value < -smallest[0][0]):
             hashes.add(value)
             heapq.heappush(smallest, (-value, number))
@@ -113,22 +110,21 @@ def _write_and_choose(scratch: IO[str], rows: ChatRows, held_out: int) -> tuple[
     return {number for _, number in smallest}, count
 
 
-def _numbered(scratch: IO[str]) -> Iterator[tuple[int, Row]]:
+def _numbered(scratch: IO[str]) -> Iterator[tuple[int, Row, str]]:
+    """What `_write_and_choose` wrote, from the start: number, row, the text that is compared."""
+    scratch.seek(0)
     for number, line in enumerate(scratch):
-        yield number, Row(*json.loads(line))
+        fields, where, compared = json.loads(line)
+        yield number, Row(fields, where), compared
 
 
-def _clear_of(held: list[Row], rest: Iterable[Row], rows: ChatRows) -> Iterator[Row]:
+def _clear_of(held: list[Row], rest: Iterable[tuple[Row, str]], rows: ChatRows) -> Iterator[Row]:
     """The rows whose questions no held-out question resembles."""
-
-    def read(row: Row) -> Conversation:
-        return conversation(row.fields, row.where, rows.name)
-
-    questions = HeldOut(read(row) for row in held)
-    for row in rest:
-        match = questions.match(compared_text(read(row)))
+    questions = HeldOut(conversation(row.fields, row.where, rows.name) for row in held)
+    for row, compared in rest:
+        match = questions.match(compared)
         if match:
-            rows.drops.add(f"{match[0]} duplicate of a held-out question", row.where, read(row).question)
+            rows.drops.add(f"{match[0]} duplicate of a held-out question", row.where, compared)
         else:
             yield row
 

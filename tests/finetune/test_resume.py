@@ -14,6 +14,7 @@ import torch
 
 from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
+from data_prep.mixture import TrainingSamples
 from data_prep.packing import build_packs
 from finetune.settings import CheckpointSettings, LogSettings, LoraSettings, Settings, TrainSettings
 from launch.plan.layout import Layout
@@ -21,12 +22,13 @@ from nano3.checkpoints.checkpoint_folder import checkpoints, step_of
 from nano3.token_store import TokenStore, tokenizer_sha256
 from tests.helpers.rank_server import RankServer
 from tests.helpers.tiny import tiny_hf_folder
-from tests.helpers.tiny_run import metrics, write_run
+from tests.helpers.tiny_run import digest_of, metrics, write_run
 from tests.helpers.tiny_store import tiny_store
 
 pytestmark = pytest.mark.full
 
 STEPS = 12
+MIXTURE = "mix.yaml"
 KILLS = sorted(random.Random(2026).sample(range(1, STEPS), 5))
 WAYS = ("kill", "save", "validation", "pruning", "kill")
 MEASURED = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss", "validation_accuracy")
@@ -35,12 +37,14 @@ MEASURED = ("step", "loss", "grad_norm", "lr", "tokens", "validation_loss", "val
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Base model and store."""
+    """Base model, store, and a mixture of it with another one."""
     folder = tmp_path_factory.mktemp("resume")
     source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"}, hybrid_override_pattern="MEM*E")
     convert(source, folder / "nemo", context=False)
-    tiny_store(folder / "store", documents=60, longest=30, vocab_size=128, tokenizer=tokenizer_sha256(source))
-    build_packs(TokenStore(folder / "store"), 64)
+    for seed, (name, documents) in enumerate((("store", 60), ("other-store", 25))):
+        tiny_store(folder / name, documents, longest=30, vocab_size=128, seed=seed, tokenizer=tokenizer_sha256(source))
+        build_packs(TokenStore(folder / name), 64)
+    (folder / MIXTURE).write_text("stores: [{path: store, weight: 2}, {path: other-store, weight: 1}]")
     return folder
 
 
@@ -61,8 +65,8 @@ def log(out: Path) -> str:
     return (out / "logs" / "rank0.log").read_text()
 
 
-def untouched(folder: Path, ranks: RankServer, name: str, run: Settings) -> Path:
-    path = write_run(folder, name, 2, run, validate=True)
+def untouched(folder: Path, ranks: RankServer, name: str, run: Settings, data: str = "store") -> Path:
+    path = write_run(folder, name, 2, run, validate=True, data=data)
     assert ranks.run(path) == [0, 0], log(folder / name)[-3000:]
     return folder / name
 
@@ -81,21 +85,47 @@ def assert_same(one: Path, other: Path) -> None:
 
 def test_five_kills_change_nothing(folder, ranks):
     run = settings(Layout(ep=2), "fp32", STEPS, every=2)
-    reference = untouched(folder, ranks, "reference", run)
-    path = write_run(folder, "killed", 2, run, validate=True)
+    reference = untouched(folder, ranks, "reference", run, MIXTURE)
+    path = write_run(folder, "killed", 2, run, validate=True, data=MIXTURE)
     reached = 0
     for step, way in zip(KILLS, WAYS, strict=True):
-        codes = ranks.run(path, FAULT=f"{way}:{step}")
+        codes = ranks.run(path, FAULT=f"{way}:{step},record:0")
         assert -signal.SIGKILL in codes, log(folder / "killed")[-3000:]
         found = [step_of(checkpoint) for checkpoint in checkpoints(folder / "killed")]
         assert (found[-1] if found else 0) >= max(reached, (step - 1) // 2 * 2), (
             f"{way} at {step} lost more than it may"
         )
         reached = found[-1] if found else 0
-    assert ranks.run(path) == [0, 0], log(folder / "killed")[-3000:]
+    assert ranks.run(path, FAULT="record:0") == [0, 0], log(folder / "killed")[-3000:]
     assert f"resumed at step {reached} from" in log(folder / "killed")
+    assert_order(folder, "killed", 2, STEPS)
     assert_same(folder / "killed", reference)
     assert len(checkpoints(folder / "killed")) == 2  # pruned to checkpoint.keep
+
+
+def assert_order(folder: Path, name: str, ranks: int, steps: int) -> None:
+    """Each of `ranks` data-parallel ranks has taken its packs of the mixture's order: of every step each n-th one.
+
+    A step that was taken again after a restart took the same packs again.
+    """
+    batch, order = 4, TrainingSamples(folder / MIXTURE, 64, 1, steps * 4, seed=TrainSettings().seed)
+    assert {order.pack_of(sample)[0] for sample in range(steps * batch)} == {0, 1}
+    for rank in range(ranks):
+        lines = (folder / name / f"packs-of-{rank}.txt").read_text().splitlines()
+        taken = [(int(step), digest) for step, _, digest in (line.partition(" ") for line in lines)]
+        assert {step for step, _ in taken} == set(range(1, steps + 1))
+        for step in range(1, steps + 1):
+            own = [digest_of(order[sample]) for sample in range((step - 1) * batch + rank, step * batch, ranks)]
+            found = [digest for number, digest in taken if number == step]
+            assert found == own * (len(found) // len(own)), (rank, step)
+
+
+@pytest.mark.parametrize(("dp", "fault"), [(1, "record:0"), (4, "record:0,workers:2")])
+def test_a_mixture_has_one_order_on_any_ranks_and_workers(folder, ranks, dp, fault):
+    """Beside the two ranks that are killed five times above."""
+    path = write_run(folder, f"order-{dp}", dp, settings(Layout(), "fp32", 3, every=3), data=MIXTURE)
+    assert ranks.run(path, FAULT=fault) == [0] * dp, log(folder / f"order-{dp}")[-3000:]
+    assert_order(folder, f"order-{dp}", dp, 3)
 
 
 @pytest.mark.parametrize(

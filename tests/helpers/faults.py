@@ -1,4 +1,7 @@
-"""What tests do to a run from inside, by the environment variable FAULT=KIND:STEP. Only ranks under test import it."""
+"""What tests do to a run from inside, by the environment variable FAULT=KIND:STEP, several with commas between them.
+
+Only ranks under test import it.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,20 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from finetune import packed_data
+from nano3 import model
 from nano3.checkpoints import adapter_checkpoint, checkpoint_folder, run_checkpoint
 from nano3.checkpoints.run_checkpoint import RunCheckpoints
 from nano3.training.supervised import Supervision
+from tests.helpers.tiny_run import digest_of
 
 
 def die() -> None:
@@ -25,9 +32,9 @@ def die() -> None:
 
 
 def install() -> None:
-    """Installs the fault that FAULT names, if any."""
-    kind, _, step = os.environ.get("FAULT", "").partition(":")
-    if kind:
+    """Installs the faults that FAULT names, if any."""
+    for fault in filter(None, os.environ.get("FAULT", "").split(",")):
+        kind, _, step = fault.partition(":")
         FAULTS[kind](int(step))
 
 
@@ -213,6 +220,36 @@ def skip_samples(steps: int) -> None:
     RunCheckpoints.setup = setup_and_skip  # type: ignore[method-assign]
 
 
+def record_packs(_: int) -> None:
+    """Every training micro batch as the forward pass gets it: a line `step digest` in OUT/packs-of-RANK.txt."""
+    take, start, now = model.packed_data_step, Supervision.on_train_batch_start, {}
+
+    def start_and_note(self: Supervision, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        now["step"], now["out"] = trainer.global_step + 1, trainer.callbacks[0].out
+        start(self, trainer, pl_module, *rest)
+
+    def take_and_record(dataloader_iter: Iterator) -> Any:
+        batch = take(dataloader_iter)
+        if torch.is_grad_enabled():  # not in validation
+            with (now["out"] / f"packs-of-{dist.get_rank()}.txt").open("a") as file:
+                file.write(f"{now['step']} {digest_of(batch)}\n")
+        return batch
+
+    Supervision.on_train_batch_start = start_and_note  # type: ignore[method-assign]
+    model.packed_data_step = take_and_record
+
+
+def read_by_workers(number: int) -> None:
+    """So many processes of its own read the packs for each rank."""
+    packed_data.WrappedDataLoader = partial(  # type: ignore[misc,assignment]
+        _with_workers, packed_data.WrappedDataLoader, number
+    )
+
+
+def _with_workers(loader: Any, number: int, **arguments: Any) -> Any:
+    return loader(**{**arguments, "num_workers": number})
+
+
 FAULTS: dict[str, Callable[[int], None]] = {
     "kill": kill_after,
     "validation": kill_in_validation,
@@ -231,4 +268,6 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "again": save_again,
     "initial": save_initial,
     "skip": skip_samples,
+    "record": record_packs,
+    "workers": read_by_workers,
 }

@@ -1,7 +1,12 @@
 """One LoRA run on CPU ranks from a test: what a rank of the recipe runs, on a tiny model."""
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from finetune.recipe_file import keep, recipe_of
 from finetune.settings import Run, Settings
@@ -9,12 +14,16 @@ from recipes.nemotron_lora import nemotron_3_nano_lora
 from tests.helpers.rank_server import server
 
 
-def write_run(folder: Path, name: str, ranks: int, settings: Settings, validate: bool = False) -> Path:
-    """Writes `folder/NAME.json`: model `hf`, base `nemo` and data `store` of the same folder, output `folder/NAME`."""
-    store = str(folder / "store")
-    validation = store if validate else None
-    hf, nemo, out = (str(folder / part) for part in ("hf", "nemo", name))
-    run = Run(hf, nemo, store, validation, out, 1, ranks, True, settings, recipe=recipe_of(nemotron_3_nano_lora))
+def write_run(
+    folder: Path, name: str, ranks: int, settings: Settings, validate: bool = False, data: str = "store"
+) -> Path:
+    """Writes `folder/NAME.json`: model `hf`, base `nemo` and `data` of the same folder, output `folder/NAME`.
+
+    With `validate` it validates on `store`.
+    """
+    validation = str(folder / "store") if validate else None
+    hf, nemo, out, train = (str(folder / part) for part in ("hf", "nemo", name, data))
+    run = Run(hf, nemo, train, validation, out, 1, ranks, True, settings, recipe=recipe_of(nemotron_3_nano_lora))
     keep(run.recipe, Path(out))
     path = folder / f"{name}.json"
     path.write_text(run.to_json())
@@ -33,3 +42,9 @@ def run(path: Path, module: str = "finetune.worker", *arguments: str, **environm
 def metrics(out: Path) -> list[dict]:
     """Rows of metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def digest_of(pack: Mapping[str, Any]) -> str:
+    """What a pack holds, to compare by: arrays as a store gives them, or tensors as training gets them."""
+    values = (np.asarray(pack[key]).ravel().tobytes() for key in ("tokens", "labels", "loss_mask"))
+    return hashlib.sha256(b"".join(values)).hexdigest()
