@@ -20,7 +20,8 @@ RULE = {
 }
 RULE[2] = RULE[1] + " Numbers may be read backwards, before or after."
 SIGNS = "+-*/^$&?"
-SYMBOLS = "@#%!<>[]{}~|"
+SYMBOLS = "@#%!<>[]~|"
+"""No braces: a box could not hold one of a pair."""
 EQUALS = " = "
 USED = {1: 2, 2: 2, 3: 2}
 """Signs of a puzzle."""

@@ -12,39 +12,25 @@ from typing import Any
 
 from data_prep.forms.form import Fields, short, text_of
 from data_prep.sources.source import Source, all_keys, keys, worked
+from nano3.boxed import boxes
 from nano3.cli import UserError
 
-_BOX = re.compile(r"\\f?boxed\s*(\{|(?=[^\s{]))")
 _LEVEL = re.compile(r"Level ([1-5]|\?)")
-
-
-def last_boxed(text: str) -> str | None:
-    """What the last `\\boxed{...}` of a text holds, inner braces counted; None without one that closes."""
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return None
-    found = boxes[-1]
-    if not found[1]:
-        return text[found.end()]
-    depth = 1
-    for place in range(found.end(), len(text)):
-        escaped = text[place - 1] == "\\"
-        depth += 0 if escaped else (text[place] == "{") - (text[place] == "}")
-        if depth == 0:
-            return text[found.end() : place].strip()
-    return None
 
 
 def chat(fields: Fields) -> dict[str, Any]:
     """One problem with its solution as the reasoning."""
     solution = text_of(fields, "solution")
-    answer = last_boxed(solution)
-    if not answer:
+    found = boxes(solution)
+    if not found or not found[-1]:
         raise UserError(f"'solution' ends in {short(solution[-30:])}; it must hold the answer in \\boxed{{}}")
     level = text_of(fields, "level")
     if not _LEVEL.fullmatch(level):
         raise UserError(f"'level' is {short(level)}; it must be Level 1 to Level 5")
-    return worked(text_of(fields, "problem"), answer, solution) | {"level": level, "subject": text_of(fields, "type")}
+    return worked(text_of(fields, "problem"), found[-1], solution) | {
+        "level": level,
+        "subject": text_of(fields, "type"),
+    }
 
 
 SOURCE = Source(

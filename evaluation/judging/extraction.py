@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from nano3.boxed import boxes
+
 LETTERS = "ABCDEFGHIJ"
 """Names of choices, in order."""
 
@@ -32,19 +34,6 @@ NOTHING = Extracted(None, "none")
 def after_thinking(text: str) -> str:
     """What follows the last `</think>`; the whole text where there is none."""
     return text.rpartition(THINK_END)[2]
-
-
-def boxed(text: str) -> list[str]:
-    r"""Contents of every `\boxed{...}` and `\fbox{...}`, braces balanced, in order; one that never closes is none."""
-    found = []
-    for match in re.finditer(r"\\boxed\s*\{|\\fbox\s*\{", text):
-        depth = 1
-        for position in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                found.append(text[match.end() : position].strip())
-                break
-    return found
 
 
 def decide(rule: str, answers: Iterable[str], same: Callable[[str, str], bool] = str.__eq__) -> Extracted | None:
@@ -103,8 +92,8 @@ def choice(text: str, options: Sequence[str]) -> Extracted:
     letters, plain = LETTERS[: len(options)], _clean(text)
     final = [match.start() for match in re.finditer(r"(?i)\bfinal\s+(?:answer|choice)\b", plain)]
     stated = _stated_letters(plain, letters, options)
-    boxes = [letter for content in boxed(text) for letter in _whole(_clean(content), letters, options)]
-    if found := decide("boxed", boxes):
+    boxed = [letter for content in boxes(text) if content for letter in _whole(_clean(content), letters, options)]
+    if found := decide("boxed", boxed):
         return _against(found, stated)
     if found := decide("letter alone", _whole(plain, letters, options)):
         return found
@@ -187,7 +176,7 @@ def value(text: str, same: Callable[[str, str], bool]) -> Extracted:
     """
     text = re.sub(r"(?i)<answer>\s*(.*?)\s*</answer>", r"\nAnswer: \1\n", text, flags=re.S).strip()
     rules = (
-        ("boxed", boxed(text)),
+        ("boxed", [content for content in boxes(text) if content]),
         ("hashes", [found.strip() for found in re.findall(r"^\s*####\s*(.+)$", text, re.M)]),
         ("final answer", _stated_values(text, final=True)),
         ("stated", _stated_values(text, final=False)),

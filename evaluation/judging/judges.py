@@ -76,13 +76,14 @@ def mathematics(expected: str, answer: str) -> Verdict:
 def number(expected: str, answer: str, tolerance: float = 0.0, boxed: bool = False) -> Verdict:
     """A number within `tolerance` times the larger of the two; with `boxed` one that stands outside a box is `format`.
 
-    What is no number, or a string of at least four binary digits, is compared as text.
+    What is no number, or a string of at least four binary digits, is compared as text. Signs count where a text has
+    nothing else.
     """
 
     def same(first: str, second: str) -> bool:
-        if any(re.fullmatch(r"[01]{4,}", side) for side in (first, second)):
-            return first == second
-        return close(first, second, tolerance) or _letters_and_digits(first) == _letters_and_digits(second) != ""
+        if any(re.fullmatch(r"[01]{4,}", side) or not _letters_and_digits(side) for side in (first, second)):
+            return normalize(first) == normalize(second)
+        return close(first, second, tolerance) or _letters_and_digits(first) == _letters_and_digits(second)
 
     found = value(answer, same)
     verdict = _verdict(found, partial(same, expected))

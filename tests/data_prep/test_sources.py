@@ -8,7 +8,6 @@ import pytest
 from data_prep.chat_rows import ChatRows, form_named
 from data_prep.sources import SOURCES
 from data_prep.sources.bfcl import NO_FUNCTION_FITS
-from data_prep.sources.math import last_boxed
 from data_prep.sources.reasoning_gym import TODAY, fixed_day, reasoning_gym_rows
 from nano3.cli import UserError
 from tests.helpers.data_fixtures import write_jsonl
@@ -118,11 +117,6 @@ def test_worked_problems(tmp_path: Path) -> None:
     assert chat["messages"][0]["content"] == "He has 3. How many?"
     assert said(chat) == ("\\boxed{7}", "( 3.0 + 4.0 ) = 7")
     assert (chat["id"], chat["subject"]) == ("chal-1", "Addition")
-
-
-def test_the_last_box_of_a_solution() -> None:
-    texts = ["\\boxed{1} then \\boxed{\\{2\\}}", "\\fbox{3}, \\boxed 4", "\\boxed{5", "none", "\\boxed{ {6} }"]
-    assert [last_boxed(text) for text in texts] == ["\\{2\\}", "4", None, None, "{6}"]
 
 
 def test_logic(tmp_path: Path) -> None:

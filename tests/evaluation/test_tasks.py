@@ -7,10 +7,12 @@ import random
 
 import pytest
 
+from data_prep.puzzles.kinds import KINDS, puzzle_rows
 from data_prep.sources.reasoning_gym import TODAY, reasoning_gym_rows
 from evaluation.evaluate import judge
 from evaluation.harness import main as harness_main
-from evaluation.judging.questions import load_questions
+from evaluation.judging.mathematics import close
+from evaluation.judging.questions import Question, load_questions
 from evaluation.models import Written
 from evaluation.tasks import FOLDER, load_task, names
 from nano3.arch import resolve_model
@@ -198,3 +200,16 @@ def test_the_harness_runs_its_tasks_from_local_files_with_our_model(tmp_path, mo
     assert harness_main() == 0
     assert "mine: acc,none" in capsys.readouterr().out
     assert json.loads(out.read_text())["results"]["mine"]["acc,none"] in (0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_challenge_judges_its_own_answers_right(kind):
+    """What the first solver writes, at every level; with another puzzle's answer in the box it is wrong."""
+    task = load_task("reasoning-challenge")
+    for level in (1, 2, 3):
+        rows = list(puzzle_rows(kind, 20, seed=level, level=level))
+        for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+            question = Question(row["id"], kind, tuple(row["messages"][:1]), row["answer"])
+            assert task.judge(question, row["messages"][-1]["content"]).outcome == "right"
+            if not close(row["answer"], other["answer"], 0.01) and row["answer"] != other["answer"]:
+                assert task.judge(question, f"\\boxed{{{other['answer']}}}").outcome == "wrong"

@@ -221,7 +221,7 @@ def skip_samples(steps: int) -> None:
 
 
 def record_packs(_: int) -> None:
-    """Every training micro batch as the forward pass gets it: a line `step digest` in OUT/packs-of-RANK.txt."""
+    """Every training micro batch as the forward pass gets it: a line `process step digest` in OUT/packs-of-RANK."""
     take, start, now = model.packed_data_step, Supervision.on_train_batch_start, {}
 
     def start_and_note(self: Supervision, trainer: Any, pl_module: Any, *rest: Any) -> None:
@@ -231,8 +231,8 @@ def record_packs(_: int) -> None:
     def take_and_record(dataloader_iter: Iterator) -> Any:
         batch = take(dataloader_iter)
         if torch.is_grad_enabled():  # not in validation
-            with (now["out"] / f"packs-of-{dist.get_rank()}.txt").open("a") as file:
-                file.write(f"{now['step']} {digest_of(batch)}\n")
+            with (now["out"] / f"packs-of-{dist.get_rank()}").open("a") as file:
+                file.write(f"{os.getpid()} {now['step']} {digest_of(batch)}\n")
         return batch
 
     Supervision.on_train_batch_start = start_and_note  # type: ignore[method-assign]
