@@ -90,7 +90,7 @@ def parser(description: str | None = None, gpus: int = GPUS_PER_NODE) -> argpars
         "--after",
         type=int,
         metavar="JOB",
-        help="on a cluster: job that makes what is not there yet of --data and --base",
+        help="on a cluster: job that makes --data or --base; this run's job looks at them when it starts",
     )
     parse.add_argument("--array", metavar="SEEDS", help="on a cluster: a run for each of 1,2,3 in OUT/seed-1 and so on")
     parse.add_argument("--follow", action="store_true", help="on a cluster: show the job's log until it ends")

@@ -36,7 +36,6 @@ from launch.slurm.shell import write_private
 from nano3.arch import Arch
 from nano3.checkpoints.checkpoint_folder import clear_unfinished, newest
 from nano3.cli import UserError, run
-from nano3.mixture import is_mixture, read_mixture
 
 JOB = "job"
 """In OUT: the number of the one job that may write there, `12` or `12_SEED`; launch/slurm/survive.sh sees to that."""
@@ -71,26 +70,20 @@ def job_of(run: Run, after: int | None = None, seeds: tuple[int, ...] = ()) -> J
     )
 
 
-def is_there(path: Path) -> bool:
-    """Whether a store or base is there; of a mixture, whether all its stores are."""
-    return path.exists() and (not is_mixture(path) or all(store.exists() for store in read_mixture(path).stores))
-
-
 def preflight(run: Run, cluster: Cluster, after: int | None = None, runs: int = 1) -> tuple[int, str]:
     """(exit code, what to print), see `launch.preflight.report`, for so many runs of an array, or one.
 
-    What the job `after` will make is not looked at.
+    Behind another job, `after`, neither the data nor the base is looked at: that job may make them anew, whatever lies
+    there now. The run's own job looks at them before it starts its ranks.
     """
-    base = Path(run.base)
-    made = [path for path in (Path(run.data), base) if after is not None and not is_there(path)]
     read = {
         "--model": run.model,
         "--base": "" if run.own_base else run.base,
         "lora.init_from": run.settings.lora.init_from,
     }
     paths = Paths(
-        model=Path(run.model) if run.own_base or base in made else base,
-        data=Path(run.data) if run.data and Path(run.data) not in made else None,
+        model=Path(run.model) if run.own_base or after is not None else Path(run.base),
+        data=Path(run.data) if run.data and after is None else None,
         validation=Path(run.validation) if run.validation else None,
         out=Path(run.out),
         mounts=tuple(map(parse_mount, cluster.mounts)) if cluster.container is not None else None,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.packing import build_packs
 from launch import pipeline
 from launch.chain.records import Records
 from launch.chain.stages import NAMES, Chain, Stage
@@ -18,7 +19,9 @@ from launch.slurm.cluster import Cluster
 from nano3.arch import resolve_model
 from nano3.cli import UserError, alone
 from nano3.rows import write_rows
+from nano3.token_store import TokenStore, tokenizer_sha256
 from pico.tasks import DEMO, rows
+from tests.helpers.tiny_store import tiny_store
 from tests.launch.test_slurm import fake_slurm
 
 ROOT = Path(__file__).parents[2]
@@ -228,6 +231,13 @@ def test_jobs_wait_for_each_other_and_are_not_submitted_twice(tmp_path, asked):
         (tmp_path / "sent" / str(number)).unlink()
     look = script("status", f"{tmp_path}/out", env=fake)
     assert "prepare   job 101 ended and did not finish it; see its log" in look.stdout
+    for path in (tmp_path / "sent").iterdir():
+        path.unlink()
+    old = tiny_store(tmp_path / "out" / "data", 20, 60, 300, tokenizer=tokenizer_sha256("pico"))
+    build_packs(TokenStore(old), 64)  # what lies there has no packs of the new length: it will be made anew
+    again = script(*asked, "--again", "prepare", "train.seq_length=8192", env=fake)
+    assert again.returncode == 0, again.stderr
+    assert len(list((tmp_path / "sent").iterdir())) == 6
 
 
 def test_a_training_that_would_not_start_stops_everything(tmp_path, asked):
