@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data_prep.chat_rows import ChatRows, form_named, read_conversations
 from data_prep.overlap import HeldOut
-from data_prep.quality import Consistency, Limits, Templates, kept, reason_alone
+from data_prep.quality import Candidate, Consistency, Limits, Templates, kept, reason_alone
 from nano3.conversations import conversation
 from nano3.rows import about_file
 
@@ -48,15 +48,15 @@ def clean(rows: ChatRows, out: Path, limits: Limits, exclude: Sequence[str] = ()
         scratch = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", dir=temporary.parent))
         # What a row says by itself, and what all of them say together.
         for fields, where in tqdm(rows, desc=rows.name, unit="row", disable=None):
-            row = conversation(fields, where, rows.name)
-            reason = reason_alone(row, limits, held_out)
+            one = Candidate.of(conversation(fields, where, rows.name))
+            reason = reason_alone(one, limits, held_out)
             if reason:
-                drops.add(reason, where, row.question)
+                drops.add(reason, where, one.row.question)
                 continue
-            templates.read(row)
-            answers.read(row)
+            templates.read(one)
+            answers.read(one)
             places.append(scratch.tell())
-            scratch.write(json.dumps([fields, where, rows.name]) + "\n")
+            scratch.write(one.stored(fields))
         # What a row is beside those before it.
         count = 0
         with temporary.open("w", encoding="utf-8") as file:

@@ -36,7 +36,7 @@ from data_prep.chat_rows import KNOWN, ChatRows, form_named
 from data_prep.drops import Drops
 from data_prep.forms.mapping import mapped_form
 from data_prep.forms.said import SAY
-from data_prep.overlap import HeldOut, compared_text
+from data_prep.overlap import HeldOut, compared_text, normalized
 from data_prep.sources.source import Source
 from nano3.conversations import Conversation, conversation
 from nano3.rows import Row, about_file
@@ -100,7 +100,7 @@ def _write_and_choose(scratch: IO[str], rows: ChatRows, held_out: int) -> tuple[
     count = 0
     for number, (row, read) in enumerate(_checked(rows)):
         count = number + 1
-        scratch.write(json.dumps([row.fields, row.where, compared_text(read)], ensure_ascii=False) + "\n")
+        scratch.write(json.dumps([row.fields, row.where, normalized(compared_text(read))], ensure_ascii=False) + "\n")
         value = int.from_bytes(hashlib.blake2b(read.question.encode(), digest_size=8).digest())
         if value not in hashes and (len(smallest) < held_out or value < -smallest[0][0]):
             hashes.add(value)
@@ -124,7 +124,8 @@ def _clear_of(held: list[Row], rest: Iterable[tuple[Row, str]], rows: ChatRows) 
     for row, compared in rest:
         match = questions.match(compared)
         if match:
-            rows.drops.add(f"{match[0]} duplicate of a held-out question", row.where, compared)
+            question = conversation(row.fields, row.where, rows.name).question
+            rows.drops.add(f"{match[0]} duplicate of a held-out question", row.where, question)
         else:
             yield row
 

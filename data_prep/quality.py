@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from data_prep.drops import Drops
 from data_prep.overlap import GRAM_SHARE, TEMPLATE_LEAST, Gram, HeldOut, compared_text, grams_of, normalized, words_of
-from nano3.conversations import Conversation
+from nano3.conversations import Conversation, conversation
 
 PERMUTATIONS, BANDS, SEED = 128, 32, 42
 BATCH = 512
@@ -47,8 +47,32 @@ class Limits:
     consistent: bool = True
 
 
-def reason_alone(row: Conversation, limits: Limits, held_out: Sequence[tuple[str, HeldOut]]) -> str | None:
+@dataclass(frozen=True)
+class Candidate:
+    """A row, and the `text` of it that is compared with others', as `normalized` gives it."""
+
+    row: Conversation
+    text: str
+
+    @classmethod
+    def of(cls, row: Conversation) -> Candidate:
+        """The candidate that a row is."""
+        return cls(row, normalized(compared_text(row)))
+
+    def stored(self, fields: Any) -> str:
+        """A line for the scratch file; `fields` are the row's own."""
+        return json.dumps([fields, self.row.where, self.row.source, self.text]) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> Candidate:
+        """What `stored` wrote."""
+        fields, where, source, text = json.loads(line)
+        return cls(conversation(fields, where, source), text)
+
+
+def reason_alone(one: Candidate, limits: Limits, held_out: Sequence[tuple[str, HeldOut]]) -> str | None:
     """Why a row is dropped whatever the other rows are, or None."""
+    row = one.row
     count = sum(len(str(message["content"]).split()) for message in row.messages)
     count += sum(len(message.get("reasoning_content", "").split()) for message in row.messages)
     if count < limits.fewest_words:
@@ -58,7 +82,7 @@ def reason_alone(row: Conversation, limits: Limits, held_out: Sequence[tuple[str
     if repetition(row) > limits.repetition:
         return f"an answer of which more than {limits.repetition:.0%} repeats"
     for name, questions in held_out:
-        match = questions.match(compared_text(row))
+        match = questions.match(one.text)
         if match:
             return f"{match[0]} duplicate of a question of {name}"
     return None
@@ -81,20 +105,15 @@ class Consistency:
     def __init__(self) -> None:
         self._answers: dict[int, int | None] = {}
 
-    @staticmethod
-    def _key(row: Conversation) -> int:
-        return hash(normalized(compared_text(row)))
-
-    def read(self, row: Conversation) -> None:
+    def read(self, one: Candidate) -> None:
         """Notes the row's answer."""
-        if "answer" in row.fields:
-            answer = hash(str(row.fields["answer"]))
-            key = self._key(row)
+        if "answer" in one.row.fields:
+            answer, key = hash(str(one.row.fields["answer"])), hash(one.text)
             self._answers[key] = answer if self._answers.get(key, answer) == answer else None
 
-    def contradicts(self, row: Conversation) -> bool:
+    def contradicts(self, one: Candidate) -> bool:
         """Whether its question has another answer elsewhere."""
-        return "answer" in row.fields and self._answers[self._key(row)] is None
+        return "answer" in one.row.fields and self._answers[hash(one.text)] is None
 
 
 class Templates:
@@ -104,18 +123,17 @@ class Templates:
         self._counts: dict[str, Counter[Gram]] = {}
         self._rows: Counter[str] = Counter()
 
-    def read(self, row: Conversation) -> None:
+    def read(self, one: Candidate) -> None:
         """Counts a row's 3-grams."""
-        if self._rows[row.source] < SAMPLE:
-            self._rows[row.source] += 1
-            self._counts.setdefault(row.source, Counter()).update(grams_of(words_of(normalized(compared_text(row)))))
+        source = one.row.source
+        if self._rows[source] < SAMPLE:
+            self._rows[source] += 1
+            self._counts.setdefault(source, Counter()).update(grams_of(words_of(one.text)))
 
-    def content(self, row: Conversation) -> frozenset[Gram]:
-        """The row's 3-grams without its source's template."""
-        counts, least = self._counts[row.source], max(TEMPLATE_LEAST, GRAM_SHARE * self._rows[row.source])
-        return frozenset(
-            gram for gram in grams_of(words_of(normalized(compared_text(row)))) if counts.get(gram, 0) < least
-        )
+    def content(self, source: str, text: str) -> frozenset[Gram]:
+        """The 3-grams of a text of `source` without those of its template."""
+        counts, least = self._counts[source], max(TEMPLATE_LEAST, GRAM_SHARE * self._rows[source])
+        return frozenset(gram for gram in grams_of(words_of(text)) if counts.get(gram, 0) < least)
 
 
 class NearDuplicates:
@@ -127,43 +145,36 @@ class NearDuplicates:
         self._minhash = rensa.RMinHash
         self._index = rensa.RMinHashLSH(threshold=min(limit, 1.0), num_perm=PERMUTATIONS, num_bands=BANDS)
         self._scratch, self._limit, self._templates = scratch, limit, templates
-        self._exact: dict[int, str] = {}
+        self._exact: set[int] = set()
         self._places: list[int] = []
 
-    def reasons(self, rows: Sequence[Conversation], places: Sequence[int]) -> Iterator[str | None]:
+    def reasons(self, several: Sequence[Candidate], places: Sequence[int]) -> Iterator[str | None]:
         """Why each of some rows is dropped, or None; `places` are their offsets in the scratch file."""
-        contents = [self._templates.content(row) for row in rows]
+        contents = [self._templates.content(one.row.source, one.text) for one in several]
         tokens = [[" ".join(gram) for gram in content] for content in contents]
         signatures = self._minhash.from_token_sets(tokens, PERMUTATIONS, SEED)
-        for row, place, content, signature in zip(rows, places, contents, signatures, strict=True):
-            yield self._reason(row, place, content, signature)
+        for one, place, content, signature in zip(several, places, contents, signatures, strict=True):
+            yield self._reason(one, place, content, signature)
 
-    def _reason(self, row: Conversation, place: int, content: frozenset[Gram], signature: Any) -> str | None:
-        key = hash(normalized(compared_text(row)) + "\n" + json.dumps(row.messages[-1], sort_keys=True))
+    def _reason(self, one: Candidate, place: int, content: frozenset[Gram], signature: Any) -> str | None:
+        key = hash(one.text + "\n" + json.dumps(one.row.messages[-1], sort_keys=True))
         if key in self._exact:
             return "exact duplicate of a row before"
         if content and self._limit <= 1:
             for number in self._index.query(signature):
-                other = self._templates.content(self._row_at(self._places[number]))
+                other = self._content_at(self._places[number])
                 shared = len(content & other)
                 if shared >= self._limit * (len(content) + len(other) - shared):
                     return "near duplicate of a row before"
             self._index.insert(len(self._places), signature)
-        self._exact[key] = row.where
+        self._exact.add(key)
         self._places.append(place)
         return None
 
-    def _row_at(self, place: int) -> Conversation:
+    def _content_at(self, place: int) -> frozenset[Gram]:
         self._scratch.seek(place)
-        return stored(self._scratch.readline())
-
-
-def stored(line: str) -> Conversation:
-    """A row of the scratch file."""
-    from nano3.conversations import conversation
-
-    fields, where, source = json.loads(line)
-    return conversation(fields, where, source)
+        _, _, source, text = json.loads(self._scratch.readline())
+        return self._templates.content(source, text)
 
 
 def kept(
@@ -171,24 +182,24 @@ def kept(
 ) -> Iterator[int]:
     """The offsets, of those in `places`, of rows that stay."""
     near = NearDuplicates(scratch, limits.near, templates)
-    waiting: list[tuple[int, Conversation]] = []
+    waiting: list[tuple[int, Candidate]] = []
 
     def settled() -> Iterator[int]:
-        rows = [row for _, row in waiting]
-        for (place, row), reason in zip(waiting, near.reasons(rows, [place for place, _ in waiting]), strict=True):
+        several, where = [one for _, one in waiting], [place for place, _ in waiting]
+        for (place, one), reason in zip(waiting, near.reasons(several, where), strict=True):
             if reason:
-                drops.add(reason, row.where, row.question)
+                drops.add(reason, one.row.where, one.row.question)
             else:
                 yield place
         waiting.clear()
 
     for place in places:
         scratch.seek(place)
-        row = stored(scratch.readline())
-        if limits.consistent and answers.contradicts(row):
-            drops.add("the same question has another answer elsewhere", row.where, row.question)
+        one = Candidate.from_line(scratch.readline())
+        if limits.consistent and answers.contradicts(one):
+            drops.add("the same question has another answer elsewhere", one.row.where, one.row.question)
             continue
-        waiting.append((place, row))
+        waiting.append((place, one))
         if len(waiting) == BATCH:
             yield from settled()
     yield from settled()

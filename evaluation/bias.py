@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evaluation.judging.extraction import LETTERS
 from evaluation.judging.questions import Question
 from evaluation.models import Model
 from nano3.cli import UserError
+from nano3.row_keys import LETTERS
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from evaluation.bias import bias, turns_of
 from evaluation.comparison import accuracy, interval, share
 from evaluation.generation import GREEDY, Sampling
-from evaluation.judging.extraction import LETTERS, after_thinking
+from evaluation.judging.extraction import after_thinking
 from evaluation.judging.judges import OUTCOMES, RIGHT, UNFINISHED, WRONG, Verdict
 from evaluation.judging.questions import Question, load_questions, questions_sha256
 from evaluation.models import HFModel, Model, Written, beside, identity_of, plain_folder, sha256_of
@@ -41,6 +41,7 @@ from evaluation.significance import by_group
 from evaluation.tasks import Task, load_task, names
 from nano3.arch import resolve_model
 from nano3.hf_config import read_config
+from nano3.row_keys import LETTERS
 
 if TYPE_CHECKING:
     from evaluation.server import ServerModel

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evaluation.generation import Sampling
-from evaluation.judging.extraction import LETTERS, THINK_END
+from evaluation.judging.extraction import THINK_END
 from evaluation.judging.questions import Question
 from nano3.hf_config import FP8_ACTIVATIONS, read_config
+from nano3.row_keys import LETTERS
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from typing_extensions import TypedDict
 
 from evaluation.chat_completions import LIKELIEST, Again, Refused, likeliest, openai_messages, written
 from evaluation.generation import GREEDY, Sampling
-from evaluation.judging.extraction import LETTERS
 from evaluation.judging.questions import Question
 from evaluation.models import Written, sha256_of
 from nano3.cli import UserError
 from nano3.documents import Finite, Name, check, json_lines, parse_json
 from nano3.network import ask, check_address, without
+from nano3.row_keys import LETTERS
 
 KEY_VARIABLE = "VLLM_API_KEY"
 """Environment variable whose value, if any, is sent as the server's key, as conversion/check_server.py does."""

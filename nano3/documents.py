@@ -27,7 +27,7 @@ import reprlib
 import stat
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 from annotated_types import Ge, Gt, Le, MaxLen, Predicate
 
@@ -140,9 +140,20 @@ def parse_json_line(text: bytes | str, where: str) -> dict[str, Any]:
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file of JSON lines with `file:line` of each, in constant memory; blank lines are skipped."""
     with open(path, "rb") as file:
-        for number, line in enumerate(_lines(file, path), 1):
+        for number, line in numbered_lines(file, str(path)):
             if line.strip():
                 yield f"{path}:{number}", parse_json_line(line, f"{path}:{number}")
+
+
+def numbered_lines(file: Any, name: str) -> Iterator[tuple[int, bytes]]:
+    """Lines of an open file of bytes, counted from 1, of at most `MAX_BYTES` each: a file without line ends would fill
+    the memory. `name` is how errors call the file."""
+    number = 0
+    while line := file.readline(MAX_BYTES + 1):
+        number += 1
+        if len(line) > MAX_BYTES:
+            raise UserError(f"{name}:{number}: a line of more than {MAX_BYTES >> 20} MiB; write one row a line")
+        yield number, line
 
 
 def read_yaml(path: Path, schema: type[T], remedy: str = "correct the file") -> T:
@@ -252,16 +263,6 @@ def _check_characters(value: Any, where: str, remedy: str) -> None:
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         raise UserError(f"{where}: {half} is half a character (a lone surrogate); {remedy}") from None
-
-
-def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
-    """Lines of bounded length, so that a file without line ends does not fill the memory."""
-    number = 0
-    while line := file.readline(MAX_BYTES + 1):
-        number += 1
-        if len(line) > MAX_BYTES:
-            raise UserError(f"{path}:{number}: a line of more than {MAX_BYTES >> 20} MiB; give one JSON object a line")
-        yield line
 
 
 @functools.cache

@@ -119,12 +119,13 @@ def read_mixture(data: Path | str) -> MixtureFile:
 
 def _check_keys(path: Path, entry: MixtureEntry) -> None:
     """Refuses keys that nobody reads: a curriculum that is spelled wrong would be none."""
-    known: dict[str, tuple[set[str], list[Any]]] = {
-        "": ({"stores", "curriculum"}, [entry]),
-        "stores: ": ({"path", "weight", "epochs"}, [*entry["stores"]]),
-        "curriculum: ": ({"order", "blocks"}, [entry.get("curriculum", {})]),
-    }
-    for where, (keys, values) in known.items():
-        unknown = sorted({key for value in values for key in value} - keys)
+    parts: list[tuple[str, Any, list[Any]]] = [
+        ("", MixtureEntry, [entry]),
+        ("stores: ", StoreEntry, [*entry["stores"]]),
+        ("curriculum: ", CurriculumEntry, [entry.get("curriculum", {})]),
+    ]
+    for where, schema, values in parts:
+        known = schema.__required_keys__ | schema.__optional_keys__
+        unknown = sorted({key for value in values for key in value} - known)
         if unknown:
-            raise UserError(f"{path}: {where}{unknown[0]!r} means nothing; it can say {', '.join(sorted(keys))}")
+            raise UserError(f"{path}: {where}{unknown[0]!r} means nothing; it can say {', '.join(sorted(known))}")

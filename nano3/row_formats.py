@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nano3.cli import UserError
-from nano3.documents import MAX_BYTES, parse_json_line
+from nano3.documents import MAX_BYTES, numbered_lines, parse_json_line
 
 LARGEST_ROW = MAX_BYTES
 """Bytes of one row. A longer one is a file without line ends."""
@@ -58,15 +58,9 @@ class _ArrowStream(io.RawIOBase):
 
 def _lines(stream: Any, name: str) -> Iterator[tuple[int, str]]:
     """Decoded lines with their numbers; a byte order mark is taken off."""
-    number = 0
-    while line := stream.readline(LARGEST_ROW + 1):
-        number += 1
-        if len(line) > LARGEST_ROW:
-            raise UserError(f"{name}:{number}: longer than {LARGEST_ROW >> 20} MiB; write one row a line")
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
+    for number, line in numbered_lines(stream, name):
         try:
-            yield number, line.decode()
+            yield number, (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{name}:{number}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
 

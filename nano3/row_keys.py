@@ -25,6 +25,9 @@ FACTS = (
 )
 """What a chat row may say beside its conversation."""
 
+LETTERS = "ABCDEFGHIJ"
+"""Names of a row's `choices`, in order; with `choices` its `answer` is one of them."""
+
 HARMLESS = {
     "avg_rating", "category", "comment", "conversation_id", "created", "created_at", "date", "difficulty", "domain",
     "generator", "hash", "idx", "index", "lang", "language", "license", "margin", "meta", "metadata", "model",

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nano3.cli import UserError
-from nano3.row_keys import FACTS, is_harmless
+from nano3.row_keys import FACTS, LETTERS, is_harmless
 
 Fields = Mapping[str, Any]
-LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,16 @@ def proposed_map(fields: Fields) -> str:
     return f'name the parts, for example --map user="{{{user}}}" --map assistant="{{{assistant}}}"'
 
 
+def keys(*sets: str) -> tuple[frozenset[str], ...]:
+    """Sets of names from texts with blanks between them."""
+    return tuple(frozenset(names.split()) for names in sets)
+
+
+def all_keys(*sets: str) -> frozenset[str]:
+    """All names of such sets together."""
+    return frozenset().union(*keys(*sets))
+
+
 def text_of(fields: Fields, key: str, empty: bool = False) -> str:
     """A field that must be text, and not blank unless `empty`."""
     value = fields.get(key, "" if empty else None)
@@ -119,6 +128,18 @@ def with_choices(question: str, choices: list[str], context: str = "") -> str:
 def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
     """A message; what is empty in `more` is left out."""
     return {"role": role, "content": content} | {key: value for key, value in more.items() if value}
+
+
+def chosen(question: str, choices: list[str], right: int, thought: str = "", context: str = "") -> dict[str, Any]:
+    """The chat row of a multiple-choice question whose option number `right`, from 0, is the answer."""
+    return {
+        "messages": [
+            turn("user", with_choices(question, choices, context)),
+            turn("assistant", LETTERS[right], reasoning_content=thought.strip()),
+        ],
+        "answer": LETTERS[right],
+        "choices": choices,
+    }
 
 
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from data_prep.forms.form import (
-    LETTERS,
     Fields,
     Form,
+    all_keys,
     answer_number,
     answered,
     choices_of,
+    chosen,
+    keys,
     one_of,
     short,
     text_of,
     turn,
-    with_choices,
 )
 from nano3.cli import UserError
 from nano3.documents import parse_json
@@ -153,14 +154,7 @@ def _multiple_choice(fields: Fields) -> dict[str, Any]:
         text_of(fields, one_of(fields, names), empty=True) if any(name in fields for name in names) else ""
         for names in (_CONTEXTS, _REASONS)
     )
-    return {
-        "messages": [
-            turn("user", with_choices(text_of(fields, asked), choices, context)),
-            turn("assistant", LETTERS[number], reasoning_content=thought.strip()),
-        ],
-        "answer": LETTERS[number],
-        "choices": choices,
-    }
+    return chosen(text_of(fields, asked), choices, number, thought, context)
 
 
 def _preference(fields: Fields) -> dict[str, Any]:
@@ -179,14 +173,6 @@ def _preference(fields: Fields) -> dict[str, Any]:
     return {"messages": [*system, *messages]}
 
 
-def _known(*sets: str) -> tuple[frozenset[str], ...]:
-    return tuple(frozenset(names.split()) for names in sets)
-
-
-def _keys(names: str) -> frozenset[str]:
-    return frozenset(names.split())
-
-
 _CHOICES = ("choices", "options", "answers")
 _RIGHT = ("answer", "label", "answerKey", "correct_option", "gold")
 _ASKED = ("question", "query", "prompt")
@@ -195,46 +181,46 @@ FORMS = (
     Form(
         "messages",
         "chat rows: 'messages' with 'role' and 'content', OpenAI's tools and tool calls included",
-        _keys("messages tools functions system"),
-        _known("messages"),
+        all_keys("messages tools functions system"),
+        keys("messages"),
         _messages,
         others="pass",
     ),
     Form(
         "sharegpt",
         "ShareGPT: 'conversations' with 'from' and 'value'",
-        _keys("conversations system tools"),
-        _known("conversations"),
+        all_keys("conversations system tools"),
+        keys("conversations"),
         _sharegpt,
     ),
     Form(
         "alpaca",
         "Alpaca: 'instruction', 'input', 'output'; 'system' and 'history' where there are some",
-        _keys("instruction input output system history"),
-        _known("instruction output"),
+        all_keys("instruction input output system history"),
+        keys("instruction output"),
         _alpaca,
-        harmless=_keys("text"),
+        harmless=all_keys("text"),
     ),
     Form(
         "multiple-choice",
         "a question with 'choices' or 'options', and the right one by letter, text or number from 0",
         frozenset((*_ASKED, *_CHOICES, *_RIGHT, *_CONTEXTS, *_REASONS)),
-        _known(*(f"{asked} {choices} {right}" for asked in _ASKED for choices in _CHOICES for right in _RIGHT)),
+        keys(*(f"{asked} {choices} {right}" for asked in _ASKED for choices in _CHOICES for right in _RIGHT)),
         _multiple_choice,
     ),
     Form(
         "preference",
         "preference pairs: 'chosen' is trained on, 'rejected' is not",
-        _keys("prompt question chosen system"),
-        _known("chosen rejected"),
+        all_keys("prompt question chosen system"),
+        keys("chosen rejected"),
         _preference,
-        harmless=_keys("rejected"),
+        harmless=all_keys("rejected"),
     ),
     Form(
         "prompt-completion",
         "a prompt (or question) and its completion (or answer), as text or as lists of messages",
         frozenset((*_QUESTIONS, *_ANSWERS, "system", "tools")),
-        _known(*(f"{asked} {answer}" for asked in _QUESTIONS for answer in _ANSWERS)),
+        keys(*(f"{asked} {answer}" for asked in _QUESTIONS for answer in _ANSWERS)),
         _prompt_completion,
     ),
 )

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.forms.form import Fields, short, text_of, turn
-from data_prep.sources.source import Facts, Source, all_keys, keys
+from data_prep.forms.form import Fields, all_keys, keys, short, text_of, turn
+from data_prep.sources.source import Facts, Source
 from nano3.cli import UserError
 from nano3.rows import Row, open_rows
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.forms.form import Fields, short, text_of
-from data_prep.sources.source import Facts, Source, all_keys, keys, worked
+from data_prep.forms.form import Fields, all_keys, keys, short, text_of
+from data_prep.sources.source import Facts, Source, worked
 from nano3.cli import UserError
 from nano3.documents import read_bytes
 from nano3.rows import Row

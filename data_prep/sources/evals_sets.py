@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from data_prep.forms.form import Fields, short, turn
+from data_prep.forms.form import Fields, all_keys, chosen, keys, short, turn
 from data_prep.sources.mmlu_dev import split_options
-from data_prep.sources.source import Source, all_keys, asked_and_ideal, chosen, keys, letter_number
+from data_prep.sources.source import Source, asked_and_ideal, letter_number
 from nano3.cli import UserError
 
 _ANSWER = re.compile(r"\(([A-D])\)")

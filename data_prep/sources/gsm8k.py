@@ -12,8 +12,8 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from data_prep.forms.form import Fields, short, text_of
-from data_prep.sources.source import Source, all_keys, keys, worked
+from data_prep.forms.form import Fields, all_keys, keys, short, text_of
+from data_prep.sources.source import Source, worked
 from data_prep.steps.calculations import REASONS, NoTrace, trace_of
 from data_prep.steps.graph import Problem
 from data_prep.steps.rows import chat_row

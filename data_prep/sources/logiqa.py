@@ -17,17 +17,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from data_prep.forms.form import Fields, short, text_of, turn
-from data_prep.sources.source import (
-    Source,
-    all_keys,
-    asked_and_ideal,
-    chosen,
-    keys,
-    letter_number,
-    list_of,
-    number_of,
-)
+from data_prep.forms.form import Fields, all_keys, chosen, keys, short, text_of, turn
+from data_prep.sources.source import Source, asked_and_ideal, letter_number, list_of, number_of
 from nano3.cli import UserError
 
 _TEXT = re.compile(

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.forms.form import Fields, short, text_of
-from data_prep.sources.source import Facts, Source, all_keys, chosen, keys, letter_number, list_of, number_of
+from data_prep.forms.form import Fields, all_keys, chosen, keys, short, text_of
+from data_prep.sources.source import Facts, Source, letter_number, list_of, number_of
 from nano3.cli import UserError
 from nano3.rows import Row, open_rows
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from data_prep.forms.form import Fields, short, text_of
-from data_prep.sources.source import Source, all_keys, keys, worked
+from data_prep.forms.form import Fields, all_keys, keys, short, text_of
+from data_prep.sources.source import Source, worked
 from nano3.boxed import boxes
 from nano3.cli import UserError
 

@@ -17,8 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data_prep.forms.form import Fields, short, text_of
-from data_prep.sources.source import Facts, Source, all_keys, asked_and_ideal, chosen, keys, letter_number, number_of
+from data_prep.forms.form import Fields, all_keys, chosen, keys, short, text_of
+from data_prep.sources.source import Facts, Source, asked_and_ideal, letter_number, number_of
 from nano3.cli import UserError
 from nano3.rows import Row, open_rows
 

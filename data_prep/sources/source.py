@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.forms.form import LETTERS, Fields, Form, short, turn, with_choices
+from data_prep.forms.form import Fields, Form, short, turn
 from nano3.cli import UserError
+from nano3.row_keys import LETTERS
 from nano3.rows import Row, open_rows
 
 Facts = list[dict[str, Any]]
@@ -39,16 +40,6 @@ class Source(Form):
     distinct: bool = True
 
 
-def keys(*sets: str) -> tuple[frozenset[str], ...]:
-    """Sets of names from texts with blanks between them."""
-    return tuple(frozenset(names.split()) for names in sets)
-
-
-def all_keys(*sets: str) -> frozenset[str]:
-    """All names of such sets together."""
-    return frozenset().union(*keys(*sets))
-
-
 def number_of(fields: Fields, key: str, low: int, high: int) -> int:
     """A field that must be a whole number from `low` to `high`."""
     value = fields.get(key)
@@ -68,18 +59,6 @@ def list_of(fields: Fields, key: str, least: int, most: int) -> list[str]:
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{key}[{place}] is {short(text)}; it must be text")
     return value
-
-
-def chosen(question: str, choices: list[str], right: int, thought: str = "", context: str = "") -> dict[str, Any]:
-    """The chat row of a multiple-choice question whose option number `right`, from 0, is the answer."""
-    return {
-        "messages": [
-            turn("user", with_choices(question, choices, context)),
-            turn("assistant", LETTERS[right], reasoning_content=thought.strip()),
-        ],
-        "answer": LETTERS[right],
-        "choices": choices,
-    }
 
 
 def worked(question: str, answer: str, thought: str = "") -> dict[str, Any]:

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nano3.boxed import boxes
-
-LETTERS = "ABCDEFGHIJ"
-"""Names of choices, in order."""
+from nano3.row_keys import LETTERS
 
 THINK_END = "</think>"
 

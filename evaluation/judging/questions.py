@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.judging.extraction import LETTERS
 from nano3.cli import UserError
 from nano3.conversations import Conversation, Conversations
+from nano3.row_keys import LETTERS
 from nano3.rows import Rows, open_rows
 
 

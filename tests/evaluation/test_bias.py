@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from evaluation.bias import Turned, bias
-from evaluation.judging.extraction import LETTERS
 from evaluation.judging.questions import Question
 from nano3.cli import UserError
+from nano3.row_keys import LETTERS
 
 OPTIONS = ("red", "green", "blue", "grey")
 

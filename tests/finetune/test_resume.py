@@ -126,7 +126,7 @@ def assert_order(folder: Path, name: str, ranks: int, steps: int) -> None:
 @pytest.mark.parametrize(("dp", "fault"), [(1, "record:0"), (4, "record:0,workers:2")])
 def test_a_mixture_has_one_order_on_any_ranks_and_workers(folder, ranks, dp, fault):
     """Beside the two ranks that are killed five times above."""
-    path = write_run(folder, f"order-{dp}", dp, settings(Layout(), "fp32", 3, every=3), data=MIXTURE)
+    path = write_run(folder, f"order-{dp}", dp, settings(Layout(), "fp32", 3, every=3), validate=True, data=MIXTURE)
     assert ranks.run(path, FAULT=fault) == [0] * dp, log(folder / f"order-{dp}")[-3000:]
     assert_order(folder, f"order-{dp}", dp, 3)
 
