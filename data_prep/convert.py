@@ -122,7 +122,7 @@ def _clear_of(held: list[Row], rest: Iterable[tuple[Row, str]], rows: ChatRows) 
     """The rows whose questions no held-out question resembles."""
     questions = HeldOut(conversation(row.fields, row.where, rows.name) for row in held)
     for row, compared in rest:
-        match = questions.match(compared)
+        match = questions.match_normalized(compared)
         if match:
             question = conversation(row.fields, row.where, rows.name).question
             rows.drops.add(f"{match[0]} duplicate of a held-out question", row.where, question)

@@ -91,8 +91,12 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self._held)
 
-    def match(self, text: str) -> tuple[str, str] | None:
-        """("exact" or "near", id of a held-out question) for a training question as `normalized` gives it, or None."""
+    def match(self, question: str) -> tuple[str, str] | None:
+        """("exact" or "near", id of a held-out question) for a training question, or None."""
+        return self.match_normalized(normalized(question))
+
+    def match_normalized(self, text: str) -> tuple[str, str] | None:
+        """`match` of a question that is as `normalized` gives it already."""
         if text in self._exact:
             return "exact", self._exact[text]
         words = words_of(text)
@@ -119,7 +123,7 @@ def distinct_new(
         if len(seen) == size:
             return
         question = normalized(row["messages"][0]["content"])
-        if question not in seen and not (held_out and held_out.match(question)):
+        if question not in seen and not (held_out and held_out.match_normalized(question)):
             seen.add(question)
             yield row
 
@@ -130,7 +134,7 @@ def find_overlap(training: Iterable[Conversation], held_out: Iterable[Conversati
     overlap = Overlap(held_out=len(held))
     for row in training:
         overlap.training += 1
-        match = held.match(normalized(compared_text(row)))
+        match = held.match(compared_text(row))
         if match:
             (overlap.exact if match[0] == "exact" else overlap.near).append((row.id, match[1]))
     return overlap

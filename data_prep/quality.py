@@ -82,7 +82,7 @@ def reason_alone(one: Candidate, limits: Limits, held_out: Sequence[tuple[str, H
     if repetition(row) > limits.repetition:
         return f"an answer of which more than {limits.repetition:.0%} repeats"
     for name, questions in held_out:
-        match = questions.match(one.text)
+        match = questions.match_normalized(one.text)
         if match:
             return f"{match[0]} duplicate of a question of {name}"
     return None

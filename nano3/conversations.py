@@ -49,6 +49,12 @@ _MESSAGE_KEYS = {
     "tool": {"content", "name", "tool_call_id"},
 }
 """What a message of each role may have, besides `role`, `weight` and `loss`."""
+_INSTEAD = {
+    **dict.fromkeys(("train", "training", "trainable", "mask", "masked", "loss_mask"), "say 'loss': true or false"),
+    **dict.fromkeys(("prefix", "prefill"), "nothing in the template begins an answer; remove it"),
+    "refusal": "if the model should say this, make it the 'content'",
+}
+"""What to do with a key of a message that others understand."""
 _UNDERSTOOD = {"messages", "id", "source", "weight", "tools", "functions", "system"}
 _REFUSED = {
     "chat_template": "the template is the tokenizer folder's",
@@ -203,9 +209,8 @@ def _checked_message(message: object, before: Sequence[Message]) -> dict[str, An
     given = {key: value for key, value in message.items() if value is not None and value not in ("", [], {})}
     unknown = sorted(set(given) - _MESSAGE_KEYS[role] - {"role", "weight", "loss"})
     if unknown:
-        raise UserError(
-            f"a {role} message cannot have {', '.join(map(repr, unknown))}; remove it or put its text into 'content'"
-        )
+        remedy = _INSTEAD.get(unknown[0], "remove it or put its text into 'content'")
+        raise UserError(f"a message of role {role} cannot have {', '.join(map(repr, unknown))}; {remedy}")
     if role == "system" and before:
         raise UserError("a system message can only be the first; merge it into that one")
     if role == "tool" and (not before or before[-1]["role"] not in ("assistant", "tool")):

@@ -182,6 +182,8 @@ def _texts(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[
 
 def _header(cells: list[str], name: str) -> list[str]:
     names = [cell.strip() for cell in cells]
+    if names[0] == "":
+        names[0] = "index"  # as pandas writes it
     twice = sorted({cell for cell in names if names.count(cell) > 1})
     if twice or "" in names:
         what = f"the name {twice[0]!r} twice" if twice else "an empty name"

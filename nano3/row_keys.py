@@ -40,7 +40,8 @@ _TELLING = re.compile(
     r"system|prompt|instruct|context|passage|history|prefix|suffix|tool|function|template|think|reason|loss|weight|mask"
     r"|train|label|document|image|audio|video|input|output|response|completion|message|turn|chosen|rejected|question"
     r"|query|answer|target|solution|rationale|explanation|choice|option|conversation|dialog|span|stop|stage|assistant"
-    r"|user|role|developer|argument|kwargs|text|content"
+    r"|user|role|developer|argument|kwargs|text|content|^cot$|_cot$|chain|hint|ending|distractor|correct|^ctx"
+    r"|^[a-j]$|^op[a-j1-9]$|^opt"
 )
 """Names that speak of what the model is shown or trained on."""
 

@@ -77,15 +77,21 @@ def guess(fields: Fields, forms: Sequence[Form]) -> tuple[Form, str]:
     """
     found = [(form, reason) for form in forms if (reason := form.reason(fields))]
     if not found:
-        raise UserError(f"no known form has the keys {', '.join(map(repr, fields))}; {proposed_map(fields)}")
+        given, empty = ([key for key, value in fields.items() if (value is None) == null] for null in (False, True))
+        without = f" (and nothing in {', '.join(map(repr, empty))})" if empty else ""
+        raise UserError(f"no known form has the keys {', '.join(map(repr, given))}{without}; {proposed_map(fields)}")
     return max(found, key=lambda pair: (pair[1].count("'"), -forms.index(pair[0])))
+
+
+_ANSWER = re.compile(r"(?i)answer|output|response|target|label|solution|reply|completion")
+_QUESTION = re.compile(r"(?i)question|quer|prompt|input|problem|instruct")
 
 
 def proposed_map(fields: Fields) -> str:
     """A --map for a row of unknown form, from the names of its text fields."""
     texts = {key: value for key, value in fields.items() if isinstance(value, str)}
-    answers = [key for key in texts if re.search(r"answer|output|response|target|label|solution|reply|completion", key)]
-    asked = [key for key in texts if key not in answers and re.search(r"question|quer|prompt|input|problem", key)]
+    answers = [key for key in texts if _ANSWER.search(key)]
+    asked = [key for key in texts if key not in answers and _QUESTION.search(key)]
     others = sorted(texts.keys() - set(answers) - set(asked), key=lambda key: len(texts[key]), reverse=True)
     user = (asked or others or ["QUESTION"])[0]
     assistant = (answers or [key for key in others if key != user] or ["ANSWER"])[0]
@@ -142,12 +148,20 @@ def chosen(question: str, choices: list[str], right: int, thought: str = "", con
     }
 
 
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
+_THOUGHTS = (
+    re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL),
+    re.compile(
+        r"\s*<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>"
+        r"\s*<\|begin_of_solution\|>\s*(.*?)\s*(?:<\|end_of_solution\|>)?\s*",
+        re.DOTALL,
+    ),
+)
+"""Reasoning and answer in one text: with the model's own marks, and with those of OpenThoughts."""
 
 
 def answered(content: str, **more: Any) -> dict[str, Any]:
-    """An assistant message; a <think> block at its start becomes its `reasoning_content`."""
-    match = _THOUGHT.fullmatch(content)
+    """An assistant message; reasoning that stands before the answer becomes `reasoning_content`."""
+    match = next(filter(None, (form.fullmatch(content) for form in _THOUGHTS)), None)
     if match and "reasoning_content" not in more:
         more["reasoning_content"], content = match[1].strip(), match[2]
     return turn("assistant", content, **more)
@@ -161,39 +175,3 @@ def one_of(fields: Fields, names: tuple[str, ...]) -> str:
     if len(found) > 1:
         raise UserError(f"{found[0]!r} and {found[1]!r} are both given; say with --map which one counts")
     return found[0]
-
-
-def choices_of(fields: Fields) -> list[str]:
-    """The options of a multiple-choice row: a list, `{"text": [...]}` as ARC has it, or an object by letter."""
-    key = one_of(fields, ("choices", "options", "answers"))
-    value = fields[key]
-    if isinstance(value, dict):
-        value = value["text"] if isinstance(value.get("text"), list) else [value[name] for name in sorted(value)]
-    if not isinstance(value, list) or not 2 <= len(value) <= len(LETTERS):
-        raise UserError(f"{key!r} is {short(value)}; give 2 to {len(LETTERS)} options")
-    for place, choice in enumerate(value):
-        if not isinstance(choice, str) or not choice.strip():
-            raise UserError(f"{key}[{place}] is {short(choice)}; it must be text")
-    return value
-
-
-def answer_number(fields: Fields, choices: list[str], key: str) -> int:
-    """Which option is right, from 0: by its letter, by its text, or by its number from 0.
-
-    A number in text is refused: whether it counts from 0 or 1 nobody can tell from one row.
-    """
-    value = fields[key]
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
-        return value
-    if isinstance(value, str):
-        if choices.count(value) == 1:
-            return choices.index(value)
-        letter = value.strip().strip("().").upper()
-        if len(letter) == 1 and letter in LETTERS[: len(choices)]:
-            return LETTERS.index(letter)
-    raise UserError(
-        f"{key!r} is {short(value)}; give a letter from A to {LETTERS[len(choices) - 1]}, the text of one option, "
-        f"or its number from 0 to {len(choices) - 1}"
-    )

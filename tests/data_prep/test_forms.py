@@ -84,6 +84,71 @@ def test_usual_forms_are_known_and_read(form: str, row: dict, chat: dict) -> Non
     assert to_chat(found, row, Counter()) == chat
 
 
+CALLING = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}
+TALK = [user("a"), answer("b")]
+SAID = {"messages": TALK}
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "chat"),
+    [
+        # Turns.
+        (
+            "sharegpt",
+            {"conversations": [TURN, {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                               {"from": "observation", "value": "2"}, {"from": "gpt", "value": "b"}],
+             "tools": '[{"name": "f"}]'},
+            {"messages": [user("a"), CALLING, {"role": "tool", "content": "2"}, answer("b")], "tools": [{"name": "f"}]},
+        ),
+        ("sharegpt", {"conversation": TALK}, {"messages": TALK}),
+        ("sharegpt", {"conversations": '[{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}]'}, SAID),
+        ("messages", {"messages": '[{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]'}, SAID),
+        ("messages", {"messages": {"role": ["User", "Assistant"], "content": ["a", "b"]}}, {"messages": TALK}),
+        ("messages", {"messages": [user("a"), answer("b", thinking="r")], "tools": "[]"},
+         {"messages": [user("a"), answer("b", reasoning_content="r")]}),
+        ("sharegpt", {"conversations": [TURN, {"from": "gpt", "value": "<|begin_of_thought|>\nr\n<|end_of_thought|>\n\n"
+                                        "<|begin_of_solution|>\nb\n<|end_of_solution|>"}]},
+         {"messages": [user("a"), answer("b", reasoning_content="r")]}),
+        # A question and its answer.
+        ("alpaca", {"instruction": "a", "context": "c", "response": "b", "category": "qa"},
+         {"messages": [user("a\n\nc"), answer("b")]}),
+        ("alpaca", {"instruction": "a", "input": " ", "output": "b", "history": None}, {"messages": TALK}),
+        ("prompt-completion", {"question": "a", "cot": "r", "answer": 4},
+         {"messages": [user("a"), answer("4", reasoning_content="r")]}),
+        ("prompt-completion", {"system_prompt": "s", "question": "a", "response": "b", "reasoning": "on"},
+         {"messages": [system("s"), *TALK]}),
+        # Pairs.
+        ("preference", {"prompt": "a", "messages": TALK, "chosen": TALK, "rejected": TALK}, {"messages": TALK}),
+        ("preference", {"instruction": "a", "input": "", "chosen": "b", "rejected": "c"}, {"messages": TALK}),
+        ("preference", {"conversations": [TURN], "chosen": {"from": "gpt", "value": "b"}, "rejected": TURN}, SAID),
+        ("preference", {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, SAID),
+        # Options and the right one.
+        ("multiple-choice", {"question": "q?", "A": "x", "B": "y", "answer": "B"}, CHOICE),
+        ("multiple-choice", {"question": "q?", "option_a": "x", "option_b": "y", "answer": "y"}, CHOICE),
+        ("multiple-choice", {"question": "q?", "option1": "x", "option2": "y", "answer": "2"}, CHOICE),
+        ("multiple-choice", {"question": "q?", "options": {"A": "x", "C": "y", "D": None}, "answer": "C"}, CHOICE),
+        ("multiple-choice", {"question": "q?", "options": '["x", "y"]', "answer": "B. Y"}, CHOICE),
+        ("multiple-choice", {"question": "q?", "options": ["A. x", "B. y"], "answer": "b"}, CHOICE),
+        ("multiple-choice", {"question": "q?", "answer": "A",
+                             "choices": [{"key": "B", "value": "x"}, {"key": "A", "value": "y"}]}, CHOICE),
+        ("multiple-choice", {"question_stem": "q?", "answerKey": "2",
+                             "choices": {"text": ["x", "y"], "label": ["1", "2"]}}, CHOICE),
+        ("multiple-choice", {"question": "q?", "choices": ["x", "y"], "answer": 1.0}, CHOICE),
+    ],
+)  # fmt: skip
+def test_other_spellings_are_read_as_they_are_meant(form: str, row: dict, chat: dict) -> None:
+    found, _ = guess(row, KNOWN)
+    assert found.name == form
+    assert to_chat(found, row, Counter()) == chat
+    conversation(chat, "x:1", "x")
+
+
+def test_a_number_names_an_option_by_its_place_whatever_the_options_say() -> None:
+    """MMLU has options such as "1" and "0", and the right one as a number from 0."""
+    row = {"question": "q?", "choices": ["1", "0"], "answer": 1}
+    assert to_chat(form_named("multiple-choice"), row, Counter())["answer"] == "B"
+
+
 def test_named_data_sets_are_known_by_their_keys() -> None:
     rows = {
         "medmcqa": {"question": "q", "opa": "1", "opb": "2", "opc": "3", "opd": "4", "cop": 1, "subject_name": "s"},
@@ -114,7 +179,7 @@ def test_what_changes_nothing_is_listed() -> None:
     row = {"messages": [user("a"), answer("b")], "url": "x", "foo": [1], "prompt": "a", "reasoning": "on", "mask": None}
     row["system_prompt"] = ""
     chat = to_chat(form_named("messages"), row, unused)
-    assert unused == {"url": 1, "foo": 1, "prompt": 1, "reasoning": 1, "system_prompt": 1}
+    assert unused == {"url": 1, "foo": 1, "prompt": 1, "reasoning": 1}
     assert conversation(chat, "x:1", "x").messages == row["messages"]
     with pytest.raises(UserError, match="'prompt' may change the prompt or the loss"):
         conversation(chat | {"prompt": "not one of the messages"}, "x:1", "x")
@@ -123,24 +188,39 @@ def test_what_changes_nothing_is_listed() -> None:
 @pytest.mark.parametrize(
     ("form", "row", "reason"),
     [
-        ("messages", {"messages": "a"}, "'messages' is 'a'; it must be a list"),
+        ("messages", {"messages": "a"}, "'messages' is 'a'; text in its place must be JSON"),
         ("messages", {"messages": [user([{"type": "image_url"}])]}, "only text can be trained on"),
         ("sharegpt", {"conversations": [TURN | {"from": "x"}]}, r"conversations\[0\]: 'from' is 'x'"),
         ("sharegpt", {"conversations": [TURN | {"train": False}]}, r"conversations\[0\] has 'train'"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": 3}]}, "'value' is 3; it must be text"),
-        ("sharegpt", {"conversations": [], "tools": "{"}, "'tools' is text but not JSON"),
+        ("sharegpt", {"conversations": [], "tools": "{"}, "'tools' is '{'; text in its place must be JSON"),
         ("alpaca", {"instruction": "a", "output": " "}, "'output' is empty"),
         ("alpaca", {"instruction": "a", "output": "b", "history": [["q"]]}, r"history\[0\] is \['q'\]"),
         ("prompt-completion", {"question": "a", "answer": "b", "response": "c"}, "'response' and 'answer' are both"),
         ("multiple-choice", {"question": "q", "choices": ["x", "y"], "answer": 2}, "'answer' is 2; give a letter"),
         ("multiple-choice", {"question": "q", "choices": ["x", "y"], "answer": "1"}, "'answer' is '1'"),
-        ("multiple-choice", {"question": "q", "choices": ["x", 1], "answer": 0}, r"choices\[1\] is 1; it must be text"),
+        ("multiple-choice", {"question": "q", "choices": ["x", None], "answer": 0}, r"choices\[1\] is missing"),
         ("multiple-choice", {"question": "q", "choices": ["x"], "answer": 0}, "give 2 to 10 options"),
         ("preference", {"chosen": "b", "rejected": "c"}, "there is no 'prompt'"),
         ("preference", {"prompt": "b"}, "'chosen' is missing"),
-        ("sharegpt", {"messages": []}, "'conversations' is missing"),
+        ("sharegpt", {"messages": []}, "the row has none of 'conversations'"),
         ("prompt-completion", {"prompt": "a"}, "the row has none of 'completion'.*it has 'prompt'"),
         ("multiple-choice", {"question": "a", "answer": 1}, "the row has none of 'choices'"),
+        ("sharegpt", {"conversations": [TURN, {"from": "function_call", "value": "f(1)"}]}, "must be JSON"),
+        ("sharegpt", {"conversations": [TURN, {"from": "function_call", "value": "[3]"}]}, "a call must be JSON such"),
+        ("messages", {"messages": {"role": ["user"], "content": []}}, "columns of different lengths"),
+        ("messages", {"messages": ["a"]}, r"messages\[0\] is 'a'; it must be an object with 'role' and 'content'"),
+        ("prompt-completion", {"question": "a", "answer": ["b"]}, r"'answer' is \['b'\]; it must be text"),
+        ("prompt-completion", {"prompt": "a", "completion": "<think>r</think>b", "cot": "c"}, "has its own reasoning"),
+        ("preference", {"prompt": "other", "chosen": [user("a"), answer("b")]}, "'chosen' answers another question"),
+        ("preference", {"prompt": "a", "system": "s", "system_prompt": "t", "chosen": "b"}, "are both given"),
+        # One value, two readings: nobody can tell which is meant.
+        ("multiple-choice", {"question": "q", "choices": ["B", "A"], "answer": "A"}, "may name A and B"),
+        ("multiple-choice", {"question": "q", "choices": [1, 2], "answer": 1}, "'answer' is 1, which may name A and B"),
+        ("multiple-choice", {"question": "q", "choice1": "x", "choice2": "y", "label": 1}, "which may name A and B"),
+        ("multiple-choice", {"question": "q", "choices": ["x", "x"], "answer": "x"}, "'answer' is 'x'; give a letter"),
+        ("multiple-choice", {"question": "q", "choices": ["x", "y"], "answer": "B. x"}, "'answer' is 'B. x'"),
+        ("multiple-choice", {"question": "q", "choices": "A) x B) y", "answer": "A"}, "text in its place must be JSON"),
     ],
 )  # fmt: skip
 def test_rows_that_are_not_what_their_form_says_are_refused(form: str, row: dict, reason: str) -> None:
