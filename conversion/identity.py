@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from conversion.certificates.certificate import base_revision
 from conversion.checkpoint.model_folder import HFFolder, named_model, open_model, side_files
 from conversion.checkpoint.output_folder import SIDE
 from conversion.checkpoint.tensor_digests import Facts, content_hash, facts_of
@@ -105,8 +106,9 @@ def record_only(folder: Path, source: Path) -> None:
     if folder.exists() and not is_record(folder):
         raise UserError(f"{folder} holds other weights than {source}; remove it, or choose another --out")
     folder.mkdir(exist_ok=True)
+    sha256 = remembered_hash(source)
     with fresh_file(folder / FILE) as temporary:
-        temporary.write_text(json.dumps({"sha256": remembered_hash(source)}, indent=1) + "\n")
+        temporary.write_text(json.dumps({"sha256": sha256, "base": base_revision(source, sha256)}, indent=1) + "\n")
 
 
 def holds(checkpoint: Path, source: Path) -> bool:

@@ -29,6 +29,7 @@ from conversion.certificates.certificate_json import CERTIFICATE, read_certifica
 from conversion.identity import model_sha256
 from evaluation.comparison import accuracy
 from evaluation.result_file import Result, results_in
+from nano3.arch import is_nemo_checkpoint
 from nano3.checkpoints.base_identity import FILE as BASE_FILE
 from nano3.checkpoints.base_identity import read_base
 from nano3.documents import Count, Sha256, Text, read_json
@@ -123,7 +124,8 @@ def _training(folder: Path) -> Iterator[Link]:
     if not (base / BASE_FILE).exists():
         yield Link("source", base, expected or "", "base of the adapter", "it is not there any more")
     else:
-        found = model_sha256(base)
+        # Of a run with lora.base=nf4 there is no copy: base.json says which weights MODEL had.
+        found = model_sha256(base if is_nemo_checkpoint(base) else Path(recorded.get("model", "")))
         problem = "" if expected in (None, found) else f"the adapter was trained on {str(expected)[:16]}"
         yield Link("source", base, found, f"base of the adapter, {_revision(base)}", problem)
     yield _store(Path(recorded.get("data", "")))

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from finetune.recipe_file import Recipe
 from launch.plan.layout import Layout
 from launch.plan.plan_settings import CheckpointPlan, TrainPlan
+from nano3.arch import is_nemo_checkpoint
 from nano3.cli import UserError
 from nano3.documents import Name, Positive, Sha256, Text, parse_json
 from nano3.overrides import apply_values, flatten, nested_keys
@@ -217,8 +218,8 @@ class Run:
 
     @property
     def weights(self) -> str:
-        """Where the base's tensors are read with `nf4`: a base of its own is the model's folder, and no copy of it."""
-        return self.model if self.own_base else self.base
+        """Where the base's tensors are read with `nf4`: in a checkpoint that was given or imported, else in MODEL."""
+        return self.base if is_nemo_checkpoint(Path(self.base)) else self.model
 
     @property
     def bf16(self) -> bool:

@@ -184,6 +184,7 @@ def verdict(request: Request, memory: MemoryPlan, speed: Estimate, packs: int | 
         memory.table(gpu),
         f"  tightest: stage {tightest.stage}, most of it {tightest.largest()}" + _imbalance(memory, gpu),
         f"  estimate: {speed.tokens_per_second:,.0f} tokens/s/GPU, {speed.seconds:.1f} s a step ({speed.shares()});",
+        *(["  the estimate is of a base in 16 bits: how long dequantizing takes was not measured"] if plan.nf4 else []),
         f"  {_length(plan, speed, packs, request.ranks)}Published rows are met within a third (--errors); 'host' is "
         "what longer packs win back",
     ]

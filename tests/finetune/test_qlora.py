@@ -15,6 +15,7 @@ from conversion.checkpoint.model_folder import HFFolder
 from conversion.identity import remembered_hash
 from conversion.merge_lora import merge
 from data_prep.packing import build_packs
+from evaluation.lineage import lineage, parts_of
 from finetune.checks import check_run
 from finetune.recipe_file import keep, recipe_of
 from finetune.run_local import import_base, last_checkpoint, write_run
@@ -90,6 +91,20 @@ def test_no_copy_of_the_base_is_written(trained):
     losses = [row["loss"] for row in metrics(trained)]
     assert len(losses) == 4
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.full
+def test_the_report_knows_whose_weights_they_are(trained):
+    links = {link.name: link for link in lineage(parts_of(trained))}
+    assert {name: link.problem for name, link in links.items()} == {"source": "", "store": "", "adapter": ""}
+    assert links["source"].sha256 == remembered_hash(PICO)
+
+
+@pytest.mark.full
+def test_an_evaluation_reads_the_same_weights(trained):
+    """Its own folder is OUT/evaluation, and OUT/base is still no checkpoint."""
+    run = Run.from_json((trained / "run.json").read_text())
+    assert run.weights == replace(run, out=str(trained / "evaluation")).weights == str(PICO)
 
 
 @pytest.mark.full
