@@ -45,7 +45,7 @@ SHORTEST = 2
 
 @dataclass(frozen=True)
 class Pair:
-    """Two results on the same questions; `name` is what the questions are called."""
+    """Two results on the same questions; `name` says which: the second's file, and for FP8 both."""
 
     name: str
     before: Result
@@ -53,7 +53,8 @@ class Pair:
 
 
 def pairs_of(results: Mapping[Path, Result], before: Path | None, after: Path | None) -> list[Pair]:
-    """Results that answer the same questions, base first. Raises `UserError` for two that were named and do not."""
+    """Results that answer the same questions: base and tuned, then tuned and FP8. Raises `UserError` for two that were
+    named and do not."""
     if before and after:
         chosen = read_result(before), read_result(after)
         check_comparable({"before": chosen[0], "after": chosen[1]})
@@ -61,14 +62,22 @@ def pairs_of(results: Mapping[Path, Result], before: Path | None, after: Path | 
     groups: dict[tuple[str, ...], list[tuple[Path, Result]]] = {}
     for path, result in results.items():
         groups.setdefault(tuple(sorted(row["id"] for row in result["answers"])), []).append((path, result))
-    found = []
+    gains, costs = [], []
     for group in groups.values():
         base = [one for one in group if "base" in one[0].stem]
-        tuned = [one for one in group if "base" not in one[0].stem]
+        fp8 = [one for one in group if "fp8" in one[0].stem]
+        tuned = [one for one in group if one not in base and one not in fp8]
         tuned.sort(key=lambda one: one[0].stem not in ("scores", "scores-merged") and "tuned" not in one[0].stem)
-        if base and tuned and _comparable(base[0][1], tuned[0][1]):
-            found.append(Pair(tuned[0][0].stem, base[0][1], tuned[0][1]))
-    return sorted(found, key=lambda pair: -pair.after["n"])
+        gains += _pair(base, tuned, "{1}")
+        costs += _pair(tuned, fp8, "{0} to {1}")
+    return [*sorted(gains, key=lambda pair: -pair.after["n"]), *costs]
+
+
+def _pair(before: Sequence[tuple[Path, Result]], after: Sequence[tuple[Path, Result]], name: str) -> list[Pair]:
+    """The first of both, where they compare."""
+    if not before or not after or not _comparable(before[0][1], after[0][1]):
+        return []
+    return [Pair(name.format(before[0][0].stem, after[0][0].stem), before[0][1], after[0][1])]
 
 
 def _comparable(before: Result, after: Result) -> bool:

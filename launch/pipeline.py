@@ -1,10 +1,10 @@
-"""From questions to a merged model, scored, and its FP8 checkpoint, checked and not scored; here or on Slurm.
+"""From questions to a merged model and its FP8 checkpoint, both scored beside the base; here or on Slurm.
 
     python launch/pipeline.py run --model FOLDER --input TRAIN.jsonl --questions HELD.jsonl --out OUT --nodes 2
     python launch/pipeline.py run --model pico ... --out OUT --local --ranks 2 layout.ep=2 train.steps=200
     python launch/pipeline.py status OUT
 
-The stages are prepare, import, train, merge, quantize, evaluate; README.md has how to score the FP8 checkpoint as well.
+The stages are prepare, import, train, merge, quantize, evaluate.
 A dense model of the family has no quantize: no FP8 selection of it is known.
 On Slurm every stage is a job that waits for the one before (afterok), on CPU nodes where no GPU is needed; the site is
 in cluster.yaml. Key=value are the recipe's. The same command again resumes: finished stages are not repeated, a
@@ -38,7 +38,7 @@ from launch.chain.stages import NAMES, RECIPE, TRAIN, Chain, Stage, model_folder
 from launch.local import run_child
 from launch.plan.hardware import GIB
 from launch.plan.mounts import parse_mount
-from launch.plan.plan_export import plan_export
+from launch.plan.plan_export import model_bytes, plan_export
 from launch.plan.preflight_checks import unmounted
 from launch.slurm.cluster import Cluster
 from launch.slurm.job_queue import cancel, queue
@@ -135,6 +135,8 @@ def check_room(chain: Chain, stages: tuple[Stage, ...]) -> None:
     """Raises `UserError` where the disk has no room for these stages' large outputs; training looks for its own."""
     plans = [plan for plan in plan_export(Arch.load(chain.model)) if plan.name in {stage.name for stage in stages}]
     need = sum(max(plan.disk, plan.scratch) for plan in plans)  # what is there for a while goes before the output comes
+    if chain.quantizes and stages and stages[-1].name == NAMES[-1]:
+        need += model_bytes(Arch.load(chain.model))  # evaluation reads the FP8 folder as the values that it stands for
     _, free = free_disk(chain.out)
     if need > free:
         raise UserError(

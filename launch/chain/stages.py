@@ -101,6 +101,7 @@ class Chain:
         config = self.model / "config.json"
         own = () if self.script == RECIPE else (Path(self.script),)
         merged, scored = str(out / "merged"), out / "scores.json"
+        fp8 = (self._score(str(out / "fp8"), out / "scores-fp8.json"),) if self.quantizes else ()
         return (
             Stage("prepare", self._prepare(), out / "data", (*self.inputs, self.questions)),
             Stage(
@@ -121,7 +122,7 @@ class Chain:
             *((self._quantize(merged),) if self.quantizes else ()),
             Stage(
                 "evaluate",
-                (self._score(model, out / "scores-base.json"), self._score(merged, scored)),
+                (self._score(model, out / "scores-base.json"), self._score(merged, scored), *fp8),
                 scored,
                 gpu=True,
             ),

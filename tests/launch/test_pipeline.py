@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.packing import build_packs
+from evaluation.lineage import lineage, parts_of
+from evaluation.report import report
 from launch import pipeline
 from launch.chain.records import Records
 from launch.chain.stages import NAMES, Chain, Stage
@@ -362,6 +364,16 @@ def test_the_whole_chain_on_pico_and_on_from_where_it_failed(tmp_path):
     assert "train     finished before" in done.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert (out / "fp8" / "hf_quant_config.json").is_file()
-    assert json.loads((out / "scores.json").read_text())["n"] == 12
+    scores = {name: json.loads((out / f"{name}.json").read_text()) for name in ("scores", "scores-base", "scores-fp8")}
+    assert [(one["n"], one["settings"]["fp8_activations"]) for one in scores.values()] == [
+        (12, False),
+        (12, False),
+        (12, True),
+    ]
+    links = {link.path.name: link for link in lineage(parts_of(out))}
+    assert [link.problem for link in links.values()] == [""] * 8
+    assert links["scores-fp8.json"].says.endswith("questions right, of fp8")
+    assert links["fp8"].sha256 == scores["scores-fp8"]["model_sha256"]
+    assert "What changed: scores to scores-fp8" in report(out).read_text()
     look = script("status", str(out)).stdout.splitlines()
     assert [line.split()[:2] for line in look] == [[name, "finished"] for name in NAMES]
