@@ -11,11 +11,16 @@ Series = Sequence[tuple[float, float]]
 WIDTH = 560
 """Units of a chart: as many pixels on a desk, and two thirds of that on a telephone, where text must stay legible."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 14, 40
-_BAR, _GAP, _LABEL, _VALUE = 22, 16, 96, 178
+_BAR, _GAP, _LABEL, _VALUE = 22, 16, 96, 200
+_LETTER, _KEY = 9, 20
+"""Units of a letter of a bar's name, and of a row of a legend."""
+_LONGEST = 24
+"""Letters of a name that are shown."""
 
 
 def line_chart(series: Mapping[str, Series], x_label: str, y_label: str, height: int = 280) -> str:
-    """Lines over a shared pair of axes. `series` maps a name to its (x, y) points, drawn in the order given."""
+    """Lines over a shared pair of axes, with their names below where there are several. `series` maps a name to its
+    (x, y) points, drawn in the order given."""
     points = [point for line in series.values() for point in line if math.isfinite(point[1])]
     if not points:
         return "<p class='empty'>no points recorded</p>"
@@ -28,7 +33,8 @@ def line_chart(series: Mapping[str, Series], x_label: str, y_label: str, height:
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return _LEFT + across * plot_width, _TOP + (1 - up) * plot_height
 
-    parts = [_open(WIDTH, height, f"{y_label} over {x_label}")]
+    legend = _KEY * -(-len(series) // 2) if len(series) > 1 else 0
+    parts = [_open(WIDTH, height + legend, f"{y_label} over {x_label}")]
     for tick in y_ticks:
         _, y = place(x_ticks[0], tick)
         parts.append(f"<line class='grid' x1='{_LEFT}' x2='{WIDTH - _RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>")
@@ -40,28 +46,32 @@ def line_chart(series: Mapping[str, Series], x_label: str, y_label: str, height:
     for number, (name, line) in enumerate(series.items()):
         parts.append(_line(name, [place(x, y) for x, y in line if math.isfinite(y)], number))
         if len(series) > 1:
-            parts.append(_legend(name, WIDTH - _RIGHT - 190, _TOP + 12 + 20 * number, number))
+            column, row = number % 2, number // 2
+            parts.append(_legend(_short(name), _LEFT + column * plot_width / 2, height + 14 + _KEY * row, number))
     return "\n".join([*parts, "</svg>"])
 
 
 def bar_chart(bars: Mapping[str, tuple[float, tuple[float, float] | None]], label: str) -> str:
     """Horizontal bars from 0 to 100 %. `bars` maps a name to its share and, where known, its interval (a whisker)."""
     height = len(bars) * (_BAR + _GAP) + 22
-    span = WIDTH - _LABEL - _VALUE
+    left = max(_LABEL, max((len(_short(name)) for name in bars), default=0) * _LETTER + 12)
+    span = WIDTH - left - _VALUE
     parts = [_open(WIDTH, height, label)]
     for percent in range(0, 101, 25):
-        x = _LABEL + span * percent / 100
+        x = left + span * percent / 100
         parts.append(f"<line class='grid' x1='{x:.1f}' x2='{x:.1f}' y1='0' y2='{height - 20}'/>")
         parts.append(f"<text class='tick' x='{x:.1f}' y='{height - 5}' text-anchor='middle'>{percent}%</text>")
     for number, (name, (share, interval)) in enumerate(bars.items()):
         top = number * (_BAR + _GAP) + _GAP / 2
         middle = top + _BAR / 2
-        parts.append(f"<text class='name' x='{_LABEL - 12}' y='{middle + 5}' text-anchor='end'>{escape(name)}</text>")
+        parts.append(
+            f"<text class='name' x='{left - 12}' y='{middle + 5}' text-anchor='end'>{escape(_short(name))}</text>"
+        )
         width = f"{span * share:.1f}"
-        parts.append(f"<rect class='bar s{number % 4}' x='{_LABEL}' y='{top}' width='{width}' height='{_BAR}' rx='3'/>")
+        parts.append(f"<rect class='bar s{number % 4}' x='{left}' y='{top}' width='{width}' height='{_BAR}' rx='3'/>")
         note = ""
         if interval:
-            low, high = (_LABEL + span * side for side in interval)
+            low, high = (left + span * side for side in interval)
             parts.append(
                 f"<path class='whisker' d='M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 5}v10M{high:.1f} "
                 f"{middle - 5}v10'/>"
@@ -88,6 +98,11 @@ def stage_bar(seconds: Mapping[str, float]) -> str:
         parts.append(_legend(text, column * WIDTH / 2, 48 + 24 * row, number % 8))
         x += width
     return "\n".join([*parts, "</svg>"])
+
+
+def _short(name: str) -> str:
+    """A name as a chart shows it: its end, which tells names apart, where it is long."""
+    return name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}"
 
 
 def _open(width: int, height: int, label: str) -> str:

@@ -222,6 +222,6 @@ def enough(pair: Paired, wanted: float) -> str:
     need = questions_needed(wanted, min(1.0, differ))
     verdict = "enough" if pair.n >= need else "too few"
     return (
-        f"{pair.n} questions are {verdict} for a gain of {100 * wanted:.1f} points: {need} find it four times in five, "
-        f"where {100 * differ:.0f} % of the answers differ"
+        f"{pair.n:,} questions are {verdict} for a gain of {100 * wanted:.1f} points: {need:,} find it four times in "
+        f"five, where {100 * differ:.0f} % of the answers differ"
     )

@@ -24,7 +24,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,9 +191,14 @@ def evaluate_model(
     thinking: bool = False,
     progress: bool = True,
     prepare: Callable[[Any], None] | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Greedy answers of the model in `folder` to questions of one's own, exact match; see `HFModel` and `evaluate`."""
+    """Greedy answers of the model in `folder` to questions of one's own, exact match; see `HFModel` and `evaluate`.
+
+    `identity` is what the result says of the model's files (`models.identity_of`).
+    """
     model = HFModel(folder, batch_size, thinking, progress=progress, prepare=prepare)
+    model.identity = dict(identity or {})
     return evaluate(model, load_task("own"), questions, "generate", max_new_tokens, thinking=thinking)
 
 

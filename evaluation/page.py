@@ -57,4 +57,6 @@ def points(share: float) -> str:
 
 def signed(share: float) -> str:
     """The same, green for a gain and red for a loss."""
+    if not round(1000 * share):
+        return points(0.0)
     return f"<span class='{'bad' if share < 0 else 'good'}'>{points(share)}</span>"

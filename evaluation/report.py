@@ -69,6 +69,7 @@ def pairs_of(results: Mapping[Path, Result], before: Path | None, after: Path | 
         tuned = [one for one in group if one not in base and one not in fp8]
         tuned.sort(key=lambda one: one[0].stem not in ("scores", "scores-merged") and "tuned" not in one[0].stem)
         gains += _pair(base, tuned, "{1}")
+        tuned.sort(key=lambda one: "merged" not in one[0].stem)  # what FP8 was made from
         costs += _pair(tuned, fp8, "{0} to {1}")
     return [*sorted(gains, key=lambda pair: -pair.after["n"]), *costs]
 
@@ -152,7 +153,7 @@ def _gain(pair: Pair) -> str:
     }
     if split := split_gain(pair.before, pair.after):
         facts["of the gain"] = f"{points(split['knowledge'])} knowledge (by letter), {points(split['format'])} format"
-    key = "subject" if any(row.get("subject") for row in pair.before["answers"]) else "source"
+    key = _key(pair)
     lines = by_groups(pair.before, pair.after, key)
     rows = [
         [
@@ -171,6 +172,11 @@ def _gain(pair: Pair) -> str:
     return facts_table(facts) + (f"<h3>By {key}</h3>{groups}{marked}" if len(lines) > 1 else "")
 
 
+def _key(pair: Pair) -> str:
+    """What the questions are grouped by."""
+    return "subject" if any(row.get("subject") for row in pair.before["answers"]) else "source"
+
+
 def _share(group: Any) -> str:
     low, high = group.interval
     return f"{group.accuracy:.1%} <span class='fine'>{low:.0%}–{high:.0%}</span>"
@@ -186,7 +192,7 @@ def _errors(pair: Pair) -> str:
     both = {"before": outcomes(pair.before["answers"]), "after": outcomes(pair.after["answers"])}
     meanings = "; ".join(f"{name}: {OUTCOMES[name]}" for name in names)
     parts = [table(("", *names), rows(both)), f"<p class='fine'>{escape(meanings)}.</p>"]
-    parts += ["<h3>After, by subject</h3>", table(("", *names), rows(by_subject(pair.after["answers"])))]
+    parts += [f"<h3>After, by {_key(pair)}</h3>", table(("", *names), rows(by_subject(pair.after["answers"])))]
     parts += [
         "<h3>After, by length of the question</h3>",
         table(("characters", *names), rows(by_length(pair.after["answers"]))),
@@ -219,9 +225,9 @@ CHARTS = (
     ("Loss", "loss", ("loss", "validation_loss")),
     ("Learning rate", "learning rate", ("lr",)),
     ("Gradient norm", "norm", ("grad_norm",)),
-    ("Speed", "tokens/s", ("tokens_per_second",)),
-    ("Memory", "10^9 bytes", ("memory_gb",)),
-    ("Uneven experts", "max over mean", ("expert_imbalance",)),
+    ("Speed, tokens/s", "tokens/s", ("tokens_per_second",)),
+    ("Memory, 10⁹ bytes", "10^9 bytes", ("memory_gb",)),
+    ("Uneven experts, most tokens over mean", "max over mean", ("expert_imbalance",)),
 )
 """Title, axis and metrics of each chart."""
 
@@ -233,7 +239,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
     chosen = [*CHARTS[:1], *([("Loss by source", "loss", tuple(sources[:8]))] if len(sources) > 1 else []), *CHARTS[1:]]
     for title, axis, names in chosen:
         curves = {name: _points(rows, name) for name in names}
-        curves = {name: curve for name, curve in curves.items() if len(curve) >= SHORTEST}
+        curves = {name.removeprefix("loss/"): curve for name, curve in curves.items() if len(curve) >= SHORTEST}
         if curves:
             figures.append(f"<figure><figcaption>{title}</figcaption>{line_chart(curves, 'step', axis, 240)}</figure>")
     return f"<div class='charts'>{''.join(figures)}</div>" if figures else ""
@@ -288,7 +294,7 @@ def _lineage(links: Sequence[Link]) -> str:
     rows = [
         [
             escape(link.name),
-            f"<code>{escape(link.sha256[:16]) or '—'}</code>",
+            f"<code class='hash'>{escape(link.sha256[:12]) or '—'}</code>",
             escape(link.says),
             f"<span class='bad'>{escape(link.problem)}</span>" if link.problem else "<span class='good'>holds</span>",
         ]

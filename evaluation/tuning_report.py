@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.charts import Series, bar_chart, line_chart, stage_bar
-from evaluation.page import facts_table, page, points, section
+from evaluation.page import facts_table, page, points, section, signed, table
 from nano3.cli import fresh_file
 
 REQUIRED = (
@@ -170,15 +170,17 @@ def _examples(examples: Examples) -> str:
 
 def _forgetting(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     models = [model for model in MODELS if all(model in task for task in tasks.values())]
-    rows = []
-    for name, task in tasks.items():
-        change = task[models[-1]] - task[models[0]]
-        cells = [f"<td>{task[model]:.1%}</td>" for model in models]
-        cells += [f"<td class='{'bad' if change < 0 else 'good'}'>{points(change)}</td>", f"<td>{task['n']:,}</td>"]
-        rows.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
-    names = "".join(f"<th>{MODELS[model]}</th>" for model in models)
-    head = f"<tr><th>task of the pretraining</th>{names}<th>points, first to last</th><th>questions</th></tr>"
-    return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+    rows = [
+        [
+            escape(name),
+            *(f"{task[model]:.1%}" for model in models),
+            signed(task[models[-1]] - task[models[0]]),
+            f"{task['n']:,}",
+        ]
+        for name, task in tasks.items()
+    ]
+    names = [MODELS[model] for model in models]
+    return table(("task of the pretraining", *names, "points, first to last", "questions"), rows)
 
 
 def _facts(report: Mapping[str, Any]) -> str:

@@ -113,6 +113,7 @@ def score(out: Path, base: Path, adapter: Path, merged: Path) -> tuple[dict[str,
     from conversion.adapters.unmerged import with_adapter
     from evaluation.evaluate import evaluate_model
     from evaluation.judging.questions import load_questions
+    from evaluation.models import identity_of
     from evaluation.result_file import write_result
 
     models = {"base": base, "tuned": base, "merged": merged, "fp8": out / "fp8-plain"}
@@ -120,8 +121,10 @@ def score(out: Path, base: Path, adapter: Path, merged: Path) -> tuple[dict[str,
     old: dict[str, Any] = {}
     for name, folder in models.items():
         prepare = with_adapter(adapter, base) if name == "tuned" else None
+        identity = identity_of(out / "fp8" if name == "fp8" else folder, adapter if prepare else None)
         for questions in ("held_out", "old_tasks"):
-            result = evaluate_model(folder, load_questions(out / f"{questions}.jsonl"), prepare=prepare)
+            asked = load_questions(out / f"{questions}.jsonl")
+            result = evaluate_model(folder, asked, prepare=prepare, identity=identity)
             write_result(result, out / f"{name}_{questions}.json")
             if questions == "held_out":
                 results[name] = result

@@ -81,6 +81,20 @@ def test_every_bar_has_a_colour():
     assert set(bars) == styled
 
 
+def test_names_stand_whole_beside_their_bars_and_below_their_lines():
+    """A long name ends short of the bars and begins inside the chart; a legend is below the axis, each key its own."""
+    svg = bar_chart({"base_held_out": (0.5, None), "a" * 40: (0.5, None)}, "shares")
+    left = float(re.search(r"<rect class='bar s0' x='([\d.]+)'", svg)[1])
+    names = re.findall(r"<text class='name' x='([\d.]+)'[^>]*>([^<]*)<", svg)
+    assert [text for _, text in names] == ["base_held_out", "…" + "a" * 23]
+    assert all(float(x) - charts._LETTER * len(text) >= 0 and float(x) < left for x, text in names)
+    svg = line_chart({name: [(1, 0.0), (2, 1.0)] for name in "abc"}, "step", "loss", 240)
+    keys = re.findall(r"<rect class='key s\d' x='([\d.]+)' y='([\d.]+)'", svg)
+    assert len(set(keys)) == 3
+    assert all(240 <= float(y) < 280 for _, y in keys)
+    assert "viewBox='0 0 560 280'" in svg
+
+
 @pytest.mark.parametrize("field", REQUIRED)
 def test_a_report_without_a_required_field_is_an_error(tmp_path, field):
     with pytest.raises(ValueError, match=f"lacks {field}"):

@@ -281,8 +281,8 @@ def test_the_published_medical_table_rebuilds_from_its_counts():
 
 def test_enough_questions_or_too_few():
     pair = paired(medical(1), medical(2))
-    assert "4183 questions are enough for a gain of 5.0 points" in enough(pair, 0.05)
-    assert "4183 questions are too few for a gain of 0.5 points" in enough(pair, 0.005)
+    assert "4,183 questions are enough for a gain of 5.0 points" in enough(pair, 0.05)
+    assert "4,183 questions are too few for a gain of 0.5 points" in enough(pair, 0.005)
 
 
 def answered(verdicts: dict[str, tuple[bool, bool]], **hashes: str) -> dict:
