@@ -73,10 +73,10 @@ def validation_plan(packs: int, ranks: int, most: int) -> tuple[int, int]:
     return steps, -(-per_rank // steps)
 
 
-def logged_sources(packs: Sequence[PackedDataset]) -> tuple[list[str], np.ndarray]:
+def logged_sources(packs: Sequence[PackedDataset], most: int = LOGGED_SOURCES) -> tuple[list[str], np.ndarray]:
     """Names for the logs, and the place among them of every source number, counted through the stores of all `packs`.
 
-    Sources of one name are one. The last entry is padding's, -1.
+    Sources of one name are one. Of more than `most` the smallest share the last name. The last entry is padding's, -1.
     """
     names = [name for one in packs for name in one.store.source_names]
     counts: dict[str, int] = {}
@@ -84,8 +84,8 @@ def logged_sources(packs: Sequence[PackedDataset]) -> tuple[list[str], np.ndarra
         for name, facts in one.store.manifest["sources"].items():
             counts[name] = counts.get(name, 0) + facts["supervised_tokens"]
     kept = list(counts)
-    if len(kept) > LOGGED_SOURCES:
+    if len(kept) > most:
         largest = sorted(counts, key=lambda name: counts[name], reverse=True)
-        kept = [*largest[: LOGGED_SOURCES - 1], OTHER_SOURCES]
+        kept = [*largest[: most - 1], OTHER_SOURCES]
     place = {name: number for number, name in enumerate(kept)}
     return kept, np.array([*(place.get(name, len(kept) - 1) for name in names), -1], dtype=np.int32)

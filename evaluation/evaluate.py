@@ -4,8 +4,10 @@
     python evaluation/evaluate.py MODEL --task medmcqa --out result.json                  # a public task
     python evaluation/evaluate.py BASE --adapter runs/lora/adapter --task gsm8k --out result.json
     python evaluation/evaluate.py http://localhost:8000 --task gsm8k --out result.json    # a server
+    python evaluation/evaluate.py runs/base --ranks "--local --ranks 2 layout.ep=2" --task medmcqa --out result.json
 
-MODEL is a Hugging Face folder (an FP8 one too), a preset, or the address of an OpenAI-compatible server. Two results
+MODEL is a Hugging Face folder (an FP8 one too), a preset, a NeMo checkpoint (letters, on ranks), or the address of an
+OpenAI-compatible server. Two results
 are put side by side by evaluation/compare.py, and shown by evaluation/report.py.
 """
 
@@ -22,6 +24,7 @@ except ModuleNotFoundError as missing:
 import argparse
 import json
 import math
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,17 +32,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conversion.checkpoint.model_folder import named_model
 from evaluation.bias import bias, turns_of
 from evaluation.comparison import accuracy, interval, share
 from evaluation.generation import GREEDY, Sampling
 from evaluation.judging.extraction import after_thinking
 from evaluation.judging.judges import OUTCOMES, RIGHT, UNFINISHED, WRONG, Verdict
 from evaluation.judging.questions import Question, load_questions, questions_sha256
-from evaluation.models import HFModel, Model, Written, beside, identity_of, plain_folder, sha256_of
+from evaluation.models import HFModel, Model, Written, beside, identity_of, plain_folder
+from evaluation.prompts import sha256_of
 from evaluation.result_file import KIND, check_result_file, write_result
 from evaluation.significance import by_group
 from evaluation.tasks import Task, load_task, names
-from nano3.arch import resolve_model
+from nano3.arch import is_nemo_checkpoint
 from nano3.hf_config import read_config
 from nano3.row_keys import LETTERS
 
@@ -233,6 +238,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plain", action="store_true", help="prompts without chat format, as base models are asked")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="questions at a time (default: 128)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads; 1 is best for small models")
+    parser.add_argument(
+        "--ranks", metavar="FLAGS", help='letters on ranks of the recipe, by its flags: "--local --ranks 2 layout.ep=2"'
+    )
     parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at a time, of a server")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds for one answer of a server")
     parser.add_argument("--served-model", metavar="NAME", help="name of the model at a server that has several")
@@ -263,11 +271,30 @@ def _completion(args: argparse.Namespace, task: Task) -> Callable[[Question], st
     return task.completion if args.plain else None
 
 
-def _local_model(args: argparse.Namespace, task: Task, stack: ExitStack) -> Model:
-    folder = resolve_model(args.model)
-    read_config(folder)
+def _folder(args: argparse.Namespace) -> Path:
+    """Where the model is. Raises `UserError` for what is no model, or cannot be asked so."""
+    folder = named_model(args.model)
+    if is_nemo_checkpoint(folder) and args.ranks is None:
+        raise UserError(f"{folder} is a NeMo checkpoint; give --ranks, or export it with conversion/nemo_to_hf.py")
+    if not is_nemo_checkpoint(folder):
+        read_config(folder)
     if args.adapter is not None and not args.adapter.is_dir():
         raise UserError(f"--adapter {args.adapter} is no folder; give OUT/adapter of a run, or a PEFT adapter")
+    return folder
+
+
+def _on_ranks(args: argparse.Namespace, task: Task) -> Model:
+    from evaluation.ranks import RankModel, by_recipe
+
+    folder, name = _folder(args), f"{args.model} + {args.adapter}" if args.adapter else args.model
+    run = by_recipe(folder, args.adapter, shlex.split(args.ranks))
+    model = RankModel(folder, args.out.parent, run, _completion(args, task), name)
+    model.identity = identity_of(folder, args.adapter)
+    return model
+
+
+def _local_model(args: argparse.Namespace, task: Task, stack: ExitStack) -> Model:
+    folder = _folder(args)
     plain = stack.enter_context(plain_folder(folder, args.out.parent))
     name = f"{args.model} + {args.adapter}" if args.adapter else args.model
     prepare = beside(args.adapter, plain)
@@ -281,8 +308,8 @@ def _local_model(args: argparse.Namespace, task: Task, stack: ExitStack) -> Mode
 def _server(args: argparse.Namespace) -> ServerModel:
     from evaluation.server import ServerModel
 
-    if args.adapter or args.plain:
-        raise UserError("--adapter and --plain are for folders: a server has its own adapters and chat format")
+    if args.adapter or args.plain or args.ranks:
+        raise UserError("--adapter, --plain and --ranks are for folders: a server has its own adapters and chat format")
     answers = args.out.with_name(args.out.name + ".answers.jsonl")
     return ServerModel(args.model, args.served_model, answers, args.timeout, args.concurrency, args.thinking)
 
@@ -294,7 +321,7 @@ def main() -> int:
     sampling.check()
     remote = args.model.startswith(("http://", "https://"))
     if not remote:
-        read_config(resolve_model(args.model))
+        _folder(args)
     task = load_task(args.task)
     questions = _questions(args, task)
     if args.bias:
@@ -303,7 +330,7 @@ def main() -> int:
     started = time.monotonic()
     with ExitStack() as stack:
         server = _server(args) if remote else None
-        model = server or _local_model(args, task, stack)
+        model = server or (_on_ranks(args, task) if args.ranks is not None else _local_model(args, task, stack))
         result = evaluate(model, task, questions, args.method, args.max_new_tokens, sampling, args.thinking)
         if args.bias:
             result["bias"] = bias(model, questions)

@@ -1,12 +1,11 @@
 """What is evaluated: one way to ask, whatever holds the weights.
 
 A `Model` answers questions and, where it can, scores letters. `HFModel` is a folder in plain transformers; the model
-behind an OpenAI-compatible server is in `evaluation/server.py`.
+behind an OpenAI-compatible server is in `evaluation/server.py`, one on ranks in `evaluation/ranks.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 from evaluation.generation import Sampling
 from evaluation.judging.extraction import THINK_END
 from evaluation.judging.questions import Question
+from evaluation.prompts import Prompts
 from nano3.hf_config import FP8_ACTIVATIONS, read_config
 from nano3.row_keys import LETTERS
 
@@ -54,15 +54,6 @@ class Model(Protocol):
         """What else the result says of it."""
 
 
-def sha256_of(*texts: str) -> str:
-    """One hash over texts, their borders included."""
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode()
-        digest.update(f"{len(data)}:".encode() + data)
-    return digest.hexdigest()
-
-
 class HFModel:
     """A Hugging Face folder in plain transformers, FP32 on the CPU and BF16 on a GPU.
 
@@ -93,7 +84,6 @@ class HFModel:
         import torch
         from transformers.utils import logging
 
-        from evaluation.generation import load_tokenizer
         from evaluation.hf_model import load_reference
 
         logging.set_verbosity_error()
@@ -101,32 +91,20 @@ class HFModel:
         torch.set_num_threads(threads)
         self.folder, self.name = Path(folder), name or str(folder)
         self.identity: dict[str, str] = {}
-        self.batch_size, self.thinking, self.completion, self.progress = batch_size, thinking, completion, progress
+        self.batch_size, self.progress = batch_size, progress
         self.device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         self.dtype = str(dtype)
-        self.tokenizer = load_tokenizer(str(folder))
+        self.prompts = Prompts(folder, thinking, completion)
+        self.tokenizer = self.prompts.tokenizer
         self.model = load_reference(folder, dtype).to(self.device)
         if prepare is not None:
             prepare(self.model)
-        self._prompts: list[str] = []
-
-    def _encoded(self, questions: Sequence[Question], thinking: bool) -> list[list[int]]:
-        from evaluation.generation import encode_prompts
-
-        if self.completion is not None:
-            texts = [self.completion(question) for question in questions]
-            prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        else:
-            asked, tools = [question.messages for question in questions], [question.tools for question in questions]
-            prompts = encode_prompts(self.tokenizer, asked, thinking, tools)
-        self._prompts.append(sha256_of(*(" ".join(map(str, prompt)) for prompt in prompts)))
-        return prompts
 
     def answers(self, questions: Sequence[Question], limit: int, sampling: Sampling) -> list[list[Written]]:
         """As `Model.answers`."""
         from evaluation.generation import write_answers
 
-        prompts = self._encoded(questions, self.thinking)
+        prompts = self.prompts.encoded(questions, self.prompts.thinking)
         found = write_answers(self.model, prompts, limit, self.batch_size, self.progress, sampling)
         return [[self._written(answer.tokens, answer.finished) for answer in several] for several in found]
 
@@ -136,51 +114,41 @@ class HFModel:
         from evaluation.generation import write_answers
 
         heads = self.tokenizer(list(begun), add_special_tokens=False)["input_ids"] if begun else []
-        prompts = [prompt + head for prompt, head in zip(self._encoded(questions, thinking=True), heads, strict=True)]
+        prompts = [prompt + head for prompt, head in zip(self.prompts.encoded(questions, True), heads, strict=True)]
         found = write_answers(self.model, prompts, limit, self.batch_size, self.progress)
         texts = (self.tokenizer.decode(answer.tokens, skip_special_tokens=True) for (answer,) in found)
         return [head + text for head, text in zip(begun, texts, strict=True)]
 
     def _written(self, tokens: Sequence[int], finished: bool) -> Written:
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        if self.completion is None:
-            return Written(text, finished and (not self.thinking or THINK_END in text), len(tokens))
+        if self.prompts.completion is None:
+            return Written(text, finished and (not self.prompts.thinking or THINK_END in text), len(tokens))
         head, end, _ = text.partition("\n\n")
         return Written(head, finished or bool(end), len(tokens))
 
     def letters(self, questions: Sequence[Question]) -> list[list[float]]:
-        """As `Model.letters`. In chat format the letter begins the answer, without reasoning before it."""
-        from evaluation.letters import continuation_logprobs, encode_pair
+        """As `Model.letters`."""
+        from evaluation.letters import continuation_logprobs
 
-        prompts = self._encoded(questions, thinking=False)
-        pairs = []
-        for question, prompt in zip(questions, prompts, strict=True):
-            names = LETTERS[: len(question.choices)]
-            if self.completion is not None:
-                text = self.completion(question)
-                pairs.append([encode_pair(self.tokenizer, text, f" {name}") for name in names])
-            else:
-                own = self.tokenizer(list(names), add_special_tokens=False)["input_ids"]
-                pairs.append([(prompt, ids) for ids in own])
+        pairs = self.prompts.letter_pairs(questions)
         found = continuation_logprobs(self.model, pairs, self.batch_size, self.progress)
         return [[one.logprob for one in several] for several in found]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """As `Model.count_tokens`."""
-        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+        return self.prompts.count_tokens(texts)
 
     def hashes(self) -> dict[str, str]:
         """As `Model.hashes`."""
-        template = "no chat format" if self.completion is not None else str(self.tokenizer.chat_template)
-        return {"prompts": sha256_of(*self._prompts), "template": sha256_of(template)}
+        return self.prompts.hashes()
 
     def facts(self) -> dict[str, Any]:
         """As `Model.facts`."""
         return {
             "device": self.device,
             "dtype": self.dtype,
-            "thinking": self.thinking,
-            "chat_format": self.completion is None,
+            "thinking": self.prompts.thinking,
+            "chat_format": self.prompts.completion is None,
             "fp8_activations": (self.folder / FP8_ACTIVATIONS).exists(),
         }
 

@@ -24,7 +24,8 @@ from typing_extensions import TypedDict
 from evaluation.chat_completions import LIKELIEST, Again, Refused, likeliest, openai_messages, written
 from evaluation.generation import GREEDY, Sampling
 from evaluation.judging.questions import Question
-from evaluation.models import Written, sha256_of
+from evaluation.models import Written
+from evaluation.prompts import sha256_of
 from nano3.cli import UserError
 from nano3.documents import Finite, Name, check, json_lines, parse_json
 from nano3.network import ask, check_address, without

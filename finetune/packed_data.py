@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from nemo.lightning.data import WrappedDataLoader, add_megatron_sampler
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
-from data_prep.epochs import Once, logged_sources, validation_plan
+from data_prep.epochs import LOGGED_SOURCES, Once, logged_sources, validation_plan
 from data_prep.mixture import TrainingSamples
 from data_prep.packing import PackedDataset
 from finetune.settings import Run
@@ -83,7 +83,7 @@ class PackSampler(MegatronDataSampler):
 
 
 class PackedDataModule(pl.LightningDataModule):
-    """Packs of a token store, one to a micro batch.
+    """Packs of a token store, one to a micro batch. Where nothing is trained every source has a loss of its own.
 
     Args:
         train: the token store to train on, or a mixture's YAML file; None when there is nothing but validation.
@@ -128,7 +128,8 @@ class PackedDataModule(pl.LightningDataModule):
         if self.validation is not None:
             self._held = PackedDataset(self.validation, self.seq_length, self.pad_multiple)
             self.validation_packs = len(self._held)
-            self.validation_sources, self._held_places = logged_sources([self._held])
+            most = LOGGED_SOURCES if self.train is not None else len(self._held.store.source_names)
+            self.validation_sources, self._held_places = logged_sources([self._held], most)
 
     def documents_in_step(self, step: int) -> list[int]:
         """Tokens of each document (no padding) in the global batch of `step`, counted from 0."""
