@@ -32,7 +32,7 @@ def evaluation_run(run: Run, adapter: str | None) -> Run:
     if run.validation is None:
         raise UserError("--eval-only needs --validation STORE, a token store made by data_prep/prepare.py")
     folder = Path(adapter) if adapter else Path(run.out) / "adapter"
-    run = replace(run, eval_only=True)
+    run = replace(run, eval_only=True, data="")  # nothing trains, so no packs of it need be there
     if run.settings.train.steps is None:  # none is taken, but the configuration has a number
         train = replace(run.settings.train, steps=MOST_STEPS, epochs=None)
         run = replace(run, settings=replace(run.settings, train=train))
