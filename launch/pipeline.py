@@ -133,14 +133,15 @@ def ask_recipe(chain: Chain, site: Path | None, recipe: str) -> Chain:
 
 def check_room(chain: Chain, stages: tuple[Stage, ...]) -> None:
     """Raises `UserError` where the disk has no room for these stages' large outputs; training looks for its own."""
-    plans = [plan for plan in plan_export(Arch.load(chain.model)) if plan.name in {stage.name for stage in stages}]
-    need = sum(max(plan.disk, plan.scratch) for plan in plans)  # what is there for a while goes before the output comes
-    if chain.quantizes and stages and stages[-1].name == NAMES[-1]:
-        need += model_bytes(Arch.load(chain.model))  # evaluation reads the FP8 folder as the values that it stands for
+    arch, names = Arch.load(chain.model), {stage.name for stage in stages}
+    # What is there for a while goes before the output comes.
+    need = {plan.name: max(plan.disk, plan.scratch) for plan in plan_export(arch) if plan.name in names}
+    if chain.quantizes and NAMES[-1] in names:
+        need[NAMES[-1]] = model_bytes(arch)  # the FP8 folder as the values that it stands for, while it is scored
     _, free = free_disk(chain.out)
-    if need > free:
+    if sum(need.values()) > free:
         raise UserError(
-            f"{chain.out} needs about {need / GIB:.1f} GiB for {', '.join(plan.name for plan in plans)} and its disk "
+            f"{chain.out} needs about {sum(need.values()) / GIB:.1f} GiB for {', '.join(need)} and its disk "
             f"has {free / GIB:.1f} GiB free; free some or choose another --out"
         )
 
