@@ -18,7 +18,6 @@ from evaluation.judging.extraction import THINK_END
 from evaluation.judging.questions import Question
 from evaluation.prompts import Prompts
 from nano3.hf_config import FP8_ACTIVATIONS, read_config
-from nano3.row_keys import LETTERS
 
 
 @dataclass(frozen=True)
