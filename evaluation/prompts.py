@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.judging.extraction import LETTERS
 from evaluation.judging.questions import Question
+from nano3.row_keys import LETTERS
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context and of what follows it."""
