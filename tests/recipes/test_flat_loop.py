@@ -79,9 +79,10 @@ def test_the_losses_are_those_of_the_recipe(folder, ranks, name, world, layout):
         {"layout": Layout(pp=2)},
         {"router": "balance"},
         {"lora": LoraSettings(dora=True)},
+        {"lora": LoraSettings(base="nf4")},
         {"stages": StageSettings(weights="fixed")},
     ],
 )
 def test_what_the_flat_loop_has_not_is_refused(change):
-    with pytest.raises(UserError, match=r"only nemotron_lora\.py has pp, .*balance, .*DoRA"):
+    with pytest.raises(UserError, match=r"^pp, .*balance, .*NF4, DoRA, .* see nemotron_lora\.py"):
         flat_loop(Run("", "", "", None, "", 1, 2, True, replace(Settings(), **change)))
