@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class ChatRows(Rows):
         self.evaluation_rows = 0
 
     def _rows(self) -> Iterator[Row]:
-        rows = iter(self._opened)
+        rows = self._opened.unparsed()
         if self.form is None:
             first = next(rows)
             self.form, self.reason = self._guessed(first)
@@ -72,16 +73,22 @@ class ChatRows(Rows):
             made = self._named(self.form)
         else:
             form = self.form
-            made = (Row(self._chat(form, row), row.where) for row in rows)
+            made = (Row(partial(self._chat, form, row), row.where) for row in rows)
         yield from map(self._said, made) if self.say else made
-        if not isinstance(self.form, Source):
-            self.facts += self._opened.facts
+
+    @property
+    def facts(self) -> list[dict[str, Any]]:
+        """What was read, of a named data set or of the input."""
+        return self._facts or self._opened.facts
 
     def _said(self, row: Row) -> Row:
-        try:
-            return Row(said(row.fields, self.say), row.where)
-        except UserError as error:
-            raise UserError(f"{row.where}: {error}") from error
+        def fields() -> dict[str, Any]:
+            try:
+                return said(row.fields, self.say)
+            except UserError as error:
+                raise UserError(f"{row.where}: {error}") from error
+
+        return Row(fields, row.where)
 
     def _guessed(self, first: Row) -> tuple[Form, str]:
         """The form of the first row, and the reason."""
@@ -102,7 +109,7 @@ class ChatRows(Rows):
     def _named(self, source: Source) -> Iterator[Row]:
         """Rows of a named data set, each question once."""
         split, seen = split_of(Path(self.source).name), set()
-        for row in source.read(self.source, self.facts):
+        for row in source.read(self.source, self._facts):
             reason = source.drop(row.fields)
             if reason:
                 self.drops.add(reason, row.where, str(row.fields.get("id", "")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 EXAMPLES = 3
@@ -25,6 +26,13 @@ class Drops:
         if len(examples) < EXAMPLES:
             text = " ".join(text.split())
             examples.append({"where": where, "text": text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."})
+
+    def merge(self, facts: Iterable[Mapping[str, Any]]) -> None:
+        """Adds what `facts` of later rows says."""
+        for fact in facts:
+            self.counts[fact["reason"]] += fact["rows"]
+            examples = self._examples.setdefault(fact["reason"], [])
+            examples += fact["examples"][: EXAMPLES - len(examples)]
 
     @property
     def total(self) -> int:

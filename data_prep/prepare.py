@@ -2,14 +2,18 @@
 
     python data_prep/prepare.py --input train.jsonl --tokenizer MODEL --out runs/data/train --seq-length 4096
 
-Streams: memory does not grow with the data. The store appears whole or not at all. For another sequence length run
-data_prep/repack.py, which leaves the tokens as they are; for validation data run this again with another `--out`.
+Streams: memory does not grow with the data. The store appears whole or not at all; a killed run resumes when the same
+command is given again. For another sequence length run data_prep/repack.py, which leaves the tokens as they are; for
+validation data run this again with another `--out`.
+
+On one machine add `--workers 8`. On several give each the same command with `--shard 1/4` to `--shard 4/4`, and when
+all have ended once with `--join`. The bytes are the same in every way.
 """
 
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, check_output, fresh_output, run
+    from nano3.cli import UserError, check_output, only_writer, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -17,74 +21,26 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 import argparse
-import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from data_prep.chat import PARTS, Segment, is_empty, own_texts, render, split_turns, without_reasoning
-from data_prep.chat_rows import ChatRows, form_named
-from data_prep.forms.form import Form
-from data_prep.own_template import TemplateCheck
-from data_prep.packing import build_packs, check_settings
-from data_prep.store import StoreWriter
+from data_prep.chat import PARTS
+from data_prep.chat_rows import form_named
+from data_prep.documents import Options
+from data_prep.join import join
+from data_prep.packing import check_settings
+from data_prep.parts import SHARD_ROWS, Job, Work
+from data_prep.shards import write_parts
 from data_prep.store_view import Viewer
-from data_prep.summary import Finds, Turns, print_summary
-from data_prep.tokens import ChatTokenizer
+from data_prep.summary import print_summary
 from data_prep.xray import print_documents, some_rows
-from nano3.conversations import Conversation, Conversations
+from nano3.file_system import locked
 from nano3.pack_index import Curriculum
 from nano3.rows import open_rows
 from nano3.token_store import KIND, TokenStore, tokenizer_file
-
-BATCH = 1024
-"""Conversations encoded together: enough for the tokenizer's threads, a few megabytes of memory."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How rows become documents.
-
-    Args:
-        thinking: False leaves every `reasoning_content` out.
-        split: one document per user message where earlier turns have reasoning; else these turns are context only.
-        no_loss: `data_prep.chat.PARTS` of the turns that are context only.
-        drop_null_arguments: whether an argument that is null is left out of its call; else the call says `None`.
-        form: of the rows; None guesses it.
-        ignored: keys that are left out of every row.
-        evaluation_data: whether rows may be used whose publishers allow evaluation only. The store says so, and nothing
-            trains on it.
-        order: a row key whose number each document keeps, for packs in that order; `length` needs no keeping.
-    """
-
-    thinking: bool = True
-    split: bool = True
-    no_loss: tuple[str, ...] = ()
-    drop_null_arguments: bool = False
-    order: str | None = None
-    form: Form | None = None
-    ignored: tuple[str, ...] = ()
-    evaluation_data: bool = False
-
-    @property
-    def kept(self) -> str | None:
-        """The row key that the store keeps."""
-        return None if self.order == "length" else self.order
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document of the store before it is encoded; `turns` are the assistant's in it."""
-
-    row: Conversation
-    segments: list[Segment]
-    turns: int
 
 
 def prepare(
@@ -92,141 +48,74 @@ def prepare(
     tokenizer: Path,
     out: Path,
     seq_length: int,
-    options: Options = Options(),
+    options: Options | None = None,
+    workers: int = 1,
+    shard_rows: int = SHARD_ROWS,
     **packing: Any,
 ) -> tuple[TokenStore, dict[str, Any]]:
     """Writes the token store `out` with its pack index and returns it with the index's facts (`packs.json`).
 
     `packing` are further arguments of `data_prep.packing.build_packs`. Raises `UserError`, and leaves `out` as it was,
-    for input that cannot be used; where only the packs cannot be made, the store stays without them.
+    for input that cannot be used; where only the packs cannot be made, the store stays without them. After a kill the
+    same call resumes from the parts that are finished; so it does after Ctrl-C and after errors of the machine.
     """
-    opened = [ChatRows(source, options.form, options.ignored) for source in inputs]
-    encoder, template = ChatTokenizer(tokenizer), TemplateCheck(tokenizer)
-    turns, finds = Turns(), Finds()
-    with fresh_output(out, KIND) as temporary:
-        writer = StoreWriter(temporary, options.kept)
+    return prepare_job(
+        Job.of(inputs, tokenizer, options or Options(), shard_rows), out, workers, seq_length=seq_length, **packing
+    )
+
+
+def prepare_job(job: Job, out: Path, workers: int, **packing: Any) -> tuple[TokenStore, dict[str, Any]]:
+    """`prepare` for arguments that are a job already."""
+    _check_again(job, workers > 1, "--workers")
+    work = Work(check_output(out, KIND))
+    with only_writer(work.out):
+        work.begin(job)
         try:
-            for chat in opened:
-                with tqdm(Conversations(chat), desc=chat.name, unit="row", disable=None) as rows:
-                    _add(iter(rows), encoder, template, writer, turns, finds, options)
-                finds.take(chat)
-            if not writer.documents:
-                raise UserError(f"nothing is left to train on: all {finds.empty_rows} rows have empty answers only")
-            writer.finish(
-                encoder,
-                tokenizer_folder=str(tokenizer),
-                template=template.facts(),
-                thinking=options.thinking,
-                no_loss=list(options.no_loss),
-                turns=vars(turns),
-                finds=finds.facts(),
-                inputs=[fact for chat in opened for fact in chat.facts],
-            )
-        finally:
-            writer.close()
-    try:
-        facts = build_packs(TokenStore(out), seq_length, **packing)
-    except UserError as error:
-        raise UserError(f"{error}; the tokens stay in {out}: pack them with data_prep/repack.py") from error
-    return TokenStore(out), facts
+            write_parts(job, work, workers)
+            return join(work, **packing)
+        except UserError:
+            work.remove()
+            raise
+        except (KeyboardInterrupt, OSError):
+            print(f"finished parts stay in {work.folder}: the same command resumes from them", file=sys.stderr)
+            raise
 
 
-def _add(
-    rows: Iterator[Conversation],
-    encoder: ChatTokenizer,
-    template: TemplateCheck,
-    writer: StoreWriter,
-    turns: Turns,
-    finds: Finds,
-    options: Options,
-) -> None:
-    while batch := list(islice(rows, BATCH)):
-        documents = [document for row in batch for document in _documents(row, encoder, template, finds, options)]
-        if documents:
-            _add_batch(documents, encoder, writer, turns, options)
+def prepare_shards(job: Job, out: Path, element: int, elements: int, workers: int = 1) -> Work:
+    """Writes the parts of one of several elements, 1 to `elements`, each of which takes every so-manieth shard.
+
+    Other elements may write theirs at the same time, on this host or others. Parts that are there are not written
+    again. `join_shards` makes the store of them.
+    """
+    _check_again(job, True, "--shard")
+    work = Work(check_output(out, KIND))
+    work.folder.mkdir(parents=True, exist_ok=True)
+    with locked(work.folder / f".shard-{element}-of-{elements}.lock", remove=True) as mine:
+        if not mine:
+            raise UserError(f"another process is writing --shard {element}/{elements} of {out}; wait for it")
+        work.share(job)
+        write_parts(job, work, workers, element - 1, elements)
+    return work
 
 
-def _add_batch(
-    documents: Sequence[Document], encoder: ChatTokenizer, writer: StoreWriter, turns: Turns, options: Options
-) -> None:
-    rows = [document.row for document in documents]
-    places = [row.where for row in rows]
-    batch = encoder.encode_batch([document.segments for document in documents], places)
-    supervised = np.logical_or.reduceat(batch.mask != 0, np.cumsum(batch.lengths) - batch.lengths)
-    if not supervised.all():
-        place = places[int(np.argmin(supervised))]
-        raise UserError(f"{place}: every supervised token has weight 0 by its spans; remove the row")
-    if any(row.weight != 1 for row in rows):
-        weights = np.array([row.weight for row in rows], np.float32)
-        batch = batch._replace(mask=batch.mask * weights.repeat(batch.lengths))
-    for document in documents:
-        turns.count(document.turns, document.segments)
-    origins = [(os.path.basename(file), int(number)) for file, _, number in (place.rpartition(":") for place in places)]
-    orders = [_order(row, options.kept) for row in rows] if options.kept else ()
-    try:
-        writer.add_batch(batch, [row.source for row in rows], origins, orders)
-    except UserError as error:
-        raise UserError(f"{places[0]} to {places[-1]}: {error}") from error
+def join_shards(out: Path, job: Job | None, **packing: Any) -> tuple[TokenStore, dict[str, Any]]:
+    """Makes the store of all parts that `prepare_shards` wrote, with its packs. They must be of `job` where it is
+    given."""
+    work = Work(check_output(out, KIND))
+    if work.job() is None:
+        raise UserError(f"{out} has no parts to join (no {work.folder}); write them with --shard 1/N to N/N")
+    with only_writer(work.out):
+        if job is not None:
+            work.share(job)
+        return join(work, **packing)
 
 
-def _documents(
-    row: Conversation, encoder: ChatTokenizer, template: TemplateCheck, finds: Finds, options: Options
-) -> list[Document]:
-    """The documents of one row: one, several where turns are split, none where nothing in it is to be learned."""
-    finds.read(row)
-    if row.fields.get("evaluation_only") and not options.evaluation_data:
+def _check_again(job: Job, needed: bool, option: str) -> None:
+    if needed and not job.reads_again:
         raise UserError(
-            f"{row.where}: {row.source} is for evaluation only ({row.fields.get('terms', 'its terms say so')}); "
-            "--evaluation-data makes a store that validates and is never trained on"
+            f"{option} reads the input in every process, which standard input and a hub do not allow; write its "
+            "rows to a file first, with data_prep/convert.py"
         )
-    if not row.weight:
-        raise UserError(f"{row.where}: 'weight' is 0, so there is nothing to learn from it; remove the row")
-    messages = row.messages if options.thinking else without_reasoning(row.messages)
-    if options.drop_null_arguments:
-        messages = [_without_null_arguments(message) for message in messages]
-    parts = split_turns(messages) if options.split else [(messages, 0)]
-    try:
-        encoder.check_texts(own_texts(messages, row.tools))
-        template.check(messages, row.tools)
-        rendered = [
-            (render(part, options.thinking, tools=row.tools, no_loss=options.no_loss, trained_from=start), part)
-            for part, start in parts
-        ]
-    except UserError as error:
-        raise UserError(f"{row.where}: {error}") from error
-    documents = [
-        Document(row, segments, sum(message["role"] == "assistant" for message in part))
-        for segments, part in rendered
-        if any(segment.supervised for segment in segments)
-    ]
-    if len(parts) > 1:
-        finds.split_rows += 1
-        finds.split_documents += len(documents)
-    if not documents and any(message["role"] == "assistant" and is_empty(message) for message in messages):
-        finds.drop_empty(row)
-    elif not documents:
-        raise UserError(
-            f"{row.where}: no supervised token, since no assistant message with a weight above 0 follows the "
-            "last user message; add the answer or remove the row"
-        )
-    return documents
-
-
-def _without_null_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    if not message.get("tool_calls"):
-        return message
-    calls = [
-        call | {"arguments": {name: value for name, value in call["arguments"].items() if value is not None}}
-        for call in message["tool_calls"]
-    ]
-    return message | {"tool_calls": calls}
-
-
-def _order(row: Conversation, column: str) -> float:
-    value = row.fields.get(column)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not -1e300 < value < 1e300:
-        raise UserError(f"{row.where}: {column!r} is {str(value)[:40]!r}; --order-by needs a number in every row")
-    return float(value)
 
 
 def add_packing_options(parser: argparse.ArgumentParser) -> None:
@@ -261,21 +150,18 @@ def packing_arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Checks the arguments, writes the store and prints the summary."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Turn conversations into a token store with a pack index.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--input",
-        required=True,
         action="append",
+        default=[],
         help="JSONL, JSON, CSV or parquet (gzip, zstd), a folder of them, - or hub:NAME@REVISION; repeatable",
     )
-    parser.add_argument(
-        "--tokenizer", required=True, type=Path, help="pico, or the folder of the model or of its tokenizer"
-    )
+    parser.add_argument("--tokenizer", type=Path, help="pico, or the folder of the model or of its tokenizer")
     parser.add_argument("--out", required=True, type=Path, help="folder for the token store")
     parser.add_argument(
         "--thinking",
@@ -302,13 +188,39 @@ def main() -> int:
         "--evaluation-data", action="store_true", help="take rows that are for evaluation only, for a validation store"
     )
     parser.add_argument("--drop-null-arguments", action="store_true", help="leave null arguments out of tool calls")
+    _add_sharing_options(parser)
     add_packing_options(parser)
-    args = parser.parse_args()
-    packing = packing_arguments(args)
+    return parser
+
+
+def _add_sharing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", default=1, type=int, help="processes, each with a core and 300 MB of its own")
+    parser.add_argument(
+        "--shard-rows", default=SHARD_ROWS, type=int, help="rows that a kill costs a process; they decide the bytes"
+    )
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--shard", metavar="I/N", help="write only every N-th shard, from the I-th on, and no store")
+    some.add_argument("--join", action="store_true", help="make the store of the shards that --shard wrote")
+
+
+def _element(text: str) -> tuple[int, int]:
+    """The numbers of `--shard I/N`."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard {text} must be I/N with I from 1 to N, such as 1/4 to 4/4")
+    return int(match[1]), int(match[2])
+
+
+def _job(args: argparse.Namespace) -> Job:
+    """The arguments that decide the parts. Raises `UserError` before anything is loaded."""
+    if not args.input or not args.tokenizer:
+        raise UserError("give --input and --tokenizer")
+    for name, value in (("--workers", args.workers), ("--shard-rows", args.shard_rows)):
+        if value < 1:
+            raise UserError(f"{name} {value} must be at least 1")
     for source in args.input:
-        open_rows(source)  # refuses an input that cannot be read before anything is loaded
+        open_rows(source)
     tokenizer_file(args.tokenizer)
-    check_output(args.out, KIND)
     no_loss = tuple(part for part, off in zip(PARTS, (args.no_thinking_loss, args.no_tool_loss), strict=True) if off)
     options = Options(
         args.thinking,
@@ -320,7 +232,25 @@ def main() -> int:
         tuple(args.ignore),
         args.evaluation_data,
     )
-    store, facts = prepare(args.input, args.tokenizer, args.out, options=options, **packing)
+    return Job.of(args.input, args.tokenizer, options, args.shard_rows)
+
+
+def main() -> int:
+    """Checks the arguments, writes the store and prints the summary; or a part of the work, with --shard and --join."""
+    args = _parser().parse_args()
+    packing = packing_arguments(args)
+    if args.join:
+        same = _job(args) if args.input or args.tokenizer else None
+        store, facts = join_shards(args.out, same, **packing)
+    else:
+        job = _job(args)
+        check_output(args.out, KIND)
+        if args.shard:
+            element, elements = _element(args.shard)
+            work = prepare_shards(job, args.out, element, elements, args.workers)
+            print(f"{work.folder}: {len(work.parts())} shards are there; when all elements ended: the same with --join")
+            return 0
+        store, facts = prepare_job(job, args.out, args.workers, **packing)
     print_summary(store, facts)
     print_documents(Viewer(store, None), some_rows(len(store)))
     return 0

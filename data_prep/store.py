@@ -18,7 +18,7 @@ MAX_WEIGHTS = 255
 """Different loss weights that one store can hold: their numbers are bytes."""
 
 
-class _HashedFile:
+class HashedFile:
     """A file that is written front to back, and its SHA-256 with it."""
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class StoreWriter:
         self._origins: dict[str, int] = {}
         self._max_token = 0
         self._weights: dict[float, int] = {}
-        self._files = {name: _HashedFile(folder / name) for name in [*FILES, *([ORDER] if order else [])]}
+        self._files = {name: HashedFile(folder / name) for name in [*FILES, *([ORDER] if order else [])]}
         self._write("documents.idx", np.zeros(1))
 
     def add(
@@ -144,9 +144,12 @@ class StoreWriter:
 
     def finish(self, tokenizer: ChatTokenizer, **facts: Any) -> None:
         """Closes the files and writes the manifest; `facts` are JSON values to record in it, such as the inputs."""
-        manifest = {
-            "format": KIND,
-            "version": VERSION,
+        content = self.facts()
+        write_manifest(self.folder, VERSION, content, identity(tokenizer), content["files"], **facts)
+
+    def facts(self) -> dict[str, Any]:
+        """Closes the files; what was written, as a manifest says it."""
+        return {
             "documents": self.documents,
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
@@ -156,13 +159,24 @@ class StoreWriter:
             "weights": list(self._weights) or [1.0],
             "origins": list(self._origins),
             "order": self.order,
-            "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
             "files": {name: {"dtype": DTYPES[name], **file.close()} for name, file in self._files.items()},
-            **facts,
         }
-        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
     def close(self) -> None:
         """Closes the files without a manifest: what a failed run does, so that no reader takes it for a store."""
         for file in self._files.values():
             file.close()
+
+
+def identity(tokenizer: ChatTokenizer) -> dict[str, Any]:
+    """What a manifest says of the tokenizer."""
+    return {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+
+
+def write_manifest(
+    folder: Path, version: int, content: dict[str, Any], tokenizer: dict[str, Any], files: dict[str, Any], **facts: Any
+) -> None:
+    """Writes manifest.json: `content` as `StoreWriter.facts` has it, but with these files, and more facts."""
+    counted = {key: value for key, value in content.items() if key != "files"}
+    manifest = {"format": KIND, "version": version, **counted, "tokenizer": tokenizer, "files": files, **facts}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.chat import Segment, is_empty
 from data_prep.chat_rows import ChatRows
+from data_prep.drops import Drops
 from nano3.conversations import Conversation
 from nano3.row_keys import FACTS
 from nano3.token_store import TokenStore
@@ -36,6 +37,11 @@ class Turns:
         self.answered += len(supervised) - thought
         self.context_only += turns - len(supervised)
 
+    def merge(self, later: Mapping[str, int]) -> None:
+        """Adds the `vars` of another one."""
+        for name, value in later.items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 @dataclass
 class Finds:
@@ -51,8 +57,8 @@ class Finds:
     """`function.argument` -> [calls in which it is null, calls in which it is not]."""
     forms: list[str] = field(default_factory=list)
     """Inputs whose rows were no chat rows, and what they were read as."""
-    left_out: list[dict[str, Any]] = field(default_factory=list)
-    """What named data sets leave out: reasons, counts, examples."""
+    left_out: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Number of an input -> what its form leaves out: reasons, counts, examples."""
     evaluation_only: Counter[str] = field(default_factory=Counter)
     """Source -> rows whose publishers' terms allow evaluation only."""
 
@@ -67,12 +73,30 @@ class Finds:
                 for name, value in call["arguments"].items():
                     self.nulls.setdefault(f"{call['name']}.{name}", [0, 0])[value is not None] += 1
 
-    def take(self, rows: ChatRows) -> None:
-        """Takes note, at the end of an input, of the keys that its form did not use."""
+    def take(self, number: int, rows: ChatRows) -> None:
+        """Takes note of what input `number` met since its tallies were last cleared."""
         if rows.form is not None and rows.form.others != "pass":
             self.other_keys.update(rows.unused)
             self.forms.append(f"{rows.name}: rows of the form {rows.form.name}, {rows.reason}")
-        self.left_out += rows.drops.facts()
+        if rows.drops.total:
+            self.left_out[str(number)] = rows.drops.facts()
+
+    def merge(self, later: Mapping[str, Any]) -> None:
+        """Adds what was met after this; `later` is the `vars` of another one."""
+        for name in ("split_rows", "split_documents", "empty_turns", "empty_rows"):
+            setattr(self, name, getattr(self, name) + later[name])
+        self.empty_examples += later["empty_examples"][: SHOWN - len(self.empty_examples)]
+        self.other_keys.update(later["other_keys"])
+        self.evaluation_only.update(later["evaluation_only"])
+        self.forms += [line for line in later["forms"] if line not in self.forms]
+        for name, (null, given) in later["nulls"].items():
+            before = self.nulls.get(name, [0, 0])
+            self.nulls[name] = [before[0] + null, before[1] + given]
+        for number, facts in later["left_out"].items():
+            drops = Drops()
+            drops.merge(self.left_out.get(number, ()))
+            drops.merge(facts)
+            self.left_out[number] = drops.facts()
 
     def drop_empty(self, row: Conversation) -> None:
         """Counts a row that has nothing to learn because its answers are empty."""
@@ -82,7 +106,8 @@ class Finds:
 
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
-        return vars(self) | {"nulls": self.all_null()}
+        left_out = [fact for facts in self.left_out.values() for fact in facts]
+        return vars(self) | {"nulls": self.all_null(), "left_out": left_out}
 
     def all_null(self) -> dict[str, int]:
         """Arguments that are null in all of their calls, and how many these are: Arrow makes them of several tools."""

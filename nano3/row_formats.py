@@ -1,7 +1,7 @@
 """The formats that rows are stored in: JSON lines, a JSON array, CSV, parquet; and what compresses them.
 
 Each reader is an iterator of (number, fields) that holds one row or one batch in memory. Numbers count from 1: lines in
-JSON lines and CSV, rows in all else.
+JSON lines and CSV, rows in all else. Fields may be a function that gives them: who skips rows parses none of these.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ LARGEST_CELL = 16 << 20
 PARQUET_BATCH = 256
 """Rows of a parquet file that are in memory together."""
 
-Numbered = Iterator[tuple[int, dict[str, Any]]]
+Fields = dict[str, Any] | Callable[[], dict[str, Any]]
+Numbered = Iterator[tuple[int, Fields]]
 
 
 def unpacked(stream: io.BufferedReader) -> io.BufferedReader | gzip.GzipFile:
@@ -69,7 +72,7 @@ def json_lines(stream: Any, name: str) -> Numbered:
     """One JSON object a line; blank lines are skipped."""
     for number, line in _lines(stream, name):
         if line.strip():
-            yield number, parse_json_line(line, f"{name}:{number}")
+            yield number, partial(parse_json_line, line, f"{name}:{number}")
 
 
 _DECODER = json.JSONDecoder()
@@ -130,8 +133,8 @@ class _Window:
             raise UserError(f"{self._name}: not a JSON array: {mark!r} expected, found {found!r}; copy the file again")
         self._at += 1
 
-    def take(self, where: str) -> dict[str, Any]:
-        """The next object. The text in memory doubles until it holds the object whole."""
+    def take(self, where: str) -> Callable[[], dict[str, Any]]:
+        """The next object, to be parsed. The text in memory doubles until it holds the object whole."""
         self.next_is("")
         while True:
             try:
@@ -144,7 +147,7 @@ class _Window:
                     raise UserError(f"{where}: not valid JSON ({error}); every row must be one JSON object") from error
                 continue
             text, self._at, self._size = self._text[self._at : end], end, 1 << 20
-            return parse_json_line(text, where)
+            return partial(parse_json_line, text, where)
 
 
 def csv_rows(stream: Any, name: str) -> Numbered:
@@ -197,12 +200,36 @@ def parquet_rows(path: Path) -> Numbered:
     import pyarrow.parquet
 
     number = 0
+    with _readable(path, lambda: number), pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH):
+            rows = _Batch(path, batch, number)
+            for place in range(len(batch)):
+                number += 1
+                yield number, partial(rows.row, place)
+
+
+class _Batch:
+    """Rows that are in memory together, turned into objects when the first of them is looked at."""
+
+    def __init__(self, path: Path, batch: Any, before: int) -> None:
+        self._path, self._batch, self._before = path, batch, before
+
+    def row(self, place: int) -> dict[str, Any]:
+        return self._rows[place]
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        with _readable(self._path, lambda: self._before):
+            return self._batch.to_pylist()
+
+
+@contextmanager
+def _readable(path: Path, rows: Callable[[], int]) -> Iterator[None]:
+    """Says where a parquet file that is damaged could no longer be read."""
+    import pyarrow
+
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+        yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).split("\n")[0]
-        raise UserError(f"{path}: not readable as parquet after row {number} ({reason}); download it again") from error
+        raise UserError(f"{path}: not readable as parquet after row {rows()} ({reason}); download it again") from error

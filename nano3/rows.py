@@ -19,10 +19,11 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from nano3.cli import UserError, fresh_file
-from nano3.row_formats import Numbered, csv_rows, json_array, json_lines, parquet_rows, unpacked
+from nano3.file_digests import file_sha256
+from nano3.row_formats import Fields, Numbered, csv_rows, json_array, json_lines, parquet_rows, unpacked
 
 ENDINGS = {
     ".jsonl": "json",
@@ -60,12 +61,22 @@ ABOUT = ".about.json"
 """What data_prep/convert.py writes beside `NAME` is called NAME and this."""
 
 
-class Row(NamedTuple):
+class Row:
     """One row: its fields by name, and `where` it stands, `file:number`, for messages to the user. The number is the
-    line in JSON lines and CSV, the row in all else."""
+    line in JSON lines and CSV, the row in all else. Fields that are given as a function are parsed when they are first
+    looked at: a row that is skipped costs little."""
 
-    fields: dict[str, Any]
-    where: str
+    __slots__ = ("_fields", "where")
+
+    def __init__(self, fields: Fields, where: str) -> None:
+        self._fields, self.where = fields, where
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields by name. Raises `UserError` for a row that is damaged."""
+        if not isinstance(self._fields, dict):
+            self._fields = self._fields()
+        return self._fields
 
 
 class Rows:
@@ -77,9 +88,20 @@ class Rows:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.facts: list[dict[str, Any]] = []
+        self._facts: list[dict[str, Any]] = []
+
+    @property
+    def facts(self) -> list[dict[str, Any]]:
+        """What was read."""
+        return self._facts
 
     def __iter__(self) -> Iterator[Row]:
+        for row in self.unparsed():
+            row.fields  # noqa: B018 (a damaged row is refused before it is handed out)
+            yield row
+
+    def unparsed(self) -> Iterator[Row]:
+        """The same rows, each parsed when its fields are first looked at."""
         empty = True
         for row in self._rows():
             empty = False
@@ -162,6 +184,7 @@ class _FileRows(Rows):
     def __init__(self, path: Path, files: list[Path]) -> None:
         super().__init__(_stem(path))
         self._files = [(file, _kind(file)) for file in files]
+        self._read: list[Path] = []
 
     def _rows(self) -> Iterator[Row]:
         for path, kind in self._files:
@@ -169,8 +192,14 @@ class _FileRows(Rows):
                 numbered = parquet_rows(path) if kind == "parquet" else _text_rows(file, str(path), kind)
                 for number, fields in numbered:
                     yield Row(fields, f"{path}:{number}")
-            with path.open("rb") as file:
-                self.facts.append({"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+            self._read.append(path)
+
+    @property
+    def facts(self) -> list[dict[str, Any]]:
+        """Name and SHA-256 of the files that were read to their end; each is hashed once, when this is first asked."""
+        for path in self._read[len(self._facts) :]:
+            self._facts.append({"name": path.name, "sha256": file_sha256(path)})
+        return self._facts
 
 
 class _StandardInput(Rows):
@@ -183,7 +212,7 @@ class _StandardInput(Rows):
         hashed = _Hashed(sys.stdin.buffer)
         for number, fields in _text_rows(io.BufferedReader(hashed, 1 << 20), self.name, ""):
             yield Row(fields, f"{self.name}:{number}")
-        self.facts.append({"name": self.name, "sha256": hashed.hash.hexdigest()})
+        self._facts.append({"name": self.name, "sha256": hashed.hash.hexdigest()})
 
 
 class _Hashed(io.RawIOBase):
@@ -231,7 +260,7 @@ class _HubRows(Rows):
             rows = iter(datasets.load_dataset(self.name, config, split=split, revision=commit, streaming=True))
         except Exception as error:  # five libraries below raise kinds of their own
             raise self._refusal(error) from error
-        self.facts.append({"name": f"hub:{self.name}", "config": config, "split": split, "revision": commit})
+        self._facts.append({"name": f"hub:{self.name}", "config": config, "split": split, "revision": commit})
         number = 0
         while True:
             try:

@@ -28,13 +28,14 @@ _FITS = "fits together"
 
 def check_store(store: TokenStore) -> None:
     """Raises `UserError` for the first file of a store that is not what was written, or does not fit the others."""
-    paths = [store.folder / name for name in (MANIFEST, *store.manifest["files"])]
+    files = {store.folder / name: facts for name, facts in store.manifest["files"].items()}
+    paths = [store.folder / MANIFEST, *files]
 
     def check() -> None:
         check_seal(store.folder)
         digests = remembered_sha256(paths)
-        for path in paths[1:]:
-            if digests[path] != store.manifest["files"][path.name]["sha256"]:
+        for path, facts in files.items():
+            if digests[path] != facts["sha256"]:
                 raise UserError(f"{path} is damaged: its SHA-256 is not the manifest's; {_AGAIN}")
         for name, problem in _problems(store):
             raise UserError(f"{store.folder / name}: {problem}; {_AGAIN}")
@@ -91,21 +92,27 @@ def _problems(store: TokenStore) -> Iterator[tuple[str, str]]:
 
 
 def _token_problems(store: TokenStore) -> Iterator[tuple[str, str]]:
-    manifest = store.manifest
-    low, high = _extremes(store.tokens)
+    manifest, begins = store.manifest, store.offsets[:-1]
+    extremes = [_extremes(part.tokens) for part in store.parts]
+    low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
     if low < 0 or high != manifest["max_token_id"]:
         yield "tokens.bin", f"tokens go from {low} to {high}, and must from 0 to {manifest['max_token_id']}"
-    codes, last = np.bincount(np.zeros(0, int), minlength=256), len(store.weights) - 1
-    for piece in _pieces(store.loss_mask):
-        codes += np.bincount(piece, minlength=256)
-    if codes[last + 1 :].any():
-        yield "loss_mask.bin", f"has a number above {last}, and the manifest has {last} weights"
-    if codes[1:].sum() != manifest["supervised_tokens"]:
-        yield (
-            "loss_mask.bin",
-            f"{codes[1:].sum():,} tokens count, and the manifest says {manifest['supervised_tokens']:,}",
-        )
-    if store.loss_mask[store.offsets[:-1]].any():
+    supervised, counted = 0, False
+    for part in store.parts:
+        name = str((part.folder / "loss_mask.bin").relative_to(store.folder))
+        codes, last = np.bincount(np.zeros(0, int), minlength=256), len(part.weights) - 1
+        for piece in _pieces(part.loss_mask):
+            codes += np.bincount(piece, minlength=256)
+        if codes[last + 1 :].any():
+            yield name, f"has a number above {last}, and the manifest has {last} weights"
+        supervised += int(codes[1:].sum())
+        first, end = np.searchsorted(begins, (part.first, part.first + part.length))
+        if first == len(begins) or begins[first] != part.first:
+            yield "documents.idx", f"no document begins with {part.folder.name}, and none may lie in two parts"
+        counted |= bool(part.loss_mask[begins[first:end] - part.first].any())
+    if supervised != manifest["supervised_tokens"]:
+        yield "loss_mask.bin", f"{supervised:,} tokens count, and the manifest says {manifest['supervised_tokens']:,}"
+    if counted:
         yield "loss_mask.bin", "the first token of a document counts, and nothing predicts it"
     longest = int(np.diff(store.offsets).max(initial=0))
     if longest != manifest.get("longest_document"):

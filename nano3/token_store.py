@@ -13,12 +13,17 @@
 Nothing in it is a pickle, nothing is executed on load, and reading takes no memory but the pages that are touched.
 int32, because a vocabulary of 131,072 does not fit 16 bits. `weights` of the manifest is `[1.0]` unless the data has
 weights: a store without them has masks of 0 and 1. Version 2, which is read too, lacks stages, origins and order.
+
+Version 4 is a store that was prepared in several parts (data_prep/parts.py): the first three files lie in
+`part-00000/`, `part-00001/`, ... and the manifest's `parts` say how many documents and tokens each has, and its
+weights. A document lies in one part. All else is as in version 3, over all parts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +35,7 @@ from typing_extensions import TypedDict
 
 from nano3.arch import PRESETS
 from nano3.cli import UserError
-from nano3.documents import AboveZero, Count, FileName, Name, Sha256, check, read_json, shown
+from nano3.documents import AboveZero, Count, InnerPath, Name, Sha256, check, read_json, shown
 from nano3.file_digests import file_sha256
 
 if TYPE_CHECKING:
@@ -51,7 +56,11 @@ FILES = {
 ORDER = "order.bin"
 """The one file that not every store has, float64."""
 DTYPES = {**FILES, ORDER: "<f8"}
-_FILES_OF = {2: set(FILES) - {"stages.bin", "origins.bin"}, 3: set(FILES)}
+PER_TOKEN = ("tokens.bin", "loss_mask.bin", "stages.bin")
+"""The files with a value for each token."""
+PARTS_VERSION = 4
+"""Of a store whose files per token lie in parts."""
+_FILES_OF = {2: set(FILES) - {"stages.bin", "origins.bin"}, 3: set(FILES), PARTS_VERSION: set(FILES) - set(PER_TOKEN)}
 """Version -> its files; these versions are read."""
 
 _REBUILD = "prepare the data again with data_prep/prepare.py"
@@ -78,16 +87,67 @@ class TokenizerFacts(TypedDict):
     sha256: Sha256
 
 
+class PartFacts(TypedDict):
+    """What the manifest says of a part."""
+
+    documents: Count
+    tokens: Annotated[int, Ge(1)]
+    weights: Annotated[list[AboveZero], MinLen(1), MaxLen(255)]
+
+
 class Manifest(Counts):
     """manifest.json. Facts that only people read are not named here."""
 
     format: Literal["token-store"]
-    version: Literal[2, 3]
+    version: Literal[2, 3, 4]
     max_token_id: Annotated[int, Ge(0), Lt(1 << 31)]
     sources: Annotated[dict[Name, Counts], MinLen(1)]
     weights: NotRequired[Annotated[list[AboveZero], MinLen(1), MaxLen(255)]]
     tokenizer: TokenizerFacts
-    files: dict[FileName, FileFacts]
+    files: dict[InnerPath, FileFacts]
+    parts: NotRequired[Annotated[list[PartFacts], MinLen(1)]]
+
+
+class TokenPart:
+    """The values per token of a store, or of a part of one; mapped on first use.
+
+    `first` is the number of its first token in the store, `tokens` how many it has, `weights` (weights + 1,) float32
+    the weight of each number in its mask; the first is 0.
+    """
+
+    def __init__(self, folder: Path, first: int, length: int, weights: list[float], stages: bool) -> None:
+        self.folder, self.first, self.length = folder, first, length
+        self.weights = np.array([0.0, *weights], dtype=np.float32)
+        self.weighted = weights != [1.0]
+        self._has_stages = stages
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """(length,) int32."""
+        return mapped(self.folder / "tokens.bin", DTYPES["tokens.bin"])
+
+    @cached_property
+    def loss_mask(self) -> np.ndarray:
+        """The numbers of weights, (length,) uint8."""
+        return mapped(self.folder / "loss_mask.bin", DTYPES["loss_mask.bin"])
+
+    @cached_property
+    def stages(self) -> np.ndarray:
+        """(length,) uint8; zeros, which take no memory, in a store of version 2."""
+        if self._has_stages:
+            return mapped(self.folder / "stages.bin", DTYPES["stages.bin"])
+        return np.broadcast_to(np.zeros(1, np.uint8), self.length)
+
+    def run(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and loss weights of the store's tokens from `start` to `stop`, views where they need no conversion."""
+        start, stop = start - self.first, stop - self.first
+        mask = self.loss_mask[start:stop]
+        return self.tokens[start:stop], self.weights[mask] if self.weighted else mask
+
+
+def part_name(number: int) -> str:
+    """The folder of a part."""
+    return f"part-{number:05}"
 
 
 class TokenStore:
@@ -111,6 +171,11 @@ class TokenStore:
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         if not path.is_file():
+            if unfinished_folder(self.folder).is_dir():
+                raise UserError(
+                    f"{self.folder} is being prepared in parts that are not joined yet; when all are there run: "
+                    f"python data_prep/prepare.py --join --out {self.folder} --seq-length N"
+                )
             raise UserError(f"{self.folder} is not a token store (it has no {MANIFEST}); make one with prepare.py")
         manifest = read_json(path, dict[str, Any], _REBUILD)
         if manifest.get("format") != KIND:
@@ -120,7 +185,9 @@ class TokenStore:
             readable = " and ".join(map(str, _FILES_OF))
             raise UserError(f"{path} has version {shown(version)}, this code reads {readable}; {_REBUILD}")
         check(manifest, Manifest, str(path), _REBUILD)
+        parts = range(len(manifest.get("parts", ()))) if version == PARTS_VERSION else ()
         expected = _FILES_OF[version] | ({ORDER} if manifest.get("order") else set())
+        expected |= {f"{part_name(part)}/{name}" for part in parts for name in PER_TOKEN}
         if set(manifest["files"]) != expected:
             raise UserError(f"{path} does not list the files {', '.join(sorted(expected))}; {_REBUILD}")
         _check_counts(manifest, path)
@@ -134,24 +201,36 @@ class TokenStore:
         return {"folder": self.folder, "manifest": self.manifest}
 
     @cached_property
-    def tokens(self) -> np.ndarray:
-        """All tokens, (tokens,) int32, mapped."""
-        return self._map("tokens.bin")
+    def parts(self) -> list[TokenPart]:
+        """The parts, in order; a store of version 2 or 3 is one."""
+        files, facts = self.manifest["files"], self.manifest.get("parts")
+        if facts is None:
+            weights = self.manifest.get("weights", [1.0])
+            return [TokenPart(self.folder, 0, self.manifest["tokens"], weights, "stages.bin" in files)]
+        ends = np.cumsum([part["tokens"] for part in facts]).tolist()
+        return [
+            TokenPart(self.folder / part_name(number), end - part["tokens"], part["tokens"], part["weights"], True)
+            for number, (part, end) in enumerate(zip(facts, ends, strict=True))
+        ]
 
     @cached_property
-    def loss_mask(self) -> np.ndarray:
-        """The numbers of all weights, (tokens,) uint8, mapped: indices into `weights`."""
-        return self._map("loss_mask.bin")
+    def _firsts(self) -> list[int]:
+        return [part.first for part in self.parts]
+
+    def _part(self, token: int) -> TokenPart:
+        """The part that holds a token of the store."""
+        return self.parts[bisect_right(self._firsts, token) - 1]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All tokens of a store in one part, (tokens,) int32, mapped."""
+        (part,) = self.parts
+        return part.tokens
 
     @property
     def weighted(self) -> bool:
         """Whether a supervised token has another weight than 1."""
         return self.manifest.get("weights", [1.0]) != [1.0]
-
-    @cached_property
-    def weights(self) -> np.ndarray:
-        """The weight of each number in `loss_mask`, (weights + 1,) float32; the first is 0."""
-        return np.array([0.0, *self.manifest.get("weights", [1.0])], dtype=np.float32)
 
     @property
     def source_names(self) -> list[str]:
@@ -204,33 +283,28 @@ class TokenStore:
 
     def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (n,) int32 of a document, a view of the mapped array, and their weights in the loss, (n,) float32."""
-        start, end = int(self.offsets[number]), int(self.offsets[number + 1])
-        return self.tokens[start:end], self.weights[self.loss_mask[start:end]]
+        start, stop = int(self.offsets[number]), int(self.offsets[number + 1])
+        tokens, weights = self._part(start).run(start, stop)
+        return tokens, weights.astype(np.float32, copy=False)
 
     def runs(self, starts: Sequence[int], stops: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Tokens and loss weights from each start to its stop, as views where they need no conversion."""
-        tokens = [self.tokens[start:stop] for start, stop in zip(starts, stops, strict=True)]
-        numbers = [self.loss_mask[start:stop] for start, stop in zip(starts, stops, strict=True)]
-        return tokens, [self.weights[run] for run in numbers] if self.weighted else numbers
+        """Tokens and loss weights of documents, from each start to its stop, as `TokenPart.run` gives them."""
+        found = [self._part(start).run(start, stop) for start, stop in zip(starts, stops, strict=True)]
+        return [tokens for tokens, _ in found], [weights for _, weights in found]
 
     def stages(self, number: int) -> np.ndarray:
         """The stage of each token of a document, (n,) uint8; all 0 in a store of version 2."""
-        start, end = int(self.offsets[number]), int(self.offsets[number + 1])
-        return self._stages[start:end]
+        start, stop = int(self.offsets[number]), int(self.offsets[number + 1])
+        part = self._part(start)
+        return part.stages[start - part.first : stop - part.first]
 
     def stage_counts(self) -> np.ndarray:
         """Tokens of each stage, (256,) int64; reads the whole file, a few megabytes at a time."""
         counts = np.zeros(256, dtype=np.int64)
-        for start in range(0, len(self._stages), 1 << 22):
-            counts += np.bincount(self._stages[start : start + (1 << 22)], minlength=256)
+        for part in self.parts:
+            for start in range(0, part.length, 1 << 22):
+                counts += np.bincount(part.stages[start : start + (1 << 22)], minlength=256)
         return counts
-
-    @cached_property
-    def _stages(self) -> np.ndarray:
-        """Of every token, (tokens,) uint8; zeros, which take no memory, in a store of version 2."""
-        if "stages.bin" in self.manifest["files"]:
-            return self._map("stages.bin")
-        return np.broadcast_to(np.zeros(1, np.uint8), len(self.tokens))
 
     def check_tokenizer(self, folder: Path | str, opened: Tokenizer | None = None) -> None:
         """Refuses a tokenizer (of the model that is to be trained, say) other than the one that made the store.
@@ -270,15 +344,25 @@ class TokenStore:
 def _check_counts(manifest: dict[str, Any], path: Path) -> None:
     """What the manifest says twice: how many values there are, and the bytes of the files that hold them."""
     documents, tokens = manifest["documents"], manifest["tokens"]
-    per_token, per_document = ("tokens.bin", "loss_mask.bin", "stages.bin"), ("sources.bin", ORDER)
-    counts = dict.fromkeys(per_token, tokens) | dict.fromkeys(per_document, documents)
+    counts = dict.fromkeys(PER_TOKEN, tokens) | dict.fromkeys(("sources.bin", ORDER), documents)
     counts |= {"documents.idx": documents + 1, "origins.bin": 2 * documents}
+    parts = manifest.get("parts", ())
+    for number, part in enumerate(parts):
+        counts |= {f"{part_name(number)}/{name}": part["tokens"] for name in PER_TOKEN}
+    if parts and any(sum(part[key] for part in parts) != manifest[key] for key in ("documents", "tokens")):
+        raise UserError(f"{path}: its parts do not make {documents:,} documents of {tokens:,} tokens; {_REBUILD}")
     for name, facts in manifest["files"].items():
-        if facts["bytes"] != counts[name] * np.dtype(DTYPES[name]).itemsize:
+        if facts["bytes"] != counts[name] * np.dtype(DTYPES[name.rpartition("/")[2]]).itemsize:
             raise UserError(
                 f"{path}: {documents:,} documents of {tokens:,} tokens do not make {facts['bytes']} bytes of {name}; "
                 f"{_REBUILD}"
             )
+
+
+def unfinished_folder(store: Path) -> Path:
+    """Where the parts of a store lie until they are joined, beside it."""
+    store = store.resolve()
+    return store.parent / f".{store.name}.unfinished"
 
 
 def mapped(path: Path, dtype: str) -> np.ndarray:

@@ -198,7 +198,7 @@ def _manifest(folder: Path) -> bytes:
 def _read_store(folder: Path) -> None:
     store = TokenStore(folder)
     assert len(store) >= 0
-    assert store.weights[0] == 0
+    assert store.parts[0].weights[0] == 0
     assert store.source_names
 
 
