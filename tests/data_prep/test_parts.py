@@ -1,0 +1,257 @@
+"""A store prepared in parts: equal bytes in every way, after every kill; what is unjoined, damaged or another's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import join as joining
+from data_prep import parts
+from data_prep.chat_rows import form_named
+from data_prep.documents import Options
+from data_prep.packing import PackedDataset, build_packs
+from data_prep.parts import Job, Work
+from data_prep.prepare import join_shards, prepare, prepare_shards
+from nano3.cli import UserError
+from nano3.sealed_folder import seal
+from nano3.store_contents import check_store
+from nano3.token_store import TokenStore, unfinished_folder
+from tests.helpers.data_fixtures import row, write_jsonl, write_tokenizer
+
+ROWS, SHARD, SEQ = 50, 8, 256
+"""Seven shards, of which the last has two rows."""
+OPTIONS = Options(order="level")
+KILLS = int(os.environ.get("KILLS", "3"))
+"""Kills of three processes, which take seconds each; the figures of docs/performance.md have 10."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two inputs with weights, stages, sources, reasoning, empty answers and a row key, which shards cut anywhere."""
+    folder, lines = tmp_path_factory.mktemp("rows"), []
+    for number in range(ROWS):
+        one = row(f"q{number}", "a" * (number % 7 + 1), "so" if number % 3 == 0 else None, f"s{number * 7 % 5}")
+        one |= {"level": number % 9, "weight": (1, 1, 0.5, 3)[number % 4]}
+        if number % 6 == 1:
+            one["messages"][1]["spans"] = [{"text": "a", "stage": number + 1}] if number % 7 == 0 else []
+        if number in (5, 30):
+            one["messages"][1] = {"role": "assistant", "content": " "}
+        lines.append(one)
+    return [write_jsonl(folder / "a.jsonl", lines[:21]), write_jsonl(folder / "b.jsonl", lines[21:])]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, rows: list[Path], tokenizer: Path) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "store"
+    prepare(rows, tokenizer, out, SEQ, OPTIONS, shard_rows=SHARD)
+    return out
+
+
+def test_parts_hold_what_one_store_holds(undisturbed: Path, tmp_path: Path, rows: list[Path], tokenizer: Path) -> None:
+    whole, _ = prepare(rows, tokenizer, tmp_path / "whole", SEQ, OPTIONS)
+    store = TokenStore(undisturbed)
+    check_store(store)
+    assert (store.manifest["version"], whole.manifest["version"], len(store.parts)) == (4, 3, 7)
+    assert store.manifest["sources"] == whole.manifest["sources"]
+    for name in ("turns", "finds", "inputs", "documents", "supervised_tokens", "longest_document", "origins"):
+        assert store.manifest[name] == whole.manifest[name], name
+    for number in range(len(whole)):
+        for there, here in zip(whole.document(number), store.document(number), strict=True):
+            assert there.tolist() == here.tolist()
+        assert whole.stages(number).tolist() == store.stages(number).tolist()
+        assert (whole.origin(number), whole.source(number)) == (store.origin(number), store.source(number))
+    assert whole.order("level").tolist() == store.order("level").tolist()
+    assert whole.stage_counts().tolist() == store.stage_counts().tolist()
+    flat, cut = PackedDataset(whole.folder, SEQ), PackedDataset(undisturbed, SEQ)
+    assert len(flat) == len(cut)
+    for number in range(len(flat)):
+        assert {name: values.tolist() for name, values in flat[number].items()} == {
+            name: values.tolist() for name, values in cut[number].items()
+        }
+
+
+def test_processes_and_elements_write_the_same_bytes(
+    undisturbed: Path, tmp_path: Path, rows: list[Path], tokenizer: Path
+) -> None:
+    for workers in (2, 3):
+        prepare(rows, tokenizer, tmp_path / str(workers), SEQ, OPTIONS, workers, SHARD)
+        assert contents(tmp_path / str(workers)) == contents(undisturbed)
+    job, out = Job.of(rows, tokenizer, OPTIONS, SHARD), tmp_path / "elements"
+    for element in (3, 1):
+        prepare_shards(job, out, element, 3)
+    with pytest.raises(UserError, match=r"lacks part-00001: run its --shard again, then join"):
+        join_shards(out, job, seq_length=SEQ)
+    prepare_shards(job, out, 2, 3)
+    join_shards(out, job, seq_length=SEQ)
+    assert contents(out) == contents(undisturbed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "elements"]
+
+
+def test_an_unjoined_store_is_refused_with_the_command(tmp_path: Path, rows: list[Path], tokenizer: Path) -> None:
+    out = tmp_path / "store"
+    prepare_shards(Job.of(rows, tokenizer, OPTIONS, SHARD), out, 1, 2)
+    with pytest.raises(UserError, match=r"not joined yet; .*prepare\.py --join --out .*store --seq-length N"):
+        PackedDataset(out, SEQ)
+    other = Job.of(rows, tokenizer, Options(thinking=False), SHARD)
+    with pytest.raises(UserError, match="has parts of other inputs or options"):
+        prepare_shards(other, out, 2, 2)
+    prepare_shards(Job.of(rows, tokenizer, OPTIONS, SHARD), out, 2, 2)
+    damaged = Work(out).part(3) / "tokens.bin"
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    with pytest.raises(UserError, match=r"part-00003/tokens\.bin is damaged"):
+        join_shards(out, None, seq_length=SEQ)
+
+
+def test_an_input_that_changed_starts_anew(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [row(str(number), "b") for number in range(6)])
+    out = tmp_path / "store"
+    prepare_shards(Job.of([path], tokenizer, Options(), 2), out, 1, 2)
+    write_jsonl(path, [row(str(number), "cc") for number in range(6)])
+    with pytest.raises(UserError, match="other inputs or options"):
+        prepare_shards(Job.of([path], tokenizer, Options(), 2), out, 2, 2)
+    store, _ = prepare([path], tokenizer, out, SEQ, shard_rows=2)
+    assert {int((store.document(number)[1] > 0).sum()) for number in range(6)} == {3}  # "cc" and its end
+    assert not unfinished_folder(out).exists()
+
+
+def test_a_row_that_cannot_be_used_leaves_nothing(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [*(row(str(number), "b") for number in range(6)), "{"])
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"x\.jsonl:7: not valid JSON"):
+            prepare([path], tokenizer, tmp_path / "store", SEQ, workers=workers, shard_rows=2)
+        assert [left.name for left in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_a_document_in_two_parts_is_refused(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "store")
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    offsets = np.fromfile(tmp_path / "store" / "documents.idx", "<i8")
+    place = int(np.flatnonzero(offsets == manifest["parts"][0]["tokens"])[0])
+    offsets[place] += 1
+    offsets.tofile(tmp_path / "store" / "documents.idx")
+    manifest["files"]["documents.idx"]["sha256"] = hashlib.sha256(offsets.tobytes()).hexdigest()
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    seal(tmp_path / "store")
+    with pytest.raises(UserError, match="no document begins with part-00001"):
+        check_store(TokenStore(tmp_path / "store"))
+
+
+def test_rows_left_out_are_counted_once_wherever_they_are_cut(tmp_path: Path, tokenizer: Path) -> None:
+    """Of GSM8K's form, with repetitions before, at and behind the ends of shards."""
+    asked = [
+        {"question": f"What is {n}+1?", "answer": f"{n + 1}\n#### {n + 1}"} for n in (1, 1, 2, 3, 3, 4, 5, 6, 6, 6)
+    ]
+    path = write_jsonl(tmp_path / "train.jsonl", asked)
+    named = Options(form=form_named("gsm8k"))
+    whole, _ = prepare([path], tokenizer, tmp_path / "whole", SEQ, named)
+    assert whole.manifest["finds"]["left_out"][0]["rows"] == 4
+    for rows in (1, 2, 3):
+        cut, _ = prepare([path], tokenizer, tmp_path / f"cut{rows}", SEQ, named, shard_rows=rows)
+        assert cut.manifest["finds"] == whole.manifest["finds"]
+        assert cut.manifest["documents"] == 6
+
+
+def killed(run: Callable[[], object], after: float | None = None) -> bool:
+    """Runs it in a process of its own, which is killed after so many seconds, or kills itself; whether it was."""
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        try:
+            run()
+        finally:
+            os._exit(1)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, done: bool) -> None:
+    """From now on the `call`-th call of a function kills its process: before it does anything, or when it is `done`."""
+    original, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def dying(*args: object, **named: object) -> object:
+        now = next(calls) == call
+        if now and not done:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **named)
+        if now:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+MOMENTS = {
+    "before the first part": (parts.os, "rename", 1, False),
+    "behind the fourth": (parts.os, "rename", 4, True),
+    "before the join": (joining, "_write_store", 1, False),
+    "in the join": (joining, "_link", 9, True),
+    "before packing": (joining, "build_packs", 1, False),
+    "behind packing": (joining, "build_packs", 1, True),
+    "before the store has its name": (joining, "replace_folder", 1, False),
+    "when the store has its name": (joining, "replace_folder", 1, True),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_every_step_it_resumes_to_the_same_bytes(
+    moment: str, undisturbed: Path, tmp_path: Path, rows: list[Path], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "store"
+
+    def run() -> None:
+        prepare(rows, tokenizer, out, SEQ, OPTIONS, shard_rows=SHARD)
+
+    with monkeypatch.context() as patch:
+        fail_at(patch, *MOMENTS[moment])
+        assert killed(run)
+    finished = {path.stat().st_ino for path in unfinished_folder(out).glob("part-?????/tokens.bin")}
+    run()
+    assert contents(out) == contents(undisturbed)
+    assert finished <= {path.stat().st_ino for path in out.rglob("tokens.bin")}, "no finished part is written again"
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_killed_at_random_it_resumes_to_the_same_bytes(
+    workers: int, undisturbed: Path, tmp_path: Path, rows: list[Path], tokenizer: Path
+) -> None:
+    """The processes of a killed one end with it; then the same command goes on until it is left alone."""
+    drawn = random.Random(workers)
+
+    def run() -> None:
+        prepare(rows, tokenizer, tmp_path / "store", SEQ, OPTIONS, workers, SHARD)
+
+    for _ in range(KILLS if workers > 1 else 10):
+        killed(run, drawn.uniform(0, 0.5 if workers == 1 else 8))
+    run()
+    assert contents(tmp_path / "store") == contents(undisturbed)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_packs_that_cannot_be_made_leave_the_tokens(tmp_path: Path, rows: list[Path], tokenizer: Path) -> None:
+    with pytest.raises(UserError, match=r"longer than --seq-length 4 .*repack\.py"):
+        prepare(rows, tokenizer, tmp_path / "store", 4, shard_rows=SHARD)
+    store = TokenStore(tmp_path / "store")
+    check_store(store)
+    assert build_packs(store, SEQ)["documents"] == len(store) == ROWS - 2
