@@ -28,9 +28,7 @@ from nano3.token_store import (
     FILES,
     KIND,
     ORDER,
-    PARTS_VERSION,
     PER_TOKEN,
-    VERSION,
     TokenStore,
     mapped,
     part_name,
@@ -116,16 +114,16 @@ def _write_store(work: Work, store: Path, markers: Sequence[Any], filled: Sequen
         part, marker = parts[0]
         for name in marker["files"]:
             _link(part / name, store / name)
-        version, files = VERSION, marker["files"]
+        files = marker["files"]
     else:
-        version, files = PARTS_VERSION, _document_files(store, parts, content)
+        files = _document_files(store, parts, content)
         for number, (part, marker) in enumerate(parts):
             for name in PER_TOKEN:
                 inner = f"{part_name(number)}/{name}"
                 _link(part / name, store / inner)
                 files[inner] = marker["files"][name]
         facts["parts"] = [{key: marker[key] for key in ("documents", "tokens", "weights")} for _, marker in parts]
-    write_manifest(store, version, content, markers[0]["tokenizer"], files, **facts)
+    write_manifest(store, content, markers[0]["tokenizer"], files, **facts)
 
 
 def _merged(markers: Sequence[Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from data_prep.drops import Drops
 from data_prep.own_template import TemplateCheck
 from nano3.cli import UserError
 from nano3.conversations import Conversation, conversation
-from nano3.documents import Count, FileName, Name, read_json
+from nano3.documents import Count, FileName, Name, as_json, read_json
 from nano3.file_digests import file_sha256
 from nano3.rows import Row, files_of
 from nano3.token_store import Counts, FileFacts, part_name, tokenizer_file, unfinished_folder
@@ -109,7 +109,7 @@ class Job:
             "inputs": inputs,
             "tokenizer": file_sha256(tokenizer_file(self.tokenizer)),
             "template": TemplateCheck(self.tokenizer).facts(),
-            "options": json.loads(json.dumps(asdict(self.options))),
+            "options": as_json(asdict(self.options)),
             "form": self.form,
             "shard_rows": self.shard_rows,
         }

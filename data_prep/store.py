@@ -145,7 +145,7 @@ class StoreWriter:
     def finish(self, tokenizer: ChatTokenizer, **facts: Any) -> None:
         """Closes the files and writes the manifest; `facts` are JSON values to record in it, such as the inputs."""
         content = self.facts()
-        write_manifest(self.folder, VERSION, content, identity(tokenizer), content["files"], **facts)
+        write_manifest(self.folder, content, identity(tokenizer), content["files"], **facts)
 
     def facts(self) -> dict[str, Any]:
         """Closes the files; what was written, as a manifest says it."""
@@ -174,9 +174,9 @@ def identity(tokenizer: ChatTokenizer) -> dict[str, Any]:
 
 
 def write_manifest(
-    folder: Path, version: int, content: dict[str, Any], tokenizer: dict[str, Any], files: dict[str, Any], **facts: Any
+    folder: Path, content: dict[str, Any], tokenizer: dict[str, Any], files: dict[str, Any], **facts: Any
 ) -> None:
     """Writes manifest.json: `content` as `StoreWriter.facts` has it, but with these files, and more facts."""
     counted = {key: value for key, value in content.items() if key != "files"}
-    manifest = {"format": KIND, "version": version, **counted, "tokenizer": tokenizer, "files": files, **facts}
+    manifest = {"format": KIND, "version": VERSION, **counted, "tokenizer": tokenizer, "files": files, **facts}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

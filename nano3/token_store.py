@@ -14,9 +14,9 @@ Nothing in it is a pickle, nothing is executed on load, and reading takes no mem
 int32, because a vocabulary of 131,072 does not fit 16 bits. `weights` of the manifest is `[1.0]` unless the data has
 weights: a store without them has masks of 0 and 1. Version 2, which is read too, lacks stages, origins and order.
 
-Version 4 is a store that was prepared in several parts (data_prep/parts.py): the first three files lie in
-`part-00000/`, `part-00001/`, ... and the manifest's `parts` say how many documents and tokens each has, and its
-weights. A document lies in one part. All else is as in version 3, over all parts.
+A store that was prepared in several parts (data_prep/parts.py) has the first three files in `part-00000/`,
+`part-00001/`, ... and the manifest's `parts` say how many documents and tokens each has, and its weights. A document
+lies in one part. All else is the same, over all parts. Readers before that refuse such a store for its missing files.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ ORDER = "order.bin"
 DTYPES = {**FILES, ORDER: "<f8"}
 PER_TOKEN = ("tokens.bin", "loss_mask.bin", "stages.bin")
 """The files with a value for each token."""
-PARTS_VERSION = 4
-"""Of a store whose files per token lie in parts."""
-_FILES_OF = {2: set(FILES) - {"stages.bin", "origins.bin"}, 3: set(FILES), PARTS_VERSION: set(FILES) - set(PER_TOKEN)}
+_FILES_OF = {2: set(FILES) - {"stages.bin", "origins.bin"}, 3: set(FILES)}
 """Version -> its files; these versions are read."""
 
 _REBUILD = "prepare the data again with data_prep/prepare.py"
@@ -99,7 +97,7 @@ class Manifest(Counts):
     """manifest.json. Facts that only people read are not named here."""
 
     format: Literal["token-store"]
-    version: Literal[2, 3, 4]
+    version: Literal[2, 3]
     max_token_id: Annotated[int, Ge(0), Lt(1 << 31)]
     sources: Annotated[dict[Name, Counts], MinLen(1)]
     weights: NotRequired[Annotated[list[AboveZero], MinLen(1), MaxLen(255)]]
@@ -185,9 +183,10 @@ class TokenStore:
             readable = " and ".join(map(str, _FILES_OF))
             raise UserError(f"{path} has version {shown(version)}, this code reads {readable}; {_REBUILD}")
         check(manifest, Manifest, str(path), _REBUILD)
-        parts = range(len(manifest.get("parts", ()))) if version == PARTS_VERSION else ()
         expected = _FILES_OF[version] | ({ORDER} if manifest.get("order") else set())
-        expected |= {f"{part_name(part)}/{name}" for part in parts for name in PER_TOKEN}
+        if "parts" in manifest:
+            expected -= set(PER_TOKEN)
+            expected |= {f"{part_name(part)}/{name}" for part in range(len(manifest["parts"])) for name in PER_TOKEN}
         if set(manifest["files"]) != expected:
             raise UserError(f"{path} does not list the files {', '.join(sorted(expected))}; {_REBUILD}")
         _check_counts(manifest, path)

@@ -70,7 +70,7 @@ def test_parts_hold_what_one_store_holds(undisturbed: Path, tmp_path: Path, rows
     whole, _ = prepare(rows, tokenizer, tmp_path / "whole", SEQ, OPTIONS)
     store = TokenStore(undisturbed)
     check_store(store)
-    assert (store.manifest["version"], whole.manifest["version"], len(store.parts)) == (4, 3, 7)
+    assert (len(whole.parts), len(store.parts), "parts" in whole.manifest) == (1, 7, False)
     assert store.manifest["sources"] == whole.manifest["sources"]
     for name in ("turns", "finds", "inputs", "documents", "supervised_tokens", "longest_document", "origins"):
         assert store.manifest[name] == whole.manifest[name], name
