@@ -47,16 +47,16 @@ def clean(rows: ChatRows, out: Path, limits: Limits, exclude: Sequence[str] = ()
         temporary = stack.enter_context(fresh_file(out))
         scratch = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", dir=temporary.parent))
         # What a row says by itself, and what all of them say together.
-        for fields, where in tqdm(rows, desc=rows.name, unit="row", disable=None):
-            one = Candidate.of(conversation(fields, where, rows.name))
+        for row in tqdm(rows, desc=rows.name, unit="row", disable=None):
+            one = Candidate.of(conversation(row.fields, row.where, rows.name))
             reason = reason_alone(one, limits, held_out)
             if reason:
-                drops.add(reason, where, one.row.question)
+                drops.add(reason, row.where, one.row.question)
                 continue
             templates.read(one)
             answers.read(one)
             places.append(scratch.tell())
-            scratch.write(one.stored(fields))
+            scratch.write(one.stored(row.fields))
         # What a row is beside those before it.
         count = 0
         with temporary.open("w", encoding="utf-8") as file:
