@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 
 from launch.plan.hardware import GIB
@@ -126,10 +125,10 @@ def check_overlap(paths: Paths) -> list[Finding]:
 
 def _prompts(store: TokenStore) -> Iterator[bytes]:
     """A hash of each document's tokens before the first that the loss counts."""
-    for start, end in pairwise(store.offsets.tolist()):
-        supervised = store.loss_mask[start:end].nonzero()[0]
-        stop = start + int(supervised[0]) if len(supervised) else end
-        yield hashlib.blake2b(store.tokens[start:stop].tobytes(), digest_size=16).digest()
+    for tokens, weights in map(store.document, range(len(store))):
+        supervised = weights.nonzero()[0]
+        stop = int(supervised[0]) if len(supervised) else len(tokens)
+        yield hashlib.blake2b(tokens[:stop].tobytes(), digest_size=16).digest()
 
 
 def check_model(paths: Paths) -> list[Finding]:
