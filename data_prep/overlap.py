@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,12 @@ def normalized(text: str) -> str:
 
 def compared_text(row: Conversation) -> str:
     """What of a row is compared: the user's words, and the options of a choice that are not in them."""
-    question, choices = row.question, row.fields.get("choices")
-    if not isinstance(choices, list):
-        return question
+    choices = row.fields.get("choices")
+    return with_options(row.question, choices if isinstance(choices, list) else [])
+
+
+def with_options(question: str, choices: Sequence[Any]) -> str:
+    """A question and those of its options that are not in it."""
     return " ".join([question, *(str(choice) for choice in choices if str(choice) not in question)])
 
 

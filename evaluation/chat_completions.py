@@ -53,6 +53,7 @@ class _Choice(TypedDict):
 
 
 class _Usage(TypedDict):
+    prompt_tokens: NotRequired[Count]
     completion_tokens: NotRequired[Count]
 
 
@@ -96,23 +97,32 @@ def _openai_call(name: str, call: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": name, "type": "function", "function": {"name": call["name"], "arguments": arguments}}
 
 
-def _choice(data: bytes, where: str) -> tuple[_Choice, int | None]:
-    """The only choice of a reply, and its tokens. Raises `UserError` for no JSON, and `Again` for several choices."""
+def _choice(data: bytes, where: str) -> tuple[_Choice, _Usage]:
+    """The only choice of a reply, and its tokens where they are counted.
+
+    Raises `UserError` for no JSON, and `Again` for several choices.
+    """
     reply = parse_json(data, _Reply, where, "ask again")
     if len(reply["choices"]) != 1:
         raise Again(f"{len(reply['choices'])} choices instead of one")
-    return reply["choices"][0], (reply.get("usage") or {}).get("completion_tokens")
+    return reply["choices"][0], reply.get("usage") or {}
 
 
 def written(data: bytes, where: str, limit: int) -> dict[str, Any]:
     """A reply's answer. Raises as `_choice`, and `Again` for an answer that was cut without reason."""
-    choice, tokens = _choice(data, where)
+    choice, usage = _choice(data, where)
+    tokens = usage.get("completion_tokens")
     if choice["finish_reason"] not in ("stop", "length", "tool_calls"):
         raise Again(f"the answer ended by {choice['finish_reason']!r}")
     if choice["finish_reason"] == "length" and tokens is not None and tokens < limit:
         raise Again(f"the answer was cut after {tokens} of {limit} tokens")
     finished = choice["finish_reason"] != "length"
-    return {"text": _text(choice["message"]), "finished": finished, "tokens": tokens}
+    return {
+        "text": _text(choice["message"]),
+        "finished": finished,
+        "tokens": tokens,
+        "asked": usage.get("prompt_tokens"),
+    }
 
 
 def likeliest(data: bytes, where: str) -> dict[str, Any]:

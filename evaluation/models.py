@@ -22,11 +22,13 @@ from nano3.hf_config import FP8_ACTIVATIONS, read_config
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote: its text, whether it stopped by itself, and how many tokens it took (None: not known)."""
+    """What a model wrote: its text, whether it stopped by itself, how many `tokens` it took, and how many it was
+    `asked` (None: not known)."""
 
     text: str
     finished: bool
     tokens: int | None
+    asked: int | None = None
 
 
 class Model(Protocol):

@@ -14,10 +14,11 @@ import json
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -57,6 +58,7 @@ class _KeptAnswer(TypedDict):
     text: str
     finished: bool
     tokens: int | None
+    asked: NotRequired[int | None]
 
 
 class _KeptLetters(TypedDict):
@@ -76,6 +78,7 @@ class ServerModel:
         timeout: seconds for one attempt at an answer, from its first byte to its last.
         concurrency: requests at a time.
         thinking: whether the chat template is asked to open the reasoning.
+        per_minute: requests in a minute at most, attempts counted; None for as many as come.
 
     Raises:
         UserError: the server cannot be asked, or serves other models.
@@ -84,12 +87,21 @@ class ServerModel:
     scores_letters = False
 
     def __init__(
-        self, url: str, served: str | None, cache: Path, timeout: float, concurrency: int, thinking: bool
+        self,
+        url: str,
+        served: str | None,
+        cache: Path,
+        timeout: float,
+        concurrency: int,
+        thinking: bool,
+        per_minute: float | None = None,
     ) -> None:
         if not timeout > 0:
             raise UserError(f"--timeout is {timeout}; give seconds above 0")
         self.url = check_address(url).rstrip("/").removesuffix("/v1")
         self.timeout, self.concurrency, self.thinking, self.cache = timeout, concurrency, thinking, cache
+        self._between = 60 / per_minute if per_minute else 0.0
+        self._free_at = 0.0
         self._writing = threading.Lock()
         self._stopping = threading.Event()
         self._prompts: list[str] = []
@@ -111,7 +123,10 @@ class ServerModel:
         bodies = [[self._body(q, limit, sampling, sample) for sample in range(sampling.samples)] for q in questions]
         kept = self._all(bodies, lambda data: written(data, self.url, limit), "answers")
         self._remember_prompts(questions)
-        return [[Written(one["text"], one["finished"], one["tokens"]) for one in several] for several in kept]
+        return [
+            [Written(one["text"], one["finished"], one["tokens"], one.get("asked")) for one in several]
+            for several in kept
+        ]
 
     def letters(self, questions: Sequence[Question]) -> list[list[float]]:
         """As `Model.letters`, from the likeliest first tokens. A letter that is not among them is less likely than all
@@ -210,6 +225,7 @@ class ServerModel:
         headers = {"Content-Type": "application/json", "Connection": "close"}
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
         data = None if body is None else json.dumps(body).encode()
+        self._wait_for_turn()
         try:
             answer = ask(self.url + path, headers, data, self.timeout)
         except TimeoutError:
@@ -225,6 +241,15 @@ class ServerModel:
             raise Again(f"it answers {answer.status} {said}", _seconds(answer.headers.get("Retry-After")))
         hint = f"; put the server's key into {KEY_VARIABLE}" if answer.status in (401, 403) else ""
         raise Refused(f"{self.url}{path} answers {answer.status} {said}{hint}")
+
+    def _wait_for_turn(self) -> None:
+        """Spaces the requests of all threads evenly over a minute."""
+        if self._between:
+            with self._writing:
+                now = time.monotonic()
+                self._free_at = max(now, self._free_at) + self._between
+                wait = self._free_at - self._between - now
+            self._stopping.wait(wait)
 
     def _read_cache(self) -> dict[str, dict[str, Any]]:
         """The answers of an earlier start; a line that a killed process left unfinished is none."""

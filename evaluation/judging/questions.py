@@ -26,7 +26,8 @@ class Question:
     """A conversation that waits for the model's turn, and what that turn should say.
 
     `written` and `reasoning` are what training would teach the model to say: the longest of them bounds the answers.
-    `choices` are the options' texts where the answer is a letter, `data` is the judge's.
+    `choices` are the options' texts where the answer is a letter, `data` is the judge's. What is `evaluation_only` must
+    not be trained on.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Question:
     written: str = ""
     reasoning: str = ""
     data: Any = None
+    evaluation_only: bool = False
 
     @property
     def text(self) -> str:
@@ -102,6 +104,7 @@ def _question(row: Conversation) -> Question:
         written=said["content"],
         reasoning=str(said.get("reasoning_content") or ""),
         data=row.fields.get("accepted", _calls(said)),
+        evaluation_only=bool(row.fields.get("evaluation_only")),
     )
 
 
