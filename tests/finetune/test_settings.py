@@ -72,7 +72,9 @@ def test_help_explains_one_group_or_all():
     assert "train.lr=0.5   (above 0 and at most 1)\n      Peak learning rate." in text
     assert "lora.rank" not in text
     assert "lora.rank=32" in help_text(Settings())
-    with pytest.raises(UserError, match=r"--help-settings trian: .* layout, lora, train, router, stages, checkpoint, log"):
+    with pytest.raises(
+        UserError, match=r"--help-settings trian: .* layout, lora, train, router, stages, checkpoint, log"
+    ):
         help_text(Settings(), "trian")
 
 
