@@ -62,7 +62,8 @@ def dequantize(source: Path, out: Path, activations: bool = True) -> int:
             scale_of(hf, f"{name}_scale")
         scales = activation_scales(hf) if activations else None
         dtypes = {name: "BF16" if name in coded else dtype for name, dtype in hf.dtypes.items()}
-        layout = FileLayout.make({name: (dtypes[name], spec.shape) for name, spec in hf.arch.tensors().items()})
+        shapes = {name: spec.shape for name, spec in hf.arch.tensors().items()} | hf.carried
+        layout = FileLayout.make({name: (dtypes[name], shape) for name, shape in shapes.items()})
         job: dict[str, Any] = {"tool": "dequantize", "source": str(source.resolve()), "activations": activations}
         job["files"] = source_stamps(weight_files(hf))
         with unfinished_output(out, HF_KIND, job | {"layout": layout.to_json()}, layout.total_bytes) as work:

@@ -53,7 +53,7 @@ def convert(source: Path, out: Path, context: bool = True) -> int:
     refuse_overlap(out, source)
     check_output(out, NEMO_KIND)
     with HFFolder(source) as hf:
-        plan = make_plan(hf.arch, hf.dtypes)
+        plan = make_plan(hf.arch, hf.dtypes, hf.carried)
         side = side_files(source)
         needed = plan.total_bytes + sum((source / path).stat().st_size for path in side)
         watch, stamps = Watch(hf), source_stamps(weight_files(hf))

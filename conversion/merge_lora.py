@@ -147,7 +147,7 @@ def _adapt(merged: Merged, passage: Passage) -> dict[str, Any]:
 
 
 def _write_nemo(work: UnfinishedOutput, merged: Merged, context: bool) -> Written:
-    facts = write_checkpoint(work, merged, make_plan(merged.arch, merged.dtypes), context)
+    facts = write_checkpoint(work, merged, make_plan(merged.arch, merged.dtypes, merged.carried), context)
     return facts, {name: merged.change(name) for name in merged.targeted}
 
 

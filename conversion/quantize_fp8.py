@@ -86,7 +86,7 @@ def quantize(source: Path, out: Path, selection: Selection, samples: list[Any]) 
 
     refuse_overlap(out, source)
     with HFFolder(source) as hf:
-        layout = FileLayout.make(selection.table(hf.dtypes))
+        layout = FileLayout.make(selection.table(hf.dtypes, hf.carried))
         needed = max(layout.total_bytes, scratch_bytes(hf, samples))
         check_room(check_output(out, HF_KIND), needed)
         before, largest = scan(hf)
@@ -126,7 +126,7 @@ def write(
     work: UnfinishedOutput,
 ) -> None:
     """Writes the FP8 checkpoint of `hf`, whose tensors are `before`, with its certificate into `work`."""
-    layout, added = FileLayout.make(selection.table(hf.dtypes)), _scalars(selection, scales, found)
+    layout, added = FileLayout.make(selection.table(hf.dtypes, hf.carried)), _scalars(selection, scales, found)
     copy_files(hf.path, side_files(hf.path), work.folder)
     _write_configs(hf.path, work.folder, selection)
     changes: dict[str, Change] = {name: partial(_quantize, scale) for name, scale in scales.items()}

@@ -29,6 +29,10 @@ The others: the network of the family's dense members, for planning; their field
 """
 
 
+MTP = "mtp."
+"""How the tensors of multi-token prediction begin, in the published checkpoints that have such heads. transformers does
+not load them, and nothing here runs or tunes them: they pass every conversion as the bytes that they are."""
+
 VOCAB_MULTIPLE = 128
 """Vocabulary rows per tensor-parallel rank are padded to a multiple of this (NeMo's make_vocab_size_divisible_by)."""
 
@@ -89,6 +93,8 @@ class Arch:
     routed_scaling_factor: float
     layer_norm_epsilon: float
     initializer_range: float
+    num_nextn_predict_layers: int = 0
+    """Heads of multi-token prediction; where there are some, a checkpoint has tensors that begin with `MTP`."""
     dtype: str = "BF16"
 
     def __post_init__(self) -> None:
@@ -176,7 +182,10 @@ class Arch:
         return self.mamba_sections[1:4]
 
     def tensors(self) -> Mapping[str, TensorSpec]:
-        """Every tensor of a Hugging Face checkpoint, by name, layer after layer; shapes as stored there."""
+        """Every tensor of a Hugging Face checkpoint, by name, layer after layer; shapes as stored there.
+
+        Those of multi-token prediction (`MTP`) are not among them: whatever begins so belongs to the heads.
+        """
         return _tensors(self)
 
     def parameter_count(self) -> dict[str, int]:

@@ -55,7 +55,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "n_group": (1,),
     "n_shared_experts": (1,),
     "norm_topk_prob": (True,),
-    "num_nextn_predict_layers": (0,),
     "quantization_config": (None,),
     "residual_in_fp32": (False,),
     "sliding_window": (None,),
@@ -67,8 +66,15 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Fields that change the network, and the values that we support. Absent means the first: transformers' default."""
 
+_LACKS = {
+    "moe_latent_size": "the experts of Nemotron-3-Super work in a narrower, latent space; the map of tensor names, the "
+    "adapters of experts and the memory plan lack it",
+}
+"""Why a value is not supported, where a member of the family has it."""
+
 _GENERATION = "concerns tokenizer and generation, not the network"
 _LABEL = "a label"
+_MTP = "heads of multi-token prediction are carried along, never run (num_nextn_predict_layers)"
 _HF_INIT = "starting values of training from scratch in transformers; checkpoints bring their weights"
 IGNORED = {
     "_name_or_path": _LABEL,
@@ -83,8 +89,9 @@ IGNORED = {
     "expand": "the width of the Mamba layers is mamba_num_heads * mamba_head_dim",
     "mamba_ssm_cache_dtype": "the cache of generation",
     "moe_shared_expert_overlap": "how kernels are scheduled",
-    "mtp_hybrid_override_pattern": "no multi-token prediction (num_nextn_predict_layers must be 0)",
-    "mtp_layers_block_type": "no multi-token prediction (num_nextn_predict_layers must be 0)",
+    "keep_mtp_spec_in_bf16": _MTP,
+    "mtp_hybrid_override_pattern": _MTP,
+    "mtp_layers_block_type": _MTP,
     "num_logits_to_keep": _GENERATION,
     "output_router_logits": "what transformers returns",
     "pad_token_id": _GENERATION,
@@ -174,12 +181,13 @@ class Layers(TypedDict, total=False):
     layers_block_type: Annotated[list[Name], MaxLen(MAX_LAYERS)] | None
     layer_types: Annotated[list[Name], MaxLen(MAX_LAYERS)] | None
     num_hidden_layers: _Many
+    num_nextn_predict_layers: Annotated[int, Ge(0), Le(64)]
     dtype: Name
     torch_dtype: Name
 
 
 def architecture_fields(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """The `Sizes` and `ExpertSizes` of a config.json, plus `pattern` and `dtype`.
+    """The `Sizes` and `ExpertSizes` of a config.json, plus `pattern`, `dtype` and `num_nextn_predict_layers`.
 
     Raises `UserError` naming the field when one is missing, unknown, malformed, or has a value that we do not support.
     `source` is how messages call the file.
@@ -189,6 +197,7 @@ def architecture_fields(config: dict[str, Any], source: str) -> dict[str, Any]:
     config = _without_aliases(config, source)
     check(config, Layers, source, _NOT_OURS)
     values: dict[str, Any] = {"pattern": _pattern(config, source), "dtype": _dtype(config, source)}
+    values["num_nextn_predict_layers"] = config.get("num_nextn_predict_layers", 0)
     check(config, Sizes, source, _NOT_OURS)
     if "E" in values["pattern"]:
         check(config, ExpertSizes, source, _NOT_OURS)
@@ -228,7 +237,8 @@ def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
         value = config.get(name, supported[0])
         if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in supported):
             allowed = " or ".join(json.dumps(good) for good in supported)
-            raise UserError(f"{source}: {name} is {_short(value)}; this project supports only {allowed}")
+            lacks = f": {_LACKS[name]}" if name in _LACKS else ""
+            raise UserError(f"{source}: {name} is {_short(value)}; this project supports only {allowed}{lacks}")
 
 
 def _without_aliases(config: dict[str, Any], source: str) -> dict[str, Any]:

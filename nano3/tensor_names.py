@@ -10,7 +10,7 @@ Keys are those of megatron-core 0.16.1's stock `mamba_stack_spec`, without the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -186,6 +186,12 @@ def megatron_tensors(arch: Arch) -> Iterator[MegatronTensor]:
             yield whole(f"{prefix}mlp.router.expert_bias", f"{layer}mixer.gate.e_score_correction_bias")
     yield whole("decoder.final_norm.weight", "backbone.norm_f.weight")
     yield whole(OUTPUT, "lm_head.weight")
+
+
+def carried_tensors(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[MegatronTensor]:
+    """Tensors of a Hugging Face checkpoint that are no part of the model in Megatron, under their own names."""
+    for name, shape in shapes.items():
+        yield MegatronTensor(name, shape, (RowBlock(name, 0, shape[0]),))
 
 
 def extra_state_keys(arch: Arch) -> dict[str, int]:

@@ -45,6 +45,7 @@ from conversion.certificates.model_card import model_card, read_readme
 from conversion.checkpoint.model_folder import side_files
 from conversion.checkpoint.output_folder import CARD, CERTIFICATE, PART, side_folder
 from conversion.checkpoint.tensor_digests import Facts, content_hash
+from nano3.arch import MTP
 from nano3.checkpoints.base_identity import FILE, read_base
 from nano3.cli import UserError
 from nano3.documents import as_json
@@ -94,6 +95,9 @@ def write_certificate(out: Path, source: Path, before: Facts, after: Facts, clai
         "proof": PROOF,
         "previous": previous,
     }
+    carried = [name for name in tensors if name.startswith(MTP)]
+    if carried:
+        content["not_tuned"] = carried
     content = sealed(as_json(content))
     (out / CERTIFICATE).write_text(certificate_text(content))
     (out / CARD).write_text(model_card(content, read_readme(out)))

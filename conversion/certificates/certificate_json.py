@@ -172,6 +172,8 @@ class Certificate(TypedDict):
     calibration: NotRequired[CalibrationFacts]
     router: NotRequired[Literal["frozen", "balance"]]
     merged_onto: NotRequired[Literal["original", "dequantized"]]
+    not_tuned: NotRequired[list[Name]]
+    """Tensors of multi-token prediction, which no step may change."""
     previous: Certificate | None
 
 

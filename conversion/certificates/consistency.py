@@ -26,7 +26,7 @@ from conversion.certificates.certificate_json import (
 from conversion.checkpoint.safetensors_layout import some
 from conversion.checkpoint.tensor_digests import content_hash
 from conversion.fp8.selection import KV_SCALES, SCALES
-from nano3.arch import Arch
+from nano3.arch import MTP, Arch
 from nano3.targets import VOCABULARY
 from nano3.tensor_names import adaptable
 
@@ -78,6 +78,16 @@ def _routers(link: dict[str, Any], _: Arch) -> Iterator[str]:
     moved = [name for name, line in link["tensors"].items() if name.endswith(still) and happened(line) != "identical"]
     if moved:
         yield f"the router is not that of the input: {some(moved)}"
+
+
+def _not_tuned(link: dict[str, Any], _: Arch) -> Iterator[str]:
+    """The heads of multi-token prediction are named, all of them, and are the input's."""
+    carried = sorted(name for name in link["tensors"] if name.startswith(MTP))
+    if carried != link.get("not_tuned", []):
+        yield f"the tensors {MTP}* are not those that the certificate names as not tuned"
+    moved = [name for name in carried if happened(link["tensors"][name]) != "identical"]
+    if moved:
+        yield f"what is not tuned is not that of the input: {some(moved)}"
 
 
 def _targets(link: dict[str, Any], arch: Arch) -> Iterator[str]:
@@ -143,6 +153,7 @@ _CHECKS: tuple[Callable[[dict[str, Any], Arch], Iterator[str]], ...] = (
     _words,
     _totals,
     _routers,
+    _not_tuned,
     _targets,
     _scales,
 )

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from conversion.certificates.certificate_json import UNKNOWN, chain, happened
+from nano3.arch import MTP
 
 _TITLES = {
     "import": "{} as a NeMo checkpoint",
@@ -106,6 +107,11 @@ def _step(link: dict[str, Any]) -> list[str]:
     totals = ", ".join(f"{count:,} {what}" for what, count in link["totals"].items() if count)
     tools = ", ".join(f"{name} {found}" for name, found in link["tools"].items())
     lines = [f"- tensors: {totals}", f"- content: `{link['input']['sha256']}` became `{link['output']['sha256']}`"]
+    if "not_tuned" in link:
+        lines.append(
+            f"- multi-token prediction: its {len(link['not_tuned']):,} tensors (`{MTP}*`) are the base's, not tuned; "
+            "a server that drafts with them drafts as the base would"
+        )
     if link["kind"] == "merge":
         lines += _merge(link)
     if link["kind"] == "quantization":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,12 @@ from conversion.checkpoint.output_folder import CARD, CERTIFICATE, LAYOUT, SIDE,
 from conversion.checkpoint.pieces import read_exactly
 from conversion.checkpoint.plan import PREFIX
 from conversion.checkpoint.safetensors_layout import INDEX, FileLayout, TensorTable, check_tensors, some, torch_dtype
-from nano3.arch import Arch, is_nemo_checkpoint, resolve_model
+from nano3.arch import MTP, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError
 from nano3.documents import read_bytes
 from nano3.hf_config import FP8_ACTIVATIONS, read_config
 from nano3.sealed_folder import MARKER, SEAL, check_seal, require_inside
-from nano3.tensor_names import VOCABULARY_KEYS, MegatronTensor, RowBlock, megatron_tensors
+from nano3.tensor_names import VOCABULARY_KEYS, MegatronTensor, RowBlock, carried_tensors, megatron_tensors
 
 if TYPE_CHECKING:
     from typing import Self
@@ -65,6 +66,11 @@ class ModelFolder(ABC):
     def dtypes(self) -> dict[str, str]:
         """The dtype of every tensor."""
         return {name: entry.dtype for name, entry in self.layout.entries.items()}
+
+    @property
+    def carried(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that pass as they are: those of multi-token prediction."""
+        return {name: entry.shape for name, entry in self.layout.entries.items() if name.startswith(MTP)}
 
     def rows(self, name: str, start: int, count: int) -> torch.Tensor:
         """Rows `start` to `start + count` of a tensor, in its dtype."""
@@ -132,7 +138,8 @@ class HFFolder(ModelFolder):
         shapes = {name: entry.shape for name, entry in self.layout.entries.items()}
         if quantized:
             shapes = {name: shape for name, shape in shapes.items() if not name.endswith("_scale")}
-        check_tensors(str(self.path), shapes, {name: spec.shape for name, spec in self.arch.tensors().items()})
+        own = {name: spec.shape for name, spec in self.arch.tensors().items()}
+        check_tensors(str(self.path), shapes, own | _carried(self.arch, shapes, self.path))
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -149,6 +156,22 @@ class HFFolder(ModelFolder):
         for file in self._files.values():
             os.close(file)
         self._files.clear()
+
+
+def _carried(arch: Arch, found: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of multi-token prediction among those `found`, none where config.json has no such heads.
+
+    Raises `UserError` where it has some and there are no tensors.
+    """
+    if not arch.num_nextn_predict_layers:
+        return {}
+    carried = {name: shape for name, shape in found.items() if name.startswith(MTP)}
+    if not carried:
+        raise UserError(
+            f"{where}: config.json has num_nextn_predict_layers {arch.num_nextn_predict_layers}, and there is no "
+            f"tensor {MTP}*, as transformers saves it; get the published folder, or set the field to 0 to go without"
+        )
+    return carried
 
 
 def _is_weights(relative: Path) -> bool:
@@ -183,11 +206,13 @@ class NemoFolder(RowFolder):
         self.path, self.side = path, side or _own_side(path)
         self.arch = Arch.load(self.side)
         self.reader = TorchDistReader(path / WEIGHTS)
-        self.tensors = list(megatron_tensors(self.arch))
+        stored = {key.removeprefix(PREFIX): shape for key, shape in self.reader.shapes.items()}
+        carried = _carried(self.arch, stored, path)
+        self.tensors = [*megatron_tensors(self.arch), *carried_tensors(carried)]
         _check_weights(self.reader, self.tensors)
         self._places = _places(self.tensors)
         dtypes = {block.name: self.reader.dtype(PREFIX + t.key) for t in self.tensors for block in t.blocks}
-        shapes = {name: spec.shape for name, spec in self.arch.tensors().items()}
+        shapes = {name: spec.shape for name, spec in self.arch.tensors().items()} | carried
         self.layout = _layout(self.path, {name: (dtypes[name], shape) for name, shape in shapes.items()})
 
     def fill_rows(self, buffer: memoryview, name: str, start: int) -> None:

@@ -9,12 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from conversion.checkpoint.pieces import row_steps
 from conversion.checkpoint.safetensors_layout import ITEM_BYTES
 from nano3.arch import Arch, padded_vocab_size
 from nano3.cli import UserError
-from nano3.tensor_names import OUTPUT, VOCABULARY_KEYS, MegatronTensor, extra_state_keys, megatron_tensors
+from nano3.tensor_names import (
+    OUTPUT,
+    VOCABULARY_KEYS,
+    MegatronTensor,
+    carried_tensors,
+    extra_state_keys,
+    megatron_tensors,
+)
 
 PREFIX = "module."
 """What NeMo and Megatron put before the keys of the model itself."""
@@ -61,13 +69,16 @@ class Plan:
         return sum(tensor.total_bytes for tensor in self.tensors)
 
 
-def make_plan(arch: Arch, dtypes: Mapping[str, str]) -> Plan:
-    """The plan for `arch`; `dtypes` gives the dtype of every Hugging Face tensor.
+def make_plan(
+    arch: Arch, dtypes: Mapping[str, str], carried: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+) -> Plan:
+    """The plan for `arch`; `dtypes` gives the dtype of every Hugging Face tensor, `carried` the shapes of those that
+    are no part of the model.
 
     Raises `UserError` when tensors that share one Megatron tensor (q, k, v; the experts of a layer) differ in dtype.
     """
     planned = []
-    for tensor in megatron_tensors(arch):
+    for tensor in (*megatron_tensors(arch), *carried_tensors(carried)):
         shape = tensor.shape
         if tensor.key in VOCABULARY_KEYS:
             # A load on another tensor-parallel size wants more or fewer rows: Megatron-Core permits that for these two

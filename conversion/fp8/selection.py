@@ -11,17 +11,19 @@ On disk, as NVIDIA ModelOpt's unified checkpoints have it: `X.weight` holds the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from annotated_types import MaxLen
 from typing_extensions import TypedDict
 
 from conversion.checkpoint.safetensors_layout import FP8, ITEM_BYTES, TensorTable
-from nano3.arch import Arch
+from nano3.arch import MTP, Arch
 from nano3.cli import UserError
 from nano3.documents import Name, read_yaml
 
@@ -117,23 +119,27 @@ class Selection:
         names = [f"{module}.{scale}" for module in matrices(self.arch) if module in self.chosen for scale in SCALES]
         return (*names, *(f"backbone.layers.{n}.mixer.{scale}" for n in self.kv_layers for scale in KV_SCALES))
 
-    def table(self, dtypes: dict[str, str]) -> TensorTable:
-        """Name -> (dtype, shape) of every tensor of the quantized checkpoint; `dtypes` are those of the source."""
+    def table(
+        self, dtypes: dict[str, str], carried: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    ) -> TensorTable:
+        """Name -> (dtype, shape) of every tensor of the quantized checkpoint; `dtypes` are those of the source, and
+        `carried` the shapes of its tensors that are no part of the model."""
         result: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, spec in self.arch.tensors().items():
             module = name.removesuffix(".weight")
             result[name] = (FP8 if module in self.chosen else dtypes[name], spec.shape)
+        result |= {name: (dtypes[name], shape) for name, shape in carried.items()}
         return result | dict.fromkeys(self.scalars, ("F32", ()))
 
     @cached_property
     def excluded(self) -> list[str]:
-        """Modules that readers must load as they are, by their exact names.
+        """Modules that readers must load as they are, by their exact names; those of multi-token prediction as one.
 
         Exact, because `backbone.layers.2*`, which ModelOpt writes for a whole layer, is layers 20 to 29 as well to the
         readers (conversion/fp8/readers.py). Of a layer whose routed experts are all kept there is `mixer.experts` too:
         SGLang and TensorRT-LLM ask for that name.
         """
-        names = ["lm_head", "backbone.embeddings"]
+        names = ["lm_head", "backbone.embeddings", *([f"{MTP}*"] if self.arch.num_nextn_predict_layers else [])]
         experts = {name.rpartition(".experts.")[0] for name in matrices(self.arch) if ".experts." in name}
         quantized = {name.rpartition(".experts.")[0] for name in self.chosen if ".experts." in name}
         names += [f"{mixer}.experts" for mixer in experts - quantized]

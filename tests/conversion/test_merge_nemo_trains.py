@@ -18,7 +18,7 @@ from nano3.token_store import TokenStore, tokenizer_sha256
 from tests.conversion.test_merge import write_adapter
 from tests.conversion.test_merge_nemo import randomize
 from tests.helpers.rank_server import done_by
-from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
+from tests.helpers.tiny import MTP_CONFIG, TINY_CONFIG, tiny_hf_folder
 from tests.helpers.tiny_run import metrics, run, write_run
 from tests.helpers.tiny_store import tiny_store
 
@@ -26,9 +26,12 @@ pytestmark = pytest.mark.full
 
 
 def test_training_starts_from_a_merged_nemo_checkpoint_on_any_layout(tmp_path: Path):
-    """Two ranks with EP=2 and with TP=2: loss and gradient norm of every step are those from the imported folder."""
-    base = tiny_hf_folder(tmp_path / "base", dtypes={"": "F32"})
-    write_adapter(tmp_path / "adapter", randomize, config=TINY_CONFIG)
+    """Two ranks with EP=2 and with TP=2: loss and gradient norm of every step are those from the imported folder.
+
+    The base has a head of multi-token prediction, which the checkpoint carries and training leaves alone.
+    """
+    base = tiny_hf_folder(tmp_path / "base", dtypes={"": "F32"}, **MTP_CONFIG)
+    write_adapter(tmp_path / "adapter", randomize, config=TINY_CONFIG | MTP_CONFIG)
     done_by("conversion.merge_lora", base, tmp_path / "adapter", tmp_path / "merged", "--nemo")
     assert verify(tmp_path / "merged", base) == []
     assert "Nano3Model" in (tmp_path / "merged/context/model.yaml").read_text()

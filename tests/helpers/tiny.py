@@ -54,6 +54,12 @@ DENSE: dict[str, Any] = {
 }
 """What makes the tiny model a dense one, with Nano-4B's oddities: five query heads a KV head, Mamba heads that are no
 power of two, two Mamba layers side by side."""
+MTP_CONFIG: dict[str, Any] = {
+    "num_nextn_predict_layers": 1,
+    "mtp_hybrid_override_pattern": "*E",
+    "keep_mtp_spec_in_bf16": True,
+}
+"""What a config.json with a head of multi-token prediction has besides."""
 TORCH = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 
@@ -75,6 +81,21 @@ def tiny_tensors(arch: Arch, dtypes: dict[str, str] | None = None, seed: int = 0
     return tensors
 
 
+def mtp_tensors(arch: Arch, seed: int = 1) -> dict[str, torch.Tensor]:
+    """A random head of multi-token prediction: an attention and an MoE layer, between the norms and the projection that
+    join a hidden state with a token's embedding. Names as vLLM's nemotron_h_mtp.py loads them."""
+    generator, hidden = torch.Generator().manual_seed(seed), arch.hidden_size
+    attention, experts = arch.attention_layers[0], arch.moe_layers[0]
+    shapes = {f"mtp.layers.0.{name}.weight": (hidden,) for name in ("enorm", "hnorm")}
+    shapes |= {"mtp.layers.0.eh_proj.weight": (hidden, 2 * hidden), "mtp.layers.1.final_layernorm.weight": (hidden,)}
+    for place, number in enumerate((attention, experts)):
+        prefix = f"backbone.layers.{number}."
+        layer = {name: spec.shape for name, spec in arch.tensors().items() if name.startswith(prefix)}
+        shapes |= {name.replace(prefix, f"mtp.layers.{place}."): shape for name, shape in layer.items()}
+    dtypes = {name: torch.float32 if name.endswith("bias") else torch.bfloat16 for name in shapes}
+    return {name: torch.randn(shape, generator=generator).to(dtypes[name]) for name, shape in shapes.items()}
+
+
 def tiny_hf_folder(
     path: Path, *, dtypes: dict[str, str] | None = None, shards: int = 1, seed: int = 0, **config_overrides: Any
 ) -> Path:
@@ -86,7 +107,8 @@ def tiny_hf_folder(
     path.mkdir(parents=True)
     config = {name: value for name, value in (TINY_CONFIG | config_overrides).items() if value is not None}
     (path / "config.json").write_text(json.dumps(config, indent=1))
-    tensors = tiny_tensors(Arch.from_config(config), dtypes, seed)
+    arch = Arch.from_config(config)
+    tensors = tiny_tensors(arch, dtypes, seed) | (mtp_tensors(arch) if arch.num_nextn_predict_layers else {})
     if shards == 1:
         save_file(tensors, path / "model.safetensors", {"format": "pt"})
     else:

@@ -13,7 +13,7 @@ import pytest
 from nano3.arch import PRESETS, Arch, TensorSpec, resolve_model
 from nano3.cli import UserError
 from nano3.hf_config import FIXED
-from tests.helpers.tiny import DENSE, TINY_CONFIG
+from tests.helpers.tiny import DENSE, MTP_CONFIG, TINY_CONFIG
 
 
 def arch(**overrides: Any) -> Arch:
@@ -95,7 +95,7 @@ def test_the_names_are_those_of_transformers(tmp_path: Path):
         ("n_shared_experts", 2),
         ("norm_topk_prob", False),
         ("norm_topk_prob", 1),
-        ("num_nextn_predict_layers", 1),
+        ("num_nextn_predict_layers", -1),
         ("quantization_config", {"quant_method": "modelopt"}),
         ("residual_in_fp32", True),
         ("sliding_window", 128),
@@ -124,6 +124,19 @@ def test_unsupported_values_are_refused_by_name(field: str, value: Any):
     named = "quantized" if field == "quantization_config" else "dtype" if field == "torch_dtype" else named
     with pytest.raises(UserError, match=named):
         arch(**{field: value})
+
+
+def test_super_is_refused_for_its_latent_experts():
+    with pytest.raises(
+        UserError, match=r"moe_latent_size is 1024; .*: the experts of Nemotron-3-Super work in a narrower"
+    ):
+        arch(moe_latent_size=1024, num_experts_per_tok=22, **MTP_CONFIG)
+
+
+def test_heads_of_multi_token_prediction_are_no_part_of_the_network():
+    with_head = arch(**MTP_CONFIG)
+    assert with_head.num_nextn_predict_layers == 1
+    assert with_head.tensors() == arch().tensors()
 
 
 def test_every_fixed_field_has_a_test_of_its_refusal():
