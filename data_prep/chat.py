@@ -114,7 +114,7 @@ def render(
     pieces += _render_turns(messages, no_loss, trained_from)
     if add_generation_prompt:
         pieces.append(Segment(PROMPT_THINKING if thinking else PROMPT_ANSWERING, 0))
-    return _merged(pieces)
+    return merged(pieces)
 
 
 def text_of(segments: Sequence[Segment]) -> str:
@@ -228,7 +228,7 @@ def _render_turns(messages: Sequence[Message], no_loss: Collection[str], trained
                 as_written = as_written and shown == (prompt, written)
                 prompt, written = shown
             trained = as_written and number >= trained_from and not is_empty(message)
-            spans = _spans(number, message, prompt, written, no_loss) if trained else ()
+            spans = spans_of(number, message, prompt == PROMPT_THINKING, written, no_loss) if trained else ()
             weight = float(message.get("weight", 1)) if trained else 0.0
             pieces += [Segment(prompt, 0), Segment(written, weight, spans), Segment("\n", 0)]
     return pieces
@@ -250,15 +250,19 @@ def _assistant(message: Message, past: bool) -> tuple[str, str]:
     return prompt, written + TURN_END
 
 
-def _spans(number: int, message: Message, prompt: str, written: str, no_loss: Collection[str]) -> tuple[Span, ...]:
-    """The spans of a turn in what the model wrote: the message's own, in order, then the parts without loss."""
+def spans_of(number: int, message: Message, thinks: bool, written: str, no_loss: Collection[str]) -> tuple[Span, ...]:
+    """The spans of a turn in what the model wrote: the message's own, in order, then the parts without loss.
+
+    `number` is the message's, and `thinks` says whether `written` holds its reasoning. Raises `UserError` for a span
+    that is not in it, and for two that overlap.
+    """
     given = enumerate(message.get("spans", ()))
     spans = sorted(_located(f"messages[{number}].spans[{place}]", span, written) for place, span in given)
     for left, right in pairwise(spans):
         if right.start < left.end:
             overlap = written[right.start : left.end]
             raise UserError(f"messages[{number}]: two spans overlap at {overlap[:40]!r}; cut one of them")
-    if "thinking" in no_loss and prompt == PROMPT_THINKING:
+    if "thinking" in no_loss and thinks:
         spans.append(Span(0, written.index("</think>") + len("</think>"), 0, 0))
     if "tools" in no_loss and message.get("tool_calls"):
         start = written.index("<tool_call>")
@@ -301,7 +305,7 @@ def _parameter(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple | Mapping) else str(value)
 
 
-def _merged(pieces: Sequence[Segment]) -> list[Segment]:
+def merged(pieces: Sequence[Segment]) -> list[Segment]:
     """Joins neighbours of equal kind, so that a tokenizer meets as few boundaries as possible."""
     merged: list[Segment] = []
     for piece in pieces:

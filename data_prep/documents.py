@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.chat import Segment, is_empty, own_texts, render, split_turns, without_reasoning
+from data_prep.chat import Segment, is_empty, own_texts, without_reasoning
 from data_prep.forms.form import Form
 from data_prep.own_template import TemplateCheck
 from data_prep.store import StoreWriter
@@ -119,12 +119,17 @@ def _documents(
     messages = row.messages if options.thinking else without_reasoning(row.messages)
     if options.drop_null_arguments:
         messages = [_without_null_arguments(message) for message in messages]
-    parts = split_turns(messages) if options.split else [(messages, 0)]
+    parts = encoder.format.split_turns(messages) if options.split else [(messages, 0)]
     try:
         encoder.check_texts(own_texts(messages, row.tools))
         template.check(messages, row.tools)
         rendered = [
-            (render(part, options.thinking, tools=row.tools, no_loss=options.no_loss, trained_from=start), part)
+            (
+                encoder.format.render(
+                    part, options.thinking, tools=row.tools, no_loss=options.no_loss, trained_from=start
+                ),
+                part,
+            )
             for part, start in parts
         ]
     except UserError as error:

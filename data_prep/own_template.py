@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.chat import TEMPLATE_FILE, render, text_of
+from data_prep.chat import text_of
+from data_prep.chat_formats import NEMOTRON, ChatFormat
 from nano3.cli import UserError
 from nano3.conversations import checked_messages, checked_tools
 from nano3.documents import read_json
@@ -90,7 +91,8 @@ class TemplateCheck:
         UserError: a template that cannot be read.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, ours: ChatFormat = NEMOTRON) -> None:
+        self.ours = ours
         self.path, self._text, self._marks = _own_template(tokenizer_file(folder).parent)
         self._waiting = _probes() if self._text is not None else []
         self._template: Any = None
@@ -116,12 +118,12 @@ class TemplateCheck:
 
     def facts(self) -> dict[str, Any]:
         """For a store's manifest: the SHA-256 of the template, and whether it is the folder's own."""
-        text = TEMPLATE_FILE.read_text() if self._text is None else self._text
+        text = self.ours.template.read_text() if self._text is None else self._text
         return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "own": self._text is not None}
 
     def _compare(self, probe: Probe) -> None:
         ours = text_of(
-            render(checked_messages(probe.messages), probe.thinking, probe.prompt, checked_tools(probe.tools))
+            self.ours.render(checked_messages(probe.messages), probe.thinking, probe.prompt, checked_tools(probe.tools))
         )
         theirs = self._render(probe)
         if theirs == ours:
@@ -133,7 +135,8 @@ class TemplateCheck:
         raise UserError(
             f"the chat template in {self.path} differs from this project's at character {place} of a probe: "
             f"{theirs[start : place + 20]!r} there, {ours[start : place + 20]!r} here; the model would be asked in "
-            "another format than it learned: use the tokenizer folder of Nemotron-3-Nano (others: docs/family.md)"
+            "another format than it learned: use the tokenizer folder of "
+            f"{self.ours.name} (others: docs/family.md)"
         )
 
     def _render(self, probe: Probe) -> str:
@@ -155,7 +158,7 @@ class TemplateCheck:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"the chat template in {self.path} refuses a probe conversation with {needs} ({reason}); "
-                "use the tokenizer folder of Nemotron-3-Nano"
+                f"use the tokenizer folder of {self.ours.name}"
             ) from error
 
 

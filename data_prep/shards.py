@@ -64,7 +64,8 @@ class _PartWriter:
     def __init__(self, job: Job, work: Work) -> None:
         self.job, self.work = job, work
         self.reader = ShardReader(job.chats(), job.shard_rows)
-        self.encoder, self.template = ChatTokenizer(job.tokenizer), TemplateCheck(job.tokenizer)
+        self.encoder = ChatTokenizer(job.tokenizer)
+        self.template = TemplateCheck(job.tokenizer, self.encoder.format)
 
     def write(self, number: int, report: Callable[[int], Any]) -> None:
         """Writes the part of the shard at whose start the reader is."""

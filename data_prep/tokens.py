@@ -20,14 +20,17 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Encoding
 
-from data_prep.chat import Segment, Span, render, text_of
+from data_prep.chat import Segment, Span, text_of
+from data_prep.chat_formats import format_of
 from nano3.cli import UserError
-from nano3.conversations import CONTROL_TOKENS
 from nano3.token_store import TokenStore, meaning_sha256, open_tokenizer, tokenizer_file
 
 _HEAD = 32
 """Characters after a boundary that settle how text splits there: pre-tokenizers look at one word or blank run."""
 
+
+_MARKS = {"\n": "<think>", "\n\n": "</think>"}
+"""White space behind which what the model writes begins, and the mark before it."""
 
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = {chr(byte): byte for byte in _SHOWN} | {
@@ -58,7 +61,7 @@ class EncodedBatch(NamedTuple):
 
 
 class ChatTokenizer:
-    """A tokenizer that is known to fit the chat format.
+    """A tokenizer that is known to fit its chat format, `format`.
 
     Raises `UserError` when the file cannot be read, when a control token of the format is missing or has another id
     than the model's, or when text next to a control token is not encoded as it is alone.
@@ -69,6 +72,7 @@ class ChatTokenizer:
         self._tokenizer = open_tokenizer(folder)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.format = format_of(self._tokenizer)
         self._tokenizer.post_processor = None  # it may shorten the places of tokens by the blanks in them
         self._bytes: dict[int, bytes] = {}
         self._added = self._tokenizer.get_added_tokens_decoder()
@@ -163,19 +167,19 @@ class ChatTokenizer:
     def _check_control_tokens(self) -> None:
         wrong = [
             f"{mark} is {self._tokenizer.token_to_id(mark)}, not {number}"
-            for mark, number in CONTROL_TOKENS.items()
+            for mark, number in self.format.control_tokens.items()
             if self._tokenizer.token_to_id(mark) != number or self._ids([f"x{mark}x"])[0].count(number) != 1
         ]
         if wrong:
             raise UserError(
-                f"{self.path} is not a tokenizer for Nemotron-3-Nano's chat format ({'; '.join(wrong)}); "
+                f"{self.path} is not a tokenizer for {self.format.name}'s chat format ({'; '.join(wrong)}); "
                 "use the tokenizer of the model that you tune; models of another format: docs/family.md"
             )
 
     def _check_boundaries(self) -> None:
         """Control tokens must cut the text whatever stands beside them."""
         for text in ("x", " x", "\n\nx", "1", "é", "'s", ". "):
-            segments = render(
+            segments = self.format.render(
                 [
                     {"role": "user", "content": text},
                     {"role": "assistant", "content": text},
@@ -194,23 +198,24 @@ class ChatTokenizer:
     def _check_open_boundaries(
         self, documents: Sequence[Sequence[Segment]], places: Sequence[str] | None = None
     ) -> None:
-        """The one boundary without a control token beside it is the newline before a reasoning's first character."""
+        """The one boundary without a control token beside it is the white space behind a prompt's last mark, before
+        the first character of a reasoning or an answer."""
         heads = {
-            right.text[:_HEAD]: number
+            (left.text.rpartition(">")[2], right.text[:_HEAD]): number
             for number, segments in reversed(list(enumerate(documents)))
             for left, right in pairwise(segments)
-            if left.text.endswith("<think>\n")
+            if left.text.endswith(tuple(mark + before for before, mark in _MARKS.items()))
         }
         if not heads:
             return
-        newline, *ids = self._ids(["\n", *("\n" + head for head in heads), *heads])
-        joined, alone = ids[: len(heads)], ids[len(heads) :]
-        for (head, number), together, apart in zip(heads.items(), joined, alone, strict=True):
-            if together != newline + apart:
+        joined = self._ids(before + head for before, head in heads)
+        first, alone = self._ids(before for before, _ in heads), self._ids(head for _, head in heads)
+        for ((before, head), number), together, left, right in zip(heads.items(), joined, first, alone, strict=True):
+            if together != left + right:
                 with _placed(places, number):
                     raise UserError(
-                        f"{self.path} joins the newline after <think> with the start of a reasoning ({head!r}), "
-                        "so the loss mask would be wrong; strip white space from 'reasoning_content'"
+                        f"{self.path} joins the newline after {_MARKS[before]} with the start of a text ({head!r}), "
+                        "so the loss mask would be wrong; strip white space from 'reasoning_content' and 'content'"
                     )
 
 
