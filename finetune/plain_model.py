@@ -42,11 +42,15 @@ def load_base(folder: Path, four_bit: bool) -> Any:
     )
     more = {"quantization_config": nf4} if four_bit else {}
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map={"": device()}, attn_implementation="sdpa", local_files_only=True, **more
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"transformers cannot load {folder}: {error}") from error
+    for module in model.modules():  # bitsandbytes' CPU kernel for evaluation packs weights anew and computes in BF16
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def with_lora(model: Any, rank: int, alpha: int, dropout: float) -> Any:

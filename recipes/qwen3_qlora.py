@@ -5,7 +5,7 @@
 
 Teaches what QLoRA is without this repository's model: NF4 base, packed documents, exact loss mask, early stopping.
 Data: token stores made with Qwen3's tokenizer. Cost: one GPU; not measured on one.
-Result: OUT/adapter, PEFT's form, from the best validation, and OUT/metrics.jsonl; conversion/merge_peft.py merges it.
+Result: OUT/adapter, PEFT's form, of the best validation, and OUT/metrics.jsonl. A killed run leaves nothing.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def main() -> int:
     args = parser().parse_args()
     with fresh_output(args.out, "qlora-run") as out:
         ended = train(args, out)
-    print(f"{args.out}/adapter: {ended}; merge it with conversion/merge_peft.py")
+    print(f"{args.out}/adapter: {ended}")
     return 0
 
 
