@@ -49,7 +49,7 @@ def load_base(folder: Path, four_bit: bool) -> Any:
         raise UserError(f"transformers cannot load {folder}: {error}") from error
     for module in model.modules():  # bitsandbytes' CPU kernel for evaluation packs weights anew and computes in BF16
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
     return model
 
 
