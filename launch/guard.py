@@ -20,9 +20,13 @@ SECONDS = 10.0
 """How long it looks for processes that others start meanwhile."""
 
 
-def processes_of(run_id: str) -> list[int]:
-    """Processes of the run that are alive, and that this user may end."""
-    wanted, found = f"TORCHELASTIC_RUN_ID={run_id}".encode(), []
+VARIABLE = "TORCHELASTIC_RUN_ID"
+"""What every process of a run has in its environment."""
+
+
+def processes_of(value: str, variable: str = VARIABLE) -> list[int]:
+    """Processes with this value in their environment, of a run by default, that are alive and that we may end."""
+    wanted, found = f"{variable}={value}".encode(), []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # it has ended, or is somebody else's
             if wanted in environment.read_bytes().split(b"\0"):
