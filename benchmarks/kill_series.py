@@ -71,7 +71,7 @@ TOOLS = {
     "merge": Tool("conversion/merge_lora.py", lambda folder: ["pico", _inputs(folder, "train") / "adapter"]),
     "quantize": Tool(
         "conversion/quantize_fp8.py",
-        lambda folder: [*(_inputs(folder, "merge"), "--calibration", _inputs(folder, "prepare"), "--samples", 256)],
+        lambda folder: [*(_inputs(folder, "merge"), "--calibration", _inputs(folder, "prepare"), "--samples", 48)],
     ),
 }
 """In the order in which each takes what one before made."""
