@@ -30,6 +30,7 @@ from typing import Any
 from results import ROOT, conditions
 
 from launch.guard import processes_of
+from launch.local import die_with_parent
 from nano3.checkpoint_metadata import read_metadata
 from nano3.cli import UserError, run
 
@@ -89,7 +90,7 @@ def start(folder: Path, tool: str, log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as said:
         return subprocess.Popen(
             command(folder, tool, out), env=os.environ | environment, start_new_session=True, cwd=folder,
-            stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
 

@@ -9,17 +9,22 @@ import os
 import re
 import select
 import shutil
+import signal
 import sys
+import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from nano3.errors import UserError
 from nano3.file_system import LOCK, locked
 from nano3.sealed_folder import came_later, mark, owner_of, seal
 
+_INTERRUPTED = "interrupted"
+"""All that Ctrl-C says."""
 _LOOP = "Symlink loop"
 """How pathlib's error begins for symbolic links that lead to each other."""
 
@@ -28,9 +33,12 @@ def run(main: Callable[[], int | None]) -> None:
     """Runs `main` as a script: exit code 0 or its own, 130 for Ctrl-C, 2 with one line for a `UserError` and for a
     file that cannot be read or written.
 
+    Before that Ctrl-C ends a script whose imports still run: see `_interrupted_while_importing`.
     Libraries' warnings about their own dependencies are left out, here and in processes that are started from here;
     PYTHONWARNINGS brings them back.
     """
+    if signal.getsignal(signal.SIGINT) is _interrupted_while_importing:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTHONWARNINGS" not in os.environ:
         os.environ["PYTHONWARNINGS"] = "ignore"
         warnings.simplefilter("ignore")
@@ -53,8 +61,22 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"error: {error}; remove the link or give another path", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(_INTERRUPTED, file=sys.stderr)
         sys.exit(130)
+
+
+def _interrupted_while_importing(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C before `run` has begun: one line and 130, where a traceback through an import would stand.
+
+    Nothing was begun that would have to be cleaned up. A KeyboardInterrupt would not do: an extension module whose
+    import it meets prints it and goes on with another error. Outside imports it is raised as ever.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            print(_INTERRUPTED, file=sys.stderr, flush=True)
+            os._exit(130)
+        frame = frame.f_back
+    signal.default_int_handler(number, frame)
 
 
 def one_line(text: str) -> str:
@@ -215,3 +237,17 @@ def _tidy(out: Path) -> None:
 def _is_ours(hidden: Path) -> bool:
     """A file, or a folder with our marker or none at all in it: killed before the marker was there."""
     return not hidden.is_dir() or owner_of(hidden) is not None or not any(hidden.iterdir())
+
+
+def _imported_for_a_script() -> bool:
+    """Whether the file that Python was started with is what imports this module, by itself or through our modules."""
+    frame: FrameType | None = sys._getframe()
+    ours = (str(Path(__file__).parents[1]) + os.sep, "<frozen importlib.")
+    while frame is not None and frame.f_globals["__name__"] != "__main__" and frame.f_code.co_filename.startswith(ours):
+        frame = frame.f_back
+    main = frame is not None and frame.f_globals["__name__"] == "__main__" and "__file__" in frame.f_globals
+    return main and threading.current_thread() is threading.main_thread()
+
+
+if _imported_for_a_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _interrupted_while_importing)

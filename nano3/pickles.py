@@ -140,7 +140,8 @@ def load_state(source: Path | IO[bytes], where: str, remedy: str = REMEDY) -> An
     except FileNotFoundError:
         raise UserError(f"{where} is missing; {remedy}") from None
     except Exception as error:  # PyTorch raises whatever its readers do at what is no archive, or names a class
-        reason = " ".join(str(error).split())[:200]
+        # Of what the file does it says at the end, after its advice how to run it all the same.
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:200]
         raise UserError(f"{where} is damaged, or holds more than tensors and numbers ({reason}); {remedy}") from None
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +122,7 @@ class WeightsAndBiases:
         return path.read_text()
 
     def add(self, row: Row) -> None:
-        if row["step"] < self.sent:
+        if self.run is None or row["step"] < self.sent:
             return
         import wandb
 
@@ -127,7 +130,27 @@ class WeightsAndBiases:
         for name, value in shown.items():
             if isinstance(value, list):
                 shown[name] = wandb.Histogram(np_histogram=(np.array(value), np.arange(len(value) + 1)))
-        self.run.log({**shown, "_timestamp": row["time"]}, step=row["step"])
+        self._told(lambda: self.run.log({**shown, "_timestamp": row["time"]}, step=row["step"]), row["step"])
 
     def close(self) -> None:
-        self.run.finish()
+        if self.run is not None:
+            self._told(self.run.finish, None)
+
+    def _told(self, tell: Callable[[], Any], step: int | None) -> None:
+        """Tells W&B something. When its process has ended, one line says so, and the run goes on without this view."""
+        import wandb
+
+        try:
+            tell()
+        except Exception as error:  # OSError after `kill -9`; a view may not cost the run, whatever its reason
+            self.run = None
+            with suppress(Exception):
+                wandb.teardown()  # it would try again when Python ends, and show a traceback
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            where = "at the end of the run" if step is None else f"at step {step}"
+            print(
+                f"note: Weights & Biases ended {where} ({reason}). The run goes on without it; metrics.jsonl has every "
+                "step, and a run that resumes shows them all again",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -28,7 +28,6 @@ import torch
 import yaml
 
 from nano3 import checkpoint_metadata, documents, pickles
-from nano3.checkpoints.checkpoint_folder import step_folder
 from nano3.cli import UserError
 from tests.helpers import hostile
 
@@ -181,7 +180,7 @@ def ranks(root: Path) -> dict[str, Callable[[], Any]]:
         "Megatron's load of an adapter": lambda: checkpoint_metadata.load_sharded({}, adapter),
         "a base": worker(root, "base", base="nemo"),
         "a base, its common state": worker(root, "common", base="nemo-common"),
-        "an adapter to start from": worker(root, "init", init_from="adapter"),
+        "an adapter to start from": worker(root, "init", init_from="run/start"),
         "a resumed adapter": worker(root, "resumed-adapter", planted="weights/.metadata"),
         "a resumed state": worker(root, "resumed-run", planted=training + "run.pt"),
         "resumed random numbers": worker(root, "resumed-ranks", planted=training + "ranks.pt"),
@@ -253,7 +252,8 @@ def _ended(command: Callable[[], Any]) -> str:
     """`refused`, `exit N` or the error that came out."""
     try:
         command()
-    except UserError:
+    except UserError as error:
+        print(f"error: {error}")
         return "refused"
     except SystemExit as end:
         return "refused" if end.code == 2 else f"exit {end.code or 0}"
@@ -270,7 +270,7 @@ def main() -> int:
     if "--ranks" in sys.argv:
         made = watched(worker(root, "run"), root)
         assert made["ended"] == "exit 0", made
-        shutil.rmtree(step_folder(root / "run", 2))
+        hostile.copy(root / "run/adapter", "start", "weights/.metadata")
         commands, meets = ranks(root), set(ranks(root)) - {"an import with NeMo's context"}
     else:
         commands = {name: script(root, command) for name, command in COMMANDS.items()}

@@ -162,6 +162,7 @@ def write_training(root: Path, name: str, base: str, init_from: str = "", plante
         checkpoint=CheckpointSettings(every=1, minutes=0),
         log=LogSettings(tensorboard=False, wandb="off"),
     )
+    shutil.rmtree(root / name, ignore_errors=True)
     path = write_run(root, name, 1, settings)
     path.write_text(replace(Run.from_json(path.read_text()), base=str(root / base)).to_json())
     if planted:

@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from nano3.cli import UserError, fresh_file, fresh_output, owner_of, run
+
+ROOT = Path(__file__).parents[2]
 
 
 def write(out, text):
@@ -148,3 +152,31 @@ def test_only_the_reader_of_our_output_may_have_seen_enough(pipe, code):
         ["bash", "-c", shell], env={**os.environ, "PROGRAM": program}, capture_output=True, check=False
     )
     assert done.returncode == code, done.stderr
+
+
+def interrupted(script, later):
+    """Exit code and words of a script that gets SIGINT `later` modules after it has imported `nano3.cli`."""
+    command = [sys.executable, "-X", "importtime", script, "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    words, left = [], None
+    for line in process.stderr:
+        left = later if line.endswith(" nano3.cli\n") else None if left is None else left - 1
+        if left == 0:
+            process.send_signal(signal.SIGINT)
+        if not line.startswith("import time:"):
+            words.append(line)
+    return process.wait(), "".join(words)
+
+
+@pytest.mark.parametrize("script", ["data_prep/prepare.py", "recipes/flat_loop.py"])
+@pytest.mark.parametrize("later", [2, 50, 90, 110])
+def test_ctrl_c_during_the_imports_of_a_script_is_one_line(script, later):
+    """Whichever module is being imported, extensions of NumPy among them: 130, and no traceback."""
+    assert interrupted(script, later) == (130, "interrupted\n")
+
+
+def test_who_imports_the_module_keeps_its_own_ctrl_c():
+    """Python's own handler stays where no script of ours begins, and after `run` has begun."""
+    code = "import signal, nano3.cli; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "True\n"

@@ -32,23 +32,28 @@ from tests.helpers.tiny_store import tiny_store
 from tests.helpers.wandb_file import history
 
 
-def tracked_run(folder: Path, after: int, last: int, end: str) -> int:
+def tracked_run(folder: Path, after: int, last: int, end: str) -> subprocess.CompletedProcess[str]:
     # No account and no network: W&B would fail to ask either.
-    environment = {**os.environ, "WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(folder)}
+    environment = {
+        **os.environ,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "HOME": str(folder),
+        "PYTHONWARNINGS": "ignore",
+    }
     environment.pop("WANDB_API_KEY", None)
     command = [sys.executable, "-m", "tests.helpers.tracked_run", str(folder), str(after), str(last), end]
-    return subprocess.run(command, env=environment, timeout=240).returncode
+    return subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> Path:
     """A run of 8 steps: killed after step 5, killed again after 7 from a checkpoint of step 4, finished from step 4."""
     folder = tmp_path_factory.mktemp("killed")
-    assert tracked_run(folder, 0, 5, "kill") == -9
+    assert tracked_run(folder, 0, 5, "kill").returncode == -9
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # a row that the kill cut short
-    assert tracked_run(folder, 4, 7, "kill") == -9
-    assert tracked_run(folder, 4, 8, "finish") == 0
+    assert tracked_run(folder, 4, 7, "kill").returncode == -9
+    assert tracked_run(folder, 4, 8, "finish").returncode == 0
     return folder
 
 
@@ -139,6 +144,15 @@ def test_both_views_have_every_number_of_the_record(killed, tmp_path):
     path.write_text(path.read_text().replace('"loss": 0.5', '"loss": 0.50000001'))
     with pytest.raises(AssertionError):
         compare_views(tmp_path / "run")
+
+
+def test_a_run_goes_on_when_wandbs_process_is_killed(tmp_path):
+    done = tracked_run(tmp_path, 0, 3, "lose")
+    assert done.returncode == 0
+    assert re.fullmatch(
+        r"note: Weights & Biases ended at step 3 \(.*\)\. The run goes on without it; .*\n", done.stderr
+    )
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row] == [1, 2, 3]
 
 
 def test_wandb_online_is_not_sent_what_it_has(tmp_path, monkeypatch):
