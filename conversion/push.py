@@ -19,6 +19,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from conversion.checkpoint.model_folder import WEIGHT_ENDS, side_files
 from conversion.checkpoint.output_folder import CARD, CERTIFICATE
 from conversion.checkpoint.safetensors_layout import INDEX, FileLayout
 from nano3.arch import is_nemo_checkpoint
+from nano3.documents import MAX_BYTES
 from nano3.network import check_address, within, without
 
 README = "README.md"
@@ -36,6 +38,8 @@ ANSWER_SECONDS = 300.0
 """Longest wait for an answer of the Hub, all of it; an upload may take as long again as its bytes at `SLOWEST`."""
 SLOWEST = 250_000.0
 """Bytes a second below which an upload is given up."""
+PLAIN = "identity"
+"""HTTP's word for an answer that is not compressed (RFC 9110, section 8.4)."""
 _OURS = (INDEX, "hf_quant_config.json", "adapter_config.json", "chat_template.jinja", "generation_config.json")
 """What an earlier upload may have left that makes readers take this model for another."""
 
@@ -53,6 +57,7 @@ class Hub:
         if not get_token():
             raise UserError("no token for the Hugging Face Hub: `hf auth login`, or set HF_TOKEN, then again")
         check_address(constants.ENDPOINT)
+        _bound_answers()
         self.repository, self.public, self._api = repository, public, HfApi()
         self._ask("validate", _check_name, repository)
         self.exists = self._ask("look for", self._api.repo_exists, repository)
@@ -96,6 +101,45 @@ class Hub:
         except (HfHubHTTPError, ValueError, httpx.TransportError) as error:  # a wrong name or card is a ValueError
             reason = without(get_token(), " ".join(str(error).split()))
             raise UserError(f"cannot {what} {self.repository} on the Hub: {reason}") from None
+
+
+def _bound_answers() -> None:
+    """Makes huggingface_hub's client refuse an answer longer than `MAX_BYTES`, each one by itself.
+
+    Answers are asked for as they are: a small compressed one may stand for any amount of memory.
+    """
+    import httpx
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import get_session
+
+    class Bounded(httpx.SyncByteStream):
+        """The bytes of an answer, as many as are allowed."""
+
+        def __init__(self, response: httpx.Response) -> None:
+            self.stream, self.url = response.stream, response.url
+
+        def __iter__(self) -> Iterator[bytes]:
+            assert isinstance(self.stream, httpx.SyncByteStream)
+            left = MAX_BYTES
+            for part in self.stream:
+                left -= len(part)
+                if left < 0:
+                    raise UserError(f"{self.url} answers with more than {MAX_BYTES >> 20} MiB; is HF_ENDPOINT right?")
+                yield part
+
+        def close(self) -> None:
+            assert isinstance(self.stream, httpx.SyncByteStream)
+            self.stream.close()
+
+    def bound(response: httpx.Response) -> None:
+        form = response.headers.get("Content-Encoding", PLAIN)
+        if form != PLAIN:
+            raise UserError(f"{response.url} answers in the form {form[:40]!r}, not asked for; is HF_ENDPOINT right?")
+        response.stream = Bounded(response)
+
+    hooks = {"request": get_session().event_hooks["request"], "response": [bound]}
+    headers = {"Accept-Encoding": PLAIN}
+    set_client_factory(lambda: httpx.Client(event_hooks=hooks, headers=headers, follow_redirects=True, timeout=None))
 
 
 def files_to_push(folder: Path) -> dict[str, Path]:

@@ -190,3 +190,21 @@ def test_the_hub_has_a_deadline_and_the_token_stands_in_no_message(monkeypatch):
         hub._ask("read", refuse)
     with pytest.raises(UserError, match="cannot read someone/merged: no answer of the Hub in 0 s"):
         hub._ask("read", threading.Event().wait, 2, seconds=0.05)
+
+
+@pytest.mark.parametrize(
+    ("headers", "size", "reason"),
+    [
+        ({}, 17 << 20, "answers with more than 16 MiB"),
+        ({"Content-Encoding": "gzip"}, 100, "answers in the form 'gzip', not asked for"),
+    ],
+    ids=["large", "compressed"],
+)
+def test_an_answer_of_the_hub_is_bounded(hub, monkeypatch, headers, size, reason):
+    def answer(self: FakeHub) -> None:
+        FakeHub.answer(self, 200, {"id": NAME, "private": True, "siblings": [], "sha": "a" * size}, headers)
+
+    hub[NAME] = {"private": True, "files": {}}
+    monkeypatch.setattr(FakeHub, "do_GET", answer)
+    with pytest.raises(UserError, match=reason):
+        Hub(NAME)
