@@ -14,7 +14,7 @@ are put side by side by evaluation/compare.py, and shown by evaluation/report.py
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, run
+    from nano3.cli import UserError, fresh_file, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -41,7 +41,7 @@ from evaluation.judging.judges import OUTCOMES, RIGHT, UNFINISHED, WRONG, Verdic
 from evaluation.judging.questions import Question, load_questions, questions_sha256
 from evaluation.models import HFModel, Model, Written, beside, identity_of, plain_folder
 from evaluation.prompts import sha256_of
-from evaluation.result_file import KIND, check_result_file, write_result
+from evaluation.result_file import KIND, check_result_file, result_text
 from evaluation.significance import by_group
 from evaluation.tasks import Task, load_task, names
 from nano3.arch import is_nemo_checkpoint
@@ -328,13 +328,13 @@ def main() -> int:
         turns_of(questions)  # refuses what cannot be turned before any work
     out = check_result_file(args.out)
     started = time.monotonic()
-    with ExitStack() as stack:
+    with fresh_file(out) as temporary, ExitStack() as stack:  # from here on nobody else writes it
         server = _server(args) if remote else None
         model = server or (_on_ranks(args, task) if args.ranks is not None else _local_model(args, task, stack))
         result = evaluate(model, task, questions, args.method, args.max_new_tokens, sampling, args.thinking)
         if args.bias:
             result["bias"] = bias(model, questions)
-    write_result(result, out)
+        temporary.write_text(result_text(result))
     if server is not None:
         server.done()
     if args.bias:

@@ -91,11 +91,10 @@ def main() -> int:
         raise UserError(f"--adapter {args.adapter} is no folder; give OUT/adapter of a run, or a PEFT adapter")
     folder = resolve_model(args.model)
     read_config(folder)
-    with ExitStack() as stack:
+    with fresh_file(args.out) as temporary, ExitStack() as stack:  # from here on nobody else writes it
         plain = stack.enter_context(plain_folder(folder, args.out.parent))
         model = HFModel(plain, args.batch_size, prepare=beside(args.adapter, plain), name=args.model)
         found = _evaluated(harness_model(model), args.tasks.split(","), args.include, args.limit)
-    with fresh_file(args.out) as temporary:
         temporary.write_text(json.dumps({"kind": KIND, "model": args.model, "results": found}, indent=1) + "\n")
     for name, metrics in found.items():
         numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}

@@ -86,7 +86,12 @@ def check_result_file(out: Path) -> Path:
     return out
 
 
+def result_text(result: Result) -> str:
+    """The result as its file holds it."""
+    return json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_result(result: Result, out: Path) -> None:
     """Writes the result whole or not at all."""
     with fresh_file(out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(result_text(result))

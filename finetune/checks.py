@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetune.settings import Run, Settings, TrainSettings
 from launch.plan.layout_rules import validate
 from launch.plan.plan_settings import Plan
-from launch.plan.rules import check_adapters, check_base, check_packs, check_settings
+from launch.plan.rules import check_cut, check_settings
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.overrides import check_ranges
@@ -27,9 +27,7 @@ def check_run(run: Run, arch: Arch) -> None:
     if settings.router == "balance" and not arch.moe_layers:
         raise UserError("router=balance: the model has no experts, and so no router; leave it out")
     _check_numbers(settings)
-    check_adapters(settings.lora.adapters(arch), plan.lora, layout)
-    check_base(arch, plan.lora, layout)
-    check_packs(plan.train, layout)
+    check_cut(arch, plan, plan.adapter_sizes(arch), layout)
     _check_validation(run)
 
 

@@ -6,7 +6,7 @@ Imports neither torch nor NeMo, so that a wrong key or layout is refused at once
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from launch.plan.layout import Layout
 from launch.plan.plan_settings import CheckpointPlan, TrainPlan
 from nano3.arch import is_nemo_checkpoint
 from nano3.cli import UserError
-from nano3.documents import Name, Positive, Sha256, Text, parse_json
+from nano3.documents import Name, Positive, Sha256, Text, closed, parse_json
 from nano3.overrides import apply_values, flatten, nested_keys
 from nano3.ranges import MOST_STEPS, SEED_BITS, Range
 from nano3.targets import LoraSettings
@@ -151,6 +151,7 @@ class Settings:
         return self.train.pad_multiple or self.layout.document_multiple
 
 
+@closed
 class RecipeFile(TypedDict):
     """A run's recipe in run.json."""
 
@@ -159,6 +160,7 @@ class RecipeFile(TypedDict):
     sha256: dict[Name, Sha256]
 
 
+@closed
 class RunFile(TypedDict):
     """run.json: what `Run.to_json` writes. Its settings are held to their own types and ranges."""
 
@@ -242,7 +244,4 @@ class Run:
             raise UserError(f"{where}: settings lack {', '.join(sorted(missing))}; {_WRITE_AGAIN}")
         apply_values(settings, given, where)
         recipe = raw.pop("recipe")
-        unknown = set(raw) - {field.name for field in fields(cls)}
-        if unknown:
-            raise UserError(f"{where}: {', '.join(sorted(unknown))} is no field of a run; {_WRITE_AGAIN}")
         return cls(**raw, settings=settings, recipe=recipe and Recipe(**recipe))

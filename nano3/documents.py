@@ -10,7 +10,8 @@ A format declares its fields once, next to its owner, as a `TypedDict` with the 
     facts = read_json(folder / "packs.json", Packs, remedy="pack the store again")
 
 What comes back is the parsed document itself, fields that the schema does not name included: a schema says what must
-hold, not all that may be there. Types are strict: "5", 5.0 and true are no integers. A range refuses NaN and infinity.
+hold, not all that may be there. One that is `closed` names all: for files that people write. Types are strict: "5",
+5.0 and true are no integers. A range refuses NaN and infinity.
 Python's JSON takes the words NaN and Infinity, and so does this: a field refuses them by its range.
 
 No document is larger than `MAX_BYTES` or nested deeper than `MAX_DEPTH`, no object says a key twice, and every string
@@ -88,6 +89,12 @@ _SAYS = {
     is_inner_path: "the path of a file inside the folder",
 }
 """What a predicate asks for, in words."""
+
+
+def closed(schema: type[T]) -> type[T]:
+    """A `TypedDict` whose document may hold nothing else: a key that is spelled wrong would be a key left out."""
+    schema.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]  # as pydantic reads it
+    return schema
 
 
 def read_bytes(path: Path, remedy: str, limit: int = MAX_BYTES) -> bytes:
@@ -298,6 +305,8 @@ def _explain(problem: Any, where: str, remedy: str) -> str:
     field = _field(problem["loc"])
     if problem["type"] == "missing":
         return f"{where}: {field} is missing; {remedy}"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: {field} means nothing here; {remedy}"
     must = _must(problem)
     if not field:
         return f"{where}: holds {_kind(problem['input'])}; it must {must}; {remedy}"

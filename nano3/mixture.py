@@ -16,19 +16,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired
+from typing import Annotated, NamedTuple, NotRequired
 
 from annotated_types import Ge, MinLen
 from typing_extensions import TypedDict
 
 from nano3.cli import UserError
-from nano3.documents import AboveZero, Name, Positive, read_yaml
+from nano3.documents import AboveZero, Name, Positive, closed, read_yaml
 from nano3.pack_index import Curriculum
 
 SMALLEST_SHARE = Fraction(1, 500_000)
 """Of the packs; a store that a run would meet less often is a mistake."""
 
+WRITE = "a mixture has stores, each with path and weight or epochs, and may have a curriculum with order and blocks"
+"""What a file that says something else must be."""
 
+
+@closed
 class StoreEntry(TypedDict):
     """One line of `stores`."""
 
@@ -37,6 +41,7 @@ class StoreEntry(TypedDict):
     epochs: NotRequired[AboveZero]
 
 
+@closed
 class CurriculumEntry(TypedDict):
     """Documents in ascending order of `order`, a row key that the stores keep or `length`, in `blocks` blocks."""
 
@@ -44,6 +49,7 @@ class CurriculumEntry(TypedDict):
     blocks: Annotated[Positive, Ge(2)]
 
 
+@closed
 class MixtureEntry(TypedDict):
     """The file."""
 
@@ -97,8 +103,7 @@ def read_mixture(data: Path | str) -> MixtureFile:
     path = Path(data)
     if not is_mixture(path):
         return MixtureFile((path,), (Fraction(1),))
-    entry = read_yaml(path, MixtureEntry)
-    _check_keys(path, entry)
+    entry = read_yaml(path, MixtureEntry, WRITE)
     keys = {key for store in entry["stores"] for key in ("weight", "epochs") if key in store}
     if len(keys) != 1 or any(len(store) != 2 for store in entry["stores"]):
         raise UserError(f"{path}: every store needs a weight, or every store epochs; they cannot be mixed")
@@ -115,17 +120,3 @@ def read_mixture(data: Path | str) -> MixtureFile:
             f"{path}: the smallest weight is less than {float(SMALLEST_SHARE):g} of all; leave that store out"
         )
     return MixtureFile(stores, amounts, key == "epochs", curriculum)
-
-
-def _check_keys(path: Path, entry: MixtureEntry) -> None:
-    """Refuses keys that nobody reads: a curriculum that is spelled wrong would be none."""
-    parts: list[tuple[str, Any, list[Any]]] = [
-        ("", MixtureEntry, [entry]),
-        ("stores: ", StoreEntry, [*entry["stores"]]),
-        ("curriculum: ", CurriculumEntry, [entry.get("curriculum", {})]),
-    ]
-    for where, schema, values in parts:
-        known = schema.__required_keys__ | schema.__optional_keys__
-        unknown = sorted({key for value in values for key in value} - known)
-        if unknown:
-            raise UserError(f"{path}: {where}{unknown[0]!r} means nothing; it can say {', '.join(sorted(known))}")

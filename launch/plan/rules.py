@@ -66,7 +66,14 @@ def _check_recompute(chosen: Sequence[str], arch: Arch) -> None:
             )
 
 
-def check_base(arch: Arch, lora: LoraSettings, layout: Layout) -> None:
+def check_cut(arch: Arch, plan: Plan, chosen: Mapping[str, Size], layout: Layout) -> None:
+    """Raises `UserError` for packs, adapters (`chosen`, by path) or a base that this layout cannot cut."""
+    _check_adapters(chosen, plan.lora, layout)
+    _check_base(arch, plan.lora, layout)
+    _check_packs(plan.train, layout)
+
+
+def _check_base(arch: Arch, lora: LoraSettings, layout: Layout) -> None:
     """Raises `UserError` for a base in NF4 that this layout cannot cut: between rows anywhere, between columns only
     where a row is whole blocks of 64."""
     if lora.base != "nf4":
@@ -82,7 +89,7 @@ def check_base(arch: Arch, lora: LoraSettings, layout: Layout) -> None:
                 )
 
 
-def check_packs(train: TrainPlan, layout: Layout) -> None:
+def _check_packs(train: TrainPlan, layout: Layout) -> None:
     """Raises `UserError` for a `train.pad_multiple` with which this layout cannot cut the documents of a pack."""
     wanted, multiple = layout.document_multiple, train.pad_multiple
     if multiple < 0 or multiple % wanted:
@@ -93,7 +100,7 @@ def check_packs(train: TrainPlan, layout: Layout) -> None:
         raise UserError(f"train.seq_length={train.seq_length} must be a multiple of train.pad_multiple={multiple}")
 
 
-def check_adapters(chosen: Mapping[str, Size], lora: AdapterKind, layout: Layout) -> None:
+def _check_adapters(chosen: Mapping[str, Size], lora: AdapterKind, layout: Layout) -> None:
     """Raises `UserError` for adapters, `chosen` by path, that this layout cannot cut.
 
     Those of dense layers are cut along their rank. Routed experts' and the embedding's are not.

@@ -13,7 +13,7 @@ from launch.plan.layout import Layout
 from launch.plan.layout_rules import check, nearest
 from launch.plan.memory import MemoryPlan, plan_memory
 from launch.plan.plan_settings import Plan, Recompute
-from launch.plan.rules import check_adapters, check_base, check_packs
+from launch.plan.rules import check_cut
 from launch.plan.throughput import Estimate, estimate
 from nano3.arch import Arch
 from nano3.cli import UserError
@@ -59,9 +59,7 @@ def valid_layouts(arch: Arch, plan: Plan, ranks: int, per_node: int) -> list[Lay
 
     def can(layout: Layout) -> bool:
         try:
-            check_adapters(chosen, plan.lora, layout)
-            check_base(arch, plan.lora, layout)
-            check_packs(train, layout)
+            check_cut(arch, plan, chosen, layout)
         except UserError:
             return False
         return True
@@ -73,9 +71,7 @@ def refuse_layout(arch: Arch, plan: Plan, ranks: int, per_node: int) -> None:
     """Raises `UserError` with the rule that the layout breaks, megatron-core's or the adapters'."""
     train = plan.train
     check(arch, plan.layout, ranks, train.seq_length, train.global_batch, per_node)
-    check_adapters(plan.adapter_sizes(arch), plan.lora, plan.layout)
-    check_base(arch, plan.lora, plan.layout)
-    check_packs(train, plan.layout)
+    check_cut(arch, plan, plan.adapter_sizes(arch), plan.layout)
 
 
 def fitting(arch: Arch, plan: Plan, gpu: Gpu, ranks: int, per_node: int) -> list[Candidate]:

@@ -177,8 +177,11 @@ def test_a_run_longer_than_its_epochs_is_refused(stores: Path) -> None:
         ({"stores": [{"path": "a", "weight": 0}]}, r"stores\[0\].weight is 0"),
         ({"stores": [{"path": "a", "weight": float("nan")}]}, r"stores\[0\].weight is nan"),
         ({"stores": [{"path": "a", "weight": 1}, {"path": "./a", "weight": 1}]}, "is given twice"),
-        ({"stores": [{"path": "a", "weight": 1, "wieght": 2}]}, "'wieght' means nothing"),
-        ({"stores": [{"path": "a", "weight": 1}], "curiculum": {}}, "'curiculum' means nothing"),
+        (
+            {"stores": [{"path": "a", "weight": 1, "wieght": 2}]},
+            r"stores\[0\]\.wieght means nothing here; a mixture has stores",
+        ),
+        ({"stores": [{"path": "a", "weight": 1}], "curiculum": {}}, "curiculum means nothing here"),
         ({"stores": [{"path": "a", "weight": 1}], "curriculum": {"order": "x", "blocks": 1}}, "curriculum.blocks is 1"),
         ({"stores": [{"path": "a", "weight": 1}, {"path": "b", "weight": 1e-9}]}, "smallest weight"),
     ],

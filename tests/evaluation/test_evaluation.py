@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evaluation import evaluate, harness
 from evaluation.evaluate import evaluate_model, main
 from evaluation.generation import Answer, Sampling, _cut, _Noise, encode_prompts, load_tokenizer, write_answers
 from evaluation.hf_model import load_reference
 from evaluation.judging.questions import load_questions
 from nano3.arch import resolve_model
-from nano3.cli import UserError
+from nano3.cli import UserError, only_writer
 from pico.tokenizer import save_tokenizer, vocabulary
 from tests.helpers.tiny import tiny_hf_folder
 
@@ -294,6 +295,19 @@ def test_the_script_writes_a_result_whole_or_refuses(folder, tmp_path, monkeypat
     with pytest.raises(UserError, match="is not a result of this script"):
         main()
     assert out.read_text() == "{}"
+
+
+@pytest.mark.parametrize("script", [main, harness.main], ids=["evaluate", "harness"])
+def test_two_writers_of_a_result_exclude_each_other(folder, tmp_path, monkeypatch, script):
+    """From the beginning on: both would work for hours, and one of them for nothing."""
+    monkeypatch.setattr(evaluate, "HFModel", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(harness, "HFModel", lambda *_, **__: pytest.fail("a model was loaded"))
+    questions = write_rows(tmp_path / "q.jsonl", rows(3))
+    what = ["--tasks", "own"] if script is harness.main else ["--questions", str(questions)]
+    monkeypatch.setattr("sys.argv", ["script", str(folder), *what, "--out", str(tmp_path / "result.json")])
+    with only_writer(tmp_path / "result.json"), pytest.raises(UserError, match="another process is writing"):
+        script()
+    assert sorted(os.listdir(tmp_path)) == ["q.jsonl"]
 
 
 def test_the_script_refuses_fast_and_without_a_traceback(tmp_path):

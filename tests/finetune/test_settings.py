@@ -296,7 +296,7 @@ def test_a_mixture_that_says_epochs_is_met_once_as_it_says():
         (lambda run: run["settings"]["train"].update(lr="fast"), r"run\.json: train\.lr=fast: 'fast' is not a finite"),
         (lambda run: run["settings"]["train"].pop("lr"), r"run\.json: settings lack train\.lr; start the run again"),
         (lambda run: run.update(nodes="2"), r"run\.json: nodes is '2'"),
-        (lambda run: run.update(shell="rm"), r"run\.json: shell is no field of a run"),
+        (lambda run: run.update(shell="rm"), r"run\.json: shell means nothing here"),
         (lambda run: run.update(recipe={"name": "x:y"}), r"run\.json: recipe\.file is missing"),
     ],
 )

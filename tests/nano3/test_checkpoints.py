@@ -19,8 +19,8 @@ from finetune.run_identity import run_identity, run_layout
 from finetune.run_local import train
 from finetune.settings import CheckpointSettings, LogSettings, Run, Settings, TrainSettings
 from launch.plan.layout import Layout
-from launch.plan.plan_settings import TrainPlan
-from launch.plan.rules import check_packs
+from launch.plan.plan_settings import Plan, TrainPlan
+from launch.plan.rules import check_cut
 from nano3.checkpoints.base_identity import recorded_sha256
 from nano3.checkpoints.checkpoint_folder import (
     FORMAT,
@@ -220,9 +220,10 @@ def test_ranks_and_layout_may_change_and_packs_may_not(base, tmp_path):
     ],
 )
 def test_packs_that_a_layout_cannot_cut_are_refused(layout, multiple, words):
-    check_packs(TrainPlan(seq_length=64, pad_multiple=4), Layout(cp=2))
+    arch = Arch.load(PRESETS["pico"])
+    check_cut(arch, Plan(train=TrainPlan(seq_length=64, pad_multiple=4)), {}, Layout(cp=2))
     with pytest.raises(UserError, match=words):
-        check_packs(TrainPlan(seq_length=64, pad_multiple=multiple), layout)
+        check_cut(arch, Plan(train=TrainPlan(seq_length=64, pad_multiple=multiple)), {}, layout)
 
 
 def test_a_launcher_refuses_before_it_starts_a_rank(base, tmp_path, monkeypatch):
