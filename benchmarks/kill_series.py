@@ -2,7 +2,8 @@
 
     python benchmarks/kill_series.py FOLDER [--tools prepare train] [--moments 20] [--seed 0]
 
-Commands: prepare, import, train (pico on two CPU ranks), merge, quantize. At each moment one process of the command
+Commands: prepare, import, import with NeMo's context (which imports NeMo), train (pico on two CPU ranks), merge,
+quantize. At each moment one process of the command
 gets SIGKILL: itself, or, of a training, one of launcher, guard, ranks and their helpers. 30 s later no process may be
 left, and the same command must end with the same files. Inputs, the undisturbed outputs and results.jsonl lie
 in FOLDER: give the same command again, and moments that were tried are skipped. About an hour on 2 cores. Exit code 1
@@ -64,7 +65,8 @@ TOOLS = {
         "data_prep/prepare.py",
         lambda folder: ["--input", folder / "train.jsonl", "--tokenizer", "pico", "--seq-length", 512, "--out"],
     ),
-    "import": Tool("conversion/hf_to_nemo.py", lambda _: ["pico"]),
+    "import": Tool("conversion/hf_to_nemo.py", lambda _: ["pico", "--no-context"]),
+    "import-context": Tool("conversion/hf_to_nemo.py", lambda _: ["pico"]),
     "train": Tool(
         "recipes/nemotron_lora.py",
         lambda folder: [*TRAIN.split(), "--data", _inputs(folder, "prepare"), "--out"],
@@ -72,10 +74,12 @@ TOOLS = {
     "merge": Tool("conversion/merge_lora.py", lambda folder: ["pico", _inputs(folder, "train") / "adapter"]),
     "quantize": Tool(
         "conversion/quantize_fp8.py",
-        lambda folder: [*(_inputs(folder, "merge"), "--calibration", _inputs(folder, "prepare"), "--samples", 48)],
+        lambda folder: [*(_inputs(folder, "merge"), "--calibration", _inputs(folder, "prepare"), "--samples", 16)],
     ),
 }
 """In the order in which each takes what one before made."""
+GIVES = ("prepare", "train", "merge")
+"""Those whose output another takes."""
 
 
 def command(folder: Path, tool: str, out: Path) -> list[str]:
@@ -258,7 +262,7 @@ def main() -> int:
     rows = []
     last = max(map(list(TOOLS).index, args.tools))
     for tool in list(TOOLS)[: last + 1]:
-        seconds = undisturbed(folder, tool)
+        seconds = undisturbed(folder, tool) if tool in args.tools or tool in GIVES else 0.0
         for number in range(args.moments if tool in args.tools else 0):
             row = done.get((tool, number, args.seed))
             if row is None:

@@ -34,7 +34,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.chain.records import KIND, Records
-from launch.chain.stages import NAMES, RECIPE, TRAIN, Chain, Stage, model_folder, recipe_script
+from launch.chain.stages import NAMES, TRAIN, Chain, Stage, model_folder, recipe_script
 from launch.local import run_child
 from launch.plan.hardware import GIB
 from launch.plan.mounts import parse_mount
@@ -66,9 +66,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--out", type=Path, required=True, help="folder for everything that is made")
     parse.add_argument(
         "--recipe",
-        default=RECIPE,
+        default="recipes.nemotron_lora",  # not its path, which would count from where you stand
         metavar="FILE.py",
-        help=f"recipe that trains: a file, or module:function (default: {RECIPE})",
+        help="recipe that trains: a file, or module:function (default: recipes.nemotron_lora)",
     )
     parse.add_argument(
         "--config", type=Path, action="append", default=[], metavar="FILE.yaml", help="the recipe's; repeatable"

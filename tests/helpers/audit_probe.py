@@ -94,13 +94,17 @@ COMMANDS = {
     "xray": Command("data_prep/xray.py", "@store --tokenizer @tokenizer"),
     "chat": Command("evaluation/chat.py", "@merged --max-new-tokens 1"),
     "compare": Command("evaluation/compare.py", "@result.json @result.json"),
-    "evaluate": Command("evaluation/evaluate.py", "@merged --questions @rows.jsonl --out @out/r.json", True),
+    "evaluate": Command(
+        "evaluation/evaluate.py", "@merged --questions @rows.jsonl --out @out/r.json --max-new-tokens 1", True
+    ),
     "evaluate, the model's own code": Command(
-        "evaluation/evaluate.py", "@hf-plain --questions @rows.jsonl --out @out/r.json --max-new-tokens 2"
+        "evaluation/evaluate.py", "@hf-plain --questions @rows.jsonl --out @out/r.json --max-new-tokens 1"
     ),
     "golden, the model's own code": Command("conversion/golden.py", "@hf-plain --out @out/g.safetensors"),
     "evaluate an adapter": Command(
-        "evaluation/evaluate.py", "@hf --adapter @adapter --questions @rows.jsonl --out @out/r.json", True
+        "evaluation/evaluate.py",
+        "@hf --adapter @adapter --questions @rows.jsonl --out @out/r.json --max-new-tokens 1",
+        True,
     ),
     "harness": Command("evaluation/harness.py", "@merged --tasks own --include @tasks --out @out/r.json"),
     "lineage": Command("evaluation/lineage.py", "@ended"),

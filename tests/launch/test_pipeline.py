@@ -16,7 +16,7 @@ from evaluation.lineage import lineage, parts_of
 from evaluation.report import report
 from launch import pipeline
 from launch.chain.records import Records
-from launch.chain.stages import NAMES, Chain, Stage
+from launch.chain.stages import NAMES, RECIPE, Chain, Stage, recipe_script
 from launch.slurm.cluster import Cluster
 from nano3.arch import resolve_model
 from nano3.cli import UserError, alone
@@ -378,3 +378,9 @@ def test_the_whole_chain_on_pico_and_on_from_where_it_failed(tmp_path):
     assert "What changed: scores to scores-fp8" in report(out).read_text()
     look = script("status", str(out)).stdout.splitlines()
     assert [line.split()[:2] for line in look] == [[name, "finished"] for name in NAMES]
+
+
+def test_the_recipe_that_is_not_named_is_ours_wherever_you_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = pipeline.parser().parse_args(["--model", "pico", "--input", "a", "--questions", "b", "--out", "c"])
+    assert recipe_script(args.recipe, pipeline.ROOT) == RECIPE
