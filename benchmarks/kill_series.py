@@ -3,11 +3,10 @@
     python benchmarks/kill_series.py FOLDER [--tools prepare train] [--moments 20] [--seed 0]
 
 Commands: prepare, import, import with NeMo's context (which imports NeMo), train (pico on two CPU ranks), merge,
-quantize. At each moment one process of the command
-gets SIGKILL: itself, or, of a training, one of launcher, guard, ranks and their helpers. 30 s later no process may be
-left, and the same command must end with the same files. Inputs, the undisturbed outputs and results.jsonl lie
-in FOLDER: give the same command again, and moments that were tried are skipped. About an hour on 2 cores. Exit code 1
-when a moment did not recover.
+quantize. At each moment one process of the command gets SIGKILL: itself, or, of a training, one of launcher, guard,
+ranks and their helpers. 30 s later no process may be left, and the same command must end with the same files. Inputs,
+the undisturbed outputs and results.jsonl lie in FOLDER: give the same command again, and moments that were tried are
+skipped. About two hours on 2 cores. Exit code 1 when a moment did not recover.
 """
 
 from __future__ import annotations
