@@ -96,9 +96,9 @@ def encode(folder: Path, rows: list[dict[str, Any]]) -> tuple[list[str], list[np
             row["prompt"] if "prompt" in row else str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
             for row in rows
         ]
-    except Exception as error:  # whatever a template raises
+        tokens = [np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64) for text in texts]
+    except Exception as error:  # whatever a template raises, or the library for files that are not as it expects
         raise UserError(f"the tokenizer of {folder} does not take the prompts: {error}") from None
-    tokens = [np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64) for text in texts]
     for text, ids in zip(texts, tokens, strict=True):
         if not 2 <= len(ids) <= LONGEST:
             raise UserError(f"the prompt {text[:60]!r} has {len(ids)} tokens; give prompts of 2 to {LONGEST}")

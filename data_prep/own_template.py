@@ -140,8 +140,6 @@ class TemplateCheck:
         )
 
     def _render(self, probe: Probe) -> str:
-        import jinja2
-
         try:
             if self._template is None:
                 self._template = compiled(str(self._text))
@@ -153,7 +151,9 @@ class TemplateCheck:
                 enable_thinking=probe.thinking,
                 **self._marks,
             )
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except UserError:  # it takes too long
+            raise
+        except Exception as error:  # a template is a program, and may fail in any way
             needs = " and ".join(sorted(probe.needs)) or "plain text"
             reason = " ".join(str(error).split())[:200]
             raise UserError(

@@ -37,8 +37,10 @@ def load_tokenizer(folder: str) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"transformers cannot load a tokenizer from {folder}: {error}") from error
+        tokenizer("a")  # some fields are first met here
+    except Exception as error:  # whatever the library meets in files that are not as it expects
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"transformers cannot load a tokenizer from {folder} ({reason}); download it again") from error
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer in {folder} has no chat template; use a post-trained model's tokenizer files")
     return tokenizer
@@ -54,15 +56,13 @@ def encode_prompts(
 
     `tools` are the definitions that each conversation has. Raises `UserError` where the template refuses one.
     """
-    from jinja2 import TemplateError
-
     settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
     texts = []
     for number, messages in enumerate(conversations):
         defined = list(tools[number]) if tools else []
         try:
             texts.append(tokenizer.apply_chat_template(list(messages), tools=defined or None, **settings))
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program, and may fail in any way
             raise UserError(
                 f"the model's chat template refuses question {number + 1} ({error}); remove it, or change the template"
             ) from error

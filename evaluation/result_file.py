@@ -38,7 +38,8 @@ class ResultFile(TypedDict):
     kind: Name
     n: int
     answers: list[Row]
-    model: NotRequired[Name]
+    model: Name
+    hashes: NotRequired[dict[Name, Any]]
     model_sha256: NotRequired[Sha256]
     adapter_sha256: NotRequired[Sha256]
 

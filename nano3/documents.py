@@ -283,6 +283,12 @@ def _yaml_loader() -> Any:
             if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
                 raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not read", node.start_mark)
 
+        def construct_scalar(self, node: Any) -> Any:
+            value = super().construct_scalar(node)
+            if "\0" in value:  # no path, name or setting may hold one, and Python raises wherever it meets it
+                raise yaml.constructor.ConstructorError(None, None, "a text with a NUL character", node.start_mark)
+            return value
+
         def construct_yaml_int(self, node: Any) -> int:
             value = super().construct_yaml_int(node)
             if value.bit_length() > 64:  # in hexadecimal of any length, which Python would not even print

@@ -88,7 +88,8 @@ def check_seal(folder: Path, required: bool = False) -> None:
     one. Links that lead out of a folder are refused in any (`require_inside`), but for hidden folders such as `.git`.
     """
     for path in folder.rglob("*"):
-        if path.is_symlink() and not path.relative_to(folder).parts[0].startswith("."):
+        plain = (path.is_file() or path.is_dir()) and not path.is_symlink()
+        if not plain and not path.relative_to(folder).parts[0].startswith("."):
             require_inside(folder, path)
     lines = sealed(folder)
     if lines is None:
@@ -144,11 +145,14 @@ def came_later(folder: Path) -> list[str]:
 
 
 def require_inside(folder: Path, path: Path) -> None:
-    """Raises `UserError` for a path of a model folder that leads out of it through a symbolic link.
+    """Raises `UserError` for a path of a model folder that leads out of it through a symbolic link, or that is no file
+    (a pipe would never end).
 
     Hugging Face's cache is laid out so: files in `snapshots/COMMIT` are links into `blobs` beside it.
     """
     real, root = path.resolve(), folder.resolve()
+    if real.exists() and not (real.is_file() or real.is_dir()):
+        raise UserError(f"{path} is no plain file; put the file itself there, or remove it")
     blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else None
     if root not in real.parents and (blobs is None or blobs not in real.parents):
         raise UserError(

@@ -91,6 +91,8 @@ class Golden:
         def refused(reason: object) -> UserError:
             return UserError(f"{path} is not a file of golden answers ({reason}); {remedy}")
 
+        if not path.is_file():  # a pipe would never end
+            raise refused("there is no plain file")
         try:
             with safe_open(path, "numpy") as file:
                 said = file.metadata() or {}

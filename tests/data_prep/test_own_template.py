@@ -91,6 +91,7 @@ def test_the_hash_of_the_template_is_in_the_manifest(tmp_path: Path) -> None:
         ("{{ 'x' * 100000000 }}", "beyond every use"),
         ("{{ messages.append(1) }}", "refuses a probe"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses a probe|differs"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses a probe .*recursion"),
         ("{{ raise_exception('never') }}", r"refuses a probe conversation with plain text \(never\)"),
     ],
 )

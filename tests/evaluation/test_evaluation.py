@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -345,6 +346,25 @@ def test_a_question_is_asked_with_its_tools_and_a_template_may_refuse_it():
     with_tools, without = encode_prompts(tokenizer, asked, tools=[[{"name": "now", "parameters": None}], []])
     assert "<name>now</name>" in tokenizer.decode(with_tools)
     assert "now" not in tokenizer.decode(without)
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(UserError, match=r"refuses question 1 \(division by zero\)"):
+        encode_prompts(tokenizer, asked)
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(UserError, match=r"refuses question 1 \(no\)"):
         encode_prompts(tokenizer, asked)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        *(("tokenizer.json", text) for text in ("{}", "[]", "null", "[" * 3000)),
+        *(("tokenizer_config.json", text) for text in ("[]", '{"model_max_length": "x"}', '{"eos_token": 5}')),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_refused_in_words(folder, tmp_path, file, text):
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"):
+        if (folder / name).is_file():
+            shutil.copy(folder / name, tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match="cannot load a tokenizer from"):
+        load_tokenizer(str(tmp_path))

@@ -35,6 +35,7 @@ from nano3.checkpoints.checkpoint_folder import (
     step_of,
 )
 from nano3.checkpoints.replicas import disagreements
+from nano3.arch import PRESETS, Arch
 from nano3.cli import UserError
 from nano3.sealed_folder import seal
 from nano3.token_store import TokenStore

@@ -131,6 +131,7 @@ BAD_YAML = {
     "<<: [{scale: 1}, {books: {}}]": "merge keys (<<) are not read",
     "? {scale: 1}\n: 2": "unhashable key",
     "scale: .nan\nbooks: {}": "scale is nan",
+    'scale: "a\\0"': "a text with a NUL character",
     "scale: 2001-99-99": "month must be in 1..12",
     "scale: 1\nbooks: !!set {x}": "books is {'x'}",
     "\x00": "unacceptable character",

@@ -160,6 +160,10 @@ def test_links_out_of_a_folder_are_refused_but_those_of_hugging_face_s_cache(tmp
     with pytest.raises(UserError, match="out is a link to"):
         check_seal(model)  # what every reader of a folder does first, whoever wrote it
     (model / "out").unlink()
+    os.mkfifo(model / "out")
+    with pytest.raises(UserError, match="out is no plain file"):
+        check_seal(model)  # a pipe, which would never end
+    (model / "out").unlink()
     (model / ".git").mkdir()
     (model / ".git/out").symlink_to(tmp_path / "secret")
     check_seal(model)
