@@ -65,6 +65,9 @@ COMMANDS = {
     "certify a merge": Command("conversion/certify.py", "verify @merged --against @hf --adapter @adapter", True),
     "certify, card": Command("conversion/certify.py", "card @merged"),
     "check_server": Command("conversion/check_server.py", "http://127.0.0.1:9 --golden @golden.safetensors"),
+    "combine": Command("conversion/combine_adapters.py", "@hf @out/a @good-adapter @adapter", True),
+    "a submission": Command("conversion/submission.py", "write @adapter @out/s.zip", True),
+    "another's submission": Command("conversion/submission.py", "check @rows.parquet --base @hf"),
     "dequantize": Command("conversion/dequantize.py", "@fp8 @out/plain"),
     "golden": Command("conversion/golden.py", "@merged --out @out/g.safetensors", True),
     "import": Command("conversion/hf_to_nemo.py", "@hf @out/nemo --no-context"),
@@ -106,6 +109,7 @@ COMMANDS = {
         "@hf --adapter @adapter --questions @rows.jsonl --out @out/r.json --max-new-tokens 1",
         True,
     ),
+    "steps": Command("evaluation/steps.py", "@hf --adapter @adapter --questions @rows.jsonl --out @out/s.json", True),
     "harness": Command("evaluation/harness.py", "@merged --tasks own --include @tasks --out @out/r.json"),
     "lineage": Command("evaluation/lineage.py", "@ended"),
     "report": Command("evaluation/report.py", "@ended --before @result.json --after @result.json"),
@@ -120,6 +124,15 @@ COMMANDS = {
     ),
     "preflight": Command("launch/preflight.py", "--hardware h100 --model @nemo --data @store"),
     "slurm": Command("launch/slurm.py", "--cluster @cluster.yaml --dry-run -- -m finetune.worker x", True),
+    "a medical run": Command(
+        "recipes/medical_lora.py", "--model @hf --data @mixture.yaml --out @out/run --local --dry-run", True
+    ),
+    "a challenge run": Command(
+        "recipes/challenge_lora.py", "--model @hf --data @mixture.yaml --out @out/run --local --dry-run", True
+    ),
+    "a run in four bits": Command(
+        "recipes/nemotron_qlora.py", "--model @hf --data @mixture.yaml --out @out/run --local --dry-run", True
+    ),
     "a recipe": Command(
         "recipes/nemotron_lora.py", "--model @hf --data @mixture.yaml --out @out/run --local --dry-run", True
     ),

@@ -21,6 +21,7 @@ from finetune.settings import CheckpointSettings, LogSettings, Run, Settings, Tr
 from launch.plan.layout import Layout
 from launch.plan.plan_settings import Plan, TrainPlan
 from launch.plan.rules import check_cut
+from nano3.arch import PRESETS, Arch
 from nano3.checkpoints.base_identity import recorded_sha256
 from nano3.checkpoints.checkpoint_folder import (
     FORMAT,
@@ -35,7 +36,6 @@ from nano3.checkpoints.checkpoint_folder import (
     step_of,
 )
 from nano3.checkpoints.replicas import disagreements
-from nano3.arch import PRESETS, Arch
 from nano3.cli import UserError
 from nano3.sealed_folder import seal
 from nano3.token_store import TokenStore
