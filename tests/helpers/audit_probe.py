@@ -110,6 +110,9 @@ COMMANDS = {
         True,
     ),
     "steps": Command("evaluation/steps.py", "@hf --adapter @adapter --questions @rows.jsonl --out @out/s.json", True),
+    "distill": Command(
+        "evaluation/distill.py", "http://127.0.0.1:9 --task own --questions @rows.parquet --out @out/traces.jsonl"
+    ),
     "harness": Command("evaluation/harness.py", "@merged --tasks own --include @tasks --out @out/r.json"),
     "lineage": Command("evaluation/lineage.py", "@ended"),
     "report": Command("evaluation/report.py", "@ended --before @result.json --after @result.json"),
