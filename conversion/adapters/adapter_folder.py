@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,8 +32,10 @@ from conversion.checkpoint.torch_dist import RowReader, TorchDistReader
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.digest import combine, layer_digest
-from nano3.nf4 import Nf4, quantize
 from nano3.tensor_names import VOCABULARY_KEYS, adaptable, adapter_key, adapter_shapes, linear_tensors
+
+if TYPE_CHECKING:
+    from nano3.nf4 import Nf4
 
 CERTIFIED = ("rank", "alpha", "targets", "experts", "rslora", "dora")
 """Settings of an adapter that its merge's certificate names."""
@@ -272,6 +274,8 @@ class Merged(RowFolder):
 
     def _frozen(self, name: str) -> Nf4:
         """A whole tensor in NF4; the last one is kept, as a thread takes one tensor after the other."""
+        from nano3.nf4 import quantize  # here: it loads Numba, and most merges are onto the original weights
+
         if getattr(self._last, "name", None) != name:
             try:
                 self._last.value = quantize(self.base.rows(name, 0, self.layout.entries[name].rows))

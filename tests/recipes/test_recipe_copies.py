@@ -19,7 +19,14 @@ from tests.finetune.test_recipe import pico_store
 from tests.helpers.rank_server import RankServer
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = {"nemotron_lora": "nemotron_3_nano_lora", "flat_loop": "flat_loop", "demo": "pico_number_sorting"}
+RECIPES = {
+    "nemotron_lora": "nemotron_3_nano_lora",
+    "flat_loop": "flat_loop",
+    "demo": "pico_number_sorting",
+    "medical_lora": "medical_lora",
+    "challenge_lora": "challenge_lora",
+    "nemotron_qlora": "nemotron_3_nano_qlora",
+}
 """File -> the function in it."""
 LINES = 120
 SMALL = ["train.seq_length=64", "train.global_batch=2", "train.steps=2", "train.warmup=1", "layout.ep=1"]
