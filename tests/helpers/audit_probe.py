@@ -111,7 +111,7 @@ COMMANDS = {
     ),
     "steps": Command("evaluation/steps.py", "@hf --adapter @adapter --questions @rows.jsonl --out @out/s.json", True),
     "distill": Command(
-        "evaluation/distill.py", "http://127.0.0.1:9 --task own --questions @rows.parquet --out @out/traces.jsonl"
+        "evaluation/distill.py", "ftp://127.0.0.1 --task own --questions @rows.parquet --out @out/traces.jsonl"
     ),
     "harness": Command("evaluation/harness.py", "@merged --tasks own --include @tasks --out @out/r.json"),
     "lineage": Command("evaluation/lineage.py", "@ended"),
@@ -135,6 +135,9 @@ COMMANDS = {
     ),
     "a run in four bits": Command(
         "recipes/nemotron_qlora.py", "--model @hf --data @mixture.yaml --out @out/run --local --dry-run", True
+    ),
+    "a run in plain transformers": Command(
+        "recipes/qwen3_qlora.py", "--model @hf --data @store --out @out/run --seq-length 64"
     ),
     "a recipe": Command(
         "recipes/nemotron_lora.py", "--model @hf --data @mixture.yaml --out @out/run --local --dry-run", True
