@@ -6,7 +6,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 WORKERS ?= 2
 # Whole files side by side: tests of one file share what they set up. Many start two ranks of their own.
-TESTS := $(PY) -m pytest -n $(WORKERS) --dist loadfile
+# Their order is that of tests/conftest.py, the longest first.
+TESTS := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 REFERENCE := build/reference
 PACKAGES := nano3 finetune recipes pico data_prep conversion evaluation launch tests benchmarks

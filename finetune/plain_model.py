@@ -26,6 +26,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def checked_packs(folder: Path, seq_length: int, model: Path) -> PackedDataset:
+    """The packs of a store that was made with the tokenizer of `model`, every byte of it checked."""
+    packs = PackedDataset(folder, seq_length)
+    packs.check_contents()
+    packs.store.check_tokenizer(model)
+    return packs
+
+
 def load_base(folder: Path, four_bit: bool) -> Any:
     """The causal language model in `folder`, frozen: BF16 on a GPU, FP32 on a CPU, its linear layers in NF4 if asked.
 

@@ -10,19 +10,24 @@ Result: OUT/adapter, PEFT's form, of the best validation, and OUT/metrics.jsonl.
 
 from __future__ import annotations
 
+try:
+    from nano3.cli import UserError, fresh_output, run
+except ModuleNotFoundError as missing:
+    import sys
+
+    print(f"error: {missing}; run: make install, then: . .venv/bin/activate", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import argparse
 import json
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from data_prep.packing import PackedDataset
-from finetune.plain_model import load_base, mean_loss, peak_memory_gb, require_isolation, weighted_loss, with_lora
-from nano3.cli import UserError, fresh_output, run
+from finetune import plain_model as plain
 from nano3.training.rates import factor
 
 
@@ -33,9 +38,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parse.add_argument("--model", type=Path, required=True, help="Hugging Face folder of the base, 16 bit")
     parse.add_argument("--data", type=Path, required=True, help="token store to train on")
-    parse.add_argument(
-        "--validation", type=Path, help="token store that decides which adapter is best, and when to stop"
-    )
+    parse.add_argument("--validation", type=Path, help="token store that decides the best adapter, and when to stop")
     parse.add_argument("--out", type=Path, required=True, help="folder to write")
     parse.add_argument("--seq-length", type=int, default=2048, help="positions of a pack, as prepared (default: 2048)")
     parse.add_argument("--batch", type=int, default=8, help="packs of a step (default: 8)")
@@ -50,27 +53,20 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def opened(folder: Path, args: argparse.Namespace) -> PackedDataset:
-    """The packs of a store that was made with the model's tokenizer, every byte of it checked."""
-    packs = PackedDataset(folder, args.seq_length)
-    packs.check_contents()
-    packs.store.check_tokenizer(args.model)
-    return packs
-
-
 def train(args: argparse.Namespace, out: Path) -> str:
     """Writes adapter and metrics into `out`; returns the last words."""
     # 1. The data, and how many steps it makes.
-    data, held = opened(args.data, args), opened(args.validation, args) if args.validation else None
+    data = plain.checked_packs(args.data, args.seq_length, args.model)
+    held = plain.checked_packs(args.validation, args.seq_length, args.model) if args.validation else None
     data.store.check_trainable()
     steps = math.ceil(args.epochs * len(data) / args.batch)
     rng, warmup = np.random.default_rng(args.seed), steps // 10
     order = np.concatenate([rng.permutation(len(data)) for _ in range(math.ceil(steps * args.batch / len(data)))])
     # 2. The frozen base with its adapters, and the proof that packed documents do not see each other.
     torch.manual_seed(args.seed)
-    model = with_lora(load_base(args.model, not args.lora), args.rank, 2 * args.rank, args.dropout).train()
+    model = plain.with_lora(plain.load_base(args.model, not args.lora), args.rank, 2 * args.rank, args.dropout).train()
     several = [number for number in range(min(len(data), 64)) if len(data.documents(number)) > 1]
-    moved = require_isolation(model, data[several[0]]) if several else 0.0
+    moved = plain.require_isolation(model, data[several[0]]) if several else 0.0
     print(f"{steps} steps of {args.batch} packs; another document moves a document's logits by {moved:.1e}", flush=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
     best, since, ended = math.inf, 0, "the last adapter"
@@ -81,7 +77,7 @@ def train(args: argparse.Namespace, out: Path) -> str:
             weight, loss = sum(float(pack["loss_mask"].sum()) for pack in packs), 0.0
             optimizer.param_groups[0]["lr"] = args.lr * factor(step, "cosine", steps, warmup, 0, 0.0)
             for pack in packs:
-                part = weighted_loss(model, pack) / weight
+                part = plain.weighted_loss(model, pack) / weight
                 part.backward()
                 loss += float(part.detach())
             norm = float(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0))
@@ -90,11 +86,11 @@ def train(args: argparse.Namespace, out: Path) -> str:
             optimizer.step()
             optimizer.zero_grad()
             speed = len(packs) * args.seq_length / (time.monotonic() - begin)
-            row: dict[str, Any] = {"step": step + 1, "loss": loss, "grad_norm": norm, "tokens_per_second": speed}
-            row |= {"lr": optimizer.param_groups[0]["lr"], "memory_gb": peak_memory_gb()}
+            row: dict[str, float] = {"step": step + 1, "loss": loss, "grad_norm": norm, "tokens_per_second": speed}
+            row |= {"lr": optimizer.param_groups[0]["lr"], "memory_gb": plain.peak_memory_gb()}
             # 4. The adapter of the best validation stays; without a better one for a while the run ends.
             if held is not None and ((step + 1) % args.validate_every == 0 or step + 1 == steps):
-                row["validation_loss"] = mean_loss(model, held)
+                row["validation_loss"] = plain.mean_loss(model, held)
                 since = 0 if row["validation_loss"] < best else since + 1
                 if not since:
                     best, ended = row["validation_loss"], f"the adapter of step {step + 1}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.helpers import rank_server
@@ -11,3 +13,25 @@ from tests.helpers import rank_server
 def ranks() -> rank_server.RankServer:
     """Ranks that have imported NeMo: one process for the whole session, started by the first test that asks."""
     return rank_server.server()
+
+
+LONGEST = (
+    "nano3/test_parity_suite.py",
+    "launch/test_real_slurm.py",
+    "project/test_readme.py",
+    "launch/test_cluster_doc.py",
+    "finetune/test_resume.py",
+    "nano3/test_gpu_check.py",
+    "nano3/test_relayout.py",
+    "project/test_bench_step.py",
+    "launch/test_pipeline.py",
+    "launch/test_memory_plan.py",
+)
+"""Files that take minutes, the longest first: begun last, one of them would keep one worker busy and no other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of `LONGEST` first, the others in their order."""
+    root = Path(__file__).parent
+    places = {root / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
