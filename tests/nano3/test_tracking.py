@@ -305,7 +305,7 @@ def test_a_killed_training_run_is_one_run_with_every_step_once(layouts):
 
 @pytest.mark.full
 def test_both_views_have_every_number_of_a_training_run(layouts):
-    """All but step and time of each row: 32 in the first and the last step, 11 in the two between, 3 of a validation."""
+    """All but step and time of each row: 32 in the first and last step, 11 in the two between, 3 of a validation."""
     rows = read_rows(layouts / "ep2" / "metrics.jsonl")
     assert compare_views(layouts / "ep2") == sum(len(row) - 2 for row in rows) == 32 + 11 + 11 + 32 + 3
 
