@@ -17,17 +17,18 @@ def ranks() -> rank_server.RankServer:
 
 LONGEST = (
     "nano3/test_parity_suite.py",
-    "launch/test_real_slurm.py",
     "project/test_readme.py",
-    "launch/test_cluster_doc.py",
+    "project/test_bench_step.py",
+    "launch/test_memory_plan.py",
+    "launch/test_real_slurm.py",
     "finetune/test_resume.py",
     "nano3/test_gpu_check.py",
     "nano3/test_relayout.py",
-    "project/test_bench_step.py",
     "launch/test_pipeline.py",
-    "launch/test_memory_plan.py",
+    "launch/test_cluster_doc.py",
 )
-"""Files that take minutes, the longest first: begun last, one of them would keep one worker busy and no other."""
+"""Files that take minutes: begun last, one of them would keep one worker busy and no other. The two with a Slurm of
+their own are apart: one waits for the other."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
