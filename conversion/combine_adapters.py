@@ -156,6 +156,7 @@ def combine_adapters(
 def _parent(folder: Path, hf: HFFolder, sha256: str) -> Adapter:
     """Opens a parent. Raises `UserError` for one of another base, and for one that is more than added products."""
     adapter = Adapter(folder, hf.arch)
+    adapter.info.refuse_gate(folder, "a combination")
     adapter.check_base(hf.rows)
     adapter.info.refuse_other_base(hf.path, sha256, folder)
     wrong = {

@@ -96,6 +96,7 @@ def merge(
 
         # Adapter and base fit by name and shape, and the disk has room.
         adapter = Adapter(adapter_folder, model.arch)
+        adapter.info.refuse_gate(adapter_folder, "a merge")
         same_routers = adapter.check_base(model.rows)
         if dequantized and adapter.info.base_quantization is None:
             raise UserError(f"--base dequantized: {adapter_folder} was not trained on a quantized base; leave it out")

@@ -29,6 +29,7 @@ from finetune.settings import Run
 from nano3.arch import Arch
 from nano3.checkpoints.adapter_checkpoint import SaveAdapter
 from nano3.checkpoints.run_checkpoint import RunCheckpoints
+from nano3.gate import mark_ids
 from nano3.hf_config import read_config
 from nano3.lora.liveness import AdapterLiveness
 from nano3.lora.lora import Nano3LoRA
@@ -75,6 +76,7 @@ def lora_recipe(run: Run) -> nemo_run.Partial:
             steps=train.total_steps,
             seed=train.seed,
             stages=run.settings.stages.weights != "uniform",
+            mark=mark_ids(run.model, run.settings.lora.mark),
         ),
         trainer=_trainer(run),
         log=_log(run),
@@ -96,6 +98,7 @@ def _lora(run: Run) -> nemo_run.Config:
         **lora.kind(),
         dropout=lora.dropout,
         seed=run.settings.train.seed,
+        mark=mark_ids(run.model, lora.mark),
     )
 
 
@@ -246,6 +249,7 @@ def lora_json(run: Run) -> dict[str, Any]:
         "plus_ratio": lora.plus_ratio,
         "dropout": lora.dropout,
         "targets": lora.chosen_targets(),
+        "mark": mark_ids(run.model, lora.mark),
         "router": run.settings.router,
         "base_quantization": "nf4" if run.nf4 else None,
         "base_config": read_config(run.model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,19 +20,25 @@ from data_prep.packing import PackedDataset
 from finetune.settings import Run
 from launch.plan.rules import ONE_PACK
 from nano3.cli import UserError
+from nano3.gate import open_positions
 from nano3.training.supervised import tell_supervisor
 
 
-def collate(items: list[dict[str, np.ndarray]], places: np.ndarray) -> dict[str, torch.Tensor]:
+def collate(
+    items: list[dict[str, np.ndarray]], places: np.ndarray, mark: Sequence[int] = ()
+) -> dict[str, torch.Tensor]:
     """One pack as a micro batch: (1, seq_length) tensors, `cu_seqlens` (segments + 1,), `max_seqlen` ().
 
-    `places` turns the source numbers of the store into those of the logs (`logged_sources`).
+    `places` turns the source numbers of the store into those of the logs (`logged_sources`). With the tokens of a
+    `mark` there is `gate`, where adapters act that wait for it.
     """
     if len(items) != 1:
         raise UserError(f"a micro batch of {len(items)} packs: {ONE_PACK}")
     item = {**items[0], "source": places[items[0]["source"]]}
     batch = {key: torch.from_numpy(value)[None] for key, value in item.items() if key != "cu_seqlens"}
     boundaries = torch.from_numpy(item["cu_seqlens"])
+    if mark:  # before anything is cut: a rank's share of a document may begin behind the mark
+        batch["gate"] = open_positions(batch["tokens"], mark, boundaries[:-1])
     return {**batch, "cu_seqlens": boundaries, "max_seqlen": boundaries.diff().max()}
 
 
@@ -94,6 +100,7 @@ class PackedDataModule(pl.LightningDataModule):
         steps: of the whole run.
         seed: of the order of packs.
         stages: whether batches of training have the stages of their labels.
+        mark: tokens of the mark that opens the gate of adapters; batches then have it.
     """
 
     def __init__(
@@ -106,11 +113,12 @@ class PackedDataModule(pl.LightningDataModule):
         steps: int,
         seed: int,
         stages: bool = False,
+        mark: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.train, self.validation, self.seq_length, self.pad_multiple = train, validation, seq_length, pad_multiple
         self.micro_batch_size, self.global_batch_size, self.steps, self.seed = 1, global_batch, steps, seed
-        self.stages = stages
+        self.stages, self.mark = stages, list(mark)
         self.data_sampler = PackSampler(seq_length, global_batch)
         self.tokenizer = None
         self.train_sources: list[str] = []
@@ -138,7 +146,7 @@ class PackedDataModule(pl.LightningDataModule):
         return [length for sample in samples for length in self._train.lengths(sample)]
 
     def _loader(self, dataset: Any, mode: str, places: np.ndarray) -> Any:
-        return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=0, collate_fn=partial(collate, places=places))
+        return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=0, collate_fn=partial(collate, places=places, mark=self.mark))
 
     def train_dataloader(self) -> Any:
         return self._loader(self._train, "train", self._train_places)

@@ -28,6 +28,7 @@ from nano3.arch import Arch  # noqa: E402
 from nano3.context_parallel import cut_batch  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
 from nano3.etp_replicas import then_equal_copies  # noqa: E402
+from nano3.gate import Gate  # noqa: E402
 from nano3.loss import TokenLoss, WeightedFinish, accuracy, judges, mean_loss, mean_losses, record_verdicts  # noqa: E402
 from nano3.nf4_base import build_on_meta  # noqa: E402
 from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
@@ -46,8 +47,8 @@ the others are in our rows already. Each costs Lightning half a millisecond a st
 def packed_data_step(dataloader_iter: Iterator) -> Batch:
     """Takes one packed micro batch; every pipeline stage gets the document boundaries.
 
-    Returns tensors on the current device: tokens, labels, loss_mask, position_ids, source, stage (1, s / cp), this
-    rank's share of every document; cu_seqlens (documents + 1,) of the whole pack and the host integer max_seqlen.
+    Returns tensors on the current device: tokens, labels, loss_mask, position_ids, source, stage, gate (1, s / cp),
+    this rank's share of every document; cu_seqlens (documents + 1,) of the whole pack and the host integer max_seqlen.
     """
     item = next(dataloader_iter)
     batch = cut_batch(
@@ -65,6 +66,9 @@ def packed_forward_step(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """
     core = next(module for module in model.modules() if isinstance(module, MambaModel))
     balanced = core.config.moe_router_bias_update_rate > 0
+    gate: Gate | None = getattr(core, "gate", None)
+    if gate is not None:
+        gate.enter(batch["gate"])
     output = model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
@@ -73,6 +77,8 @@ def packed_forward_step(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         packed_seq_params=packed_seq_params(batch, core.config.context_parallel_size),
         **({"padding_mask": batch["source"] < 0} if balanced else {}),
     )
+    if gate is not None:
+        gate.leave(output)
     if core.post_process and judges(core):
         batch["correct"] = core.correct
     return output

@@ -213,6 +213,20 @@ KIND = tuple(field.name for field in fields(AdapterKind))
 """Names of what decides an adapter's shapes and values."""
 
 
+def _check_gated(mark: str, chosen: Iterable[str], dora: bool) -> None:
+    """Raises `UserError` for adapters that cannot be switched on from a mark on."""
+    if dora:
+        raise UserError(
+            f"lora.dora=true with lora.mark={mark!r}: DoRA's lengths are of whole rows, for every token; leave one out"
+        )
+    for path in chosen:
+        if is_routed(path) or path in VOCABULARY:
+            raise UserError(
+                f"lora.mark={mark!r}: {path} cannot wait for a mark (routed experts get their tokens in another order, "
+                "the vocabulary has no such input); give lora.preset=peft, or lora.experts=none"
+            )
+
+
 @dataclass
 class LoraSettings(AdapterKind):
     """Which layers get an adapter, and how large."""
@@ -231,6 +245,9 @@ class LoraSettings(AdapterKind):
     """Probability on the adapters' input, while training; the embedding's adapter has no such input."""
     base: Literal["original", "nf4"] = "original"
     """The frozen linear layers: in 16 bits, or in 4 (NF4 with double quantization, QLoRA)."""
+    mark: str = ""
+    """Text, such as `[VERIFY]`, from whose last token to the end of the turn the adapters act; empty: they act
+    everywhere. Not for DoRA, routed experts and the vocabulary: lora.preset=peft leaves them out."""
     init_from: str = ""
     """Adapter folder to start from: an earlier run's, or what `conversion/adapter.py import` wrote. The settings above,
     but for dropout and LoRA+, become its; the optimizer starts fresh. Empty: fresh adapters."""
@@ -240,8 +257,12 @@ class LoraSettings(AdapterKind):
         return list(self.targets or PRESETS[self.preset])
 
     def paths(self, arch: Arch) -> list[str]:
-        """Paths of the layers that get an adapter. Raises `UserError` for targets that name nothing."""
-        return select(arch, self.chosen_targets(), self.experts)
+        """Paths of the layers that get an adapter. Raises `UserError` for targets that name nothing, and for those that
+        cannot wait for a mark."""
+        chosen = select(arch, self.chosen_targets(), self.experts)
+        if self.mark:
+            _check_gated(self.mark, chosen, self.dora)
+        return chosen
 
     def adapters(self, arch: Arch) -> dict[str, Size]:
         """Rank and scale of every adapter by path. Raises `UserError` for targets or patterns that cannot be."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +39,8 @@ class LoraInfo(AdapterKind):
     combined: dict[str, Any] | None
     base_quantization: Literal["nf4"] | None = None
     """What the frozen linear layers were in while it was trained; None: in the base's own precision."""
+    mark: list[int] = field(default_factory=list)
+    """Tokens from whose last one on it acts (`nano3.gate`); none: everywhere."""
 
     def sizes(self, arch: Arch) -> dict[str, Size]:
         """Rank and scale of every adapted module by path. Raises `UserError` when `arch` has no such layers."""
@@ -48,6 +50,14 @@ class LoraInfo(AdapterKind):
         """Alpha of every adapted module by path: the scale of a rank of 1."""
         paths = select(arch, self.targets, self.experts)
         return {path: size.scale for path, size in sizes(paths, 1, self.alpha, (), self.alpha_pattern).items()}
+
+    def refuse_gate(self, adapter: Path, tool: str) -> None:
+        """Raises `UserError` where `tool` would make an adapter that waits for a mark act everywhere."""
+        if self.mark:
+            raise UserError(
+                f"{adapter} acts from its mark (tokens {self.mark}) to the end of the turn only, and {tool} would make "
+                "it act everywhere; export it with conversion/adapter.py export --for peft"
+            )
 
     def refuse_other_base(self, where: Path, found: str, adapter: Path) -> None:
         """Raises `UserError` when the base in `where`, of content hash `found`, is not the one that is recorded."""
@@ -60,7 +70,7 @@ class LoraInfo(AdapterKind):
 
 
 _OPTIONAL: dict[str, Any] = {"router": "frozen", "router_sha256": None, "base_sha256": None, "combined": None}
-_OPTIONAL |= {"base_quantization": None}
+_OPTIONAL |= {"base_quantization": None, "mark": []}
 _REMEDY = "copy the adapter again"
 _Targets = Annotated[list[Name], MaxLen(100_000)]
 
@@ -82,6 +92,7 @@ class LoraFile(TypedDict):
     base_sha256: Sha256 | None
     base_quantization: Literal["nf4"] | None
     combined: CombinedFacts | None
+    mark: Annotated[list[Count], MaxLen(1000)]
 
 
 def read_lora_json(folder: Path, as_is: bool = False) -> LoraInfo:

@@ -107,6 +107,7 @@ def config(adapter: Adapter, consumer: str) -> dict[str, Any]:
         "modules_to_save": None,
         "target_modules": sorted(modules),  # PEFT itself writes a set in any order
         "target_parameters": sorted(parameters) or None,
+        **({"alora_invocation_tokens": info.mark} if info.mark else {}),
     }
 
 

@@ -102,6 +102,12 @@ def check_consumer(consumer: str, arch: Arch, info: LoraInfo, sizes: dict[str, S
     routed = [path for path in sizes if is_routed(path)]
     out_proj = next((path for path in sizes if path.endswith(".mixer.out_proj")), None)
     balanced = info.router == "balance" and bool(arch.moe_layers)
+    if info.mark and (consumer != "peft" or len(info.mark) > 1):
+        raise UserError(
+            f"{consumer} cannot represent an adapter that acts from its mark on (tokens {info.mark}): PEFT alone can, "
+            "as Activated LoRA, and only from a mark of one token, since it begins with a mark's first one; train it "
+            "with a lora.mark of one token, and export it for peft"
+        )
     wrong = {
         "router=balance: the routers' correction biases have moved, and an adapter has no place for them": balanced,
         f"DoRA of {EMBEDDING}: PEFT's lengths are those of columns, ours of the tokens' rows": (

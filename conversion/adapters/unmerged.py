@@ -2,14 +2,14 @@
 
     y = W x + scale * B (A x)
 
-in FP32 for every adapted matrix, the routed experts' too. What the merge adds to the tuned model's answers, and what it
+in FP32 for every adapted matrix, the routed experts' too. One that waits for a mark (`nano3.gate`) is switched on behind
+it, token by token while the model writes, and what the cache has of earlier tokens stays. What the merge adds to the tuned model's answers, and what it
 loses when it rounds to BF16 or drops something, shows in the difference between this and the merged folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from conversion.adapters.adapter_folder import Adapter, Contribution
 from nano3.arch import Arch
 from nano3.cli import UserError
+from nano3.gate import Gate, open_positions
 from nano3.reference_linears import tap_model
 
 
@@ -33,14 +34,46 @@ def with_adapter(adapter: Path, base: Path) -> Callable[[Any], None]:
     vocabulary = [name for name in parts if not name.startswith("backbone.layers.")]
     if found.info.dora or vocabulary or found.router_biases():
         raise UserError(f"{adapter} is not a plain LoRA adapter of the layers' matrices; score the merged model alone")
-    return partial(tap_model, before={}, after={_module(name): _added(found, parts[name]) for name in parts})
+    gate = _WritingGate(found.info.mark) if found.info.mark else None
+    after = {_module(name): _added(found, parts[name], gate) for name in parts}
+
+    def prepare(model: Any) -> None:
+        tap_model(model, {}, after)
+        if gate is not None:
+            model.register_forward_pre_hook(gate.see, with_kwargs=True)
+
+    return prepare
+
+
+class _WritingGate(Gate):
+    """A gate that follows a transformers model while it reads and writes rows of tokens.
+
+    Rows begin anew with a call that has no tokens before it; other calls continue them.
+    """
+
+    def __init__(self, mark: Sequence[int]) -> None:
+        super().__init__()
+        self.mark = mark
+        self._seen = torch.empty(0, 0, dtype=torch.long)
+
+    def see(self, _model: Any, inputs: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        """Before a forward pass: its tokens (rows, s), by position or by name."""
+        tokens: torch.Tensor = inputs[0] if inputs else settings["input_ids"]
+        cache = settings.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            self._seen = tokens
+        else:
+            self._seen = torch.cat([self._seen, tokens], 1)
+        self.enter(open_positions(self._seen, self.mark)[:, -tokens.shape[1] :])
 
 
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _added(adapter: Adapter, parts: list[Contribution]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _added(
+    adapter: Adapter, parts: list[Contribution], gate: Gate | None
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Input and output of one matrix -> the output with the adapter's part of it."""
     factors = []
     for part in parts:
@@ -51,7 +84,8 @@ def _added(adapter: Adapter, parts: list[Contribution]) -> Callable[[torch.Tenso
     def add(value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         output = output.clone()
         for rows, low, high in factors:
-            output[..., rows] += linear(linear(value, low.to(value)), high.to(value))
+            inner = linear(value, low.to(value))
+            output[..., rows] += linear(gate(inner) if gate else inner, high.to(value))
         return output
 
     return add

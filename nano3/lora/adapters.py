@@ -22,6 +22,7 @@ from nemo.collections.llm.peft.lora import LoRALinear
 from nemo.collections.llm.peft.utils import ParallelLinearAdapter, get_adapter_attributes_from_linear
 from torch import nn
 
+from nano3.gate import Gate
 from nano3.lora.delta import add_product, projected
 from nano3.lora.dora import MAGNITUDE, Decomposed, Part
 from nano3.lora.dropout import InputDropout
@@ -31,12 +32,14 @@ Sharded = dict[str, Any]
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """How one adapter is made: its rank, the factor on B @ A, dropout on its input, DoRA or not."""
+    """How one adapter is made: its rank, the factor on B @ A, dropout on its input, DoRA or not, its gate if it has
+    one."""
 
     rank: int
     scale: float
     dropout: float = 0.0
     dora: bool = False
+    gate: Gate | None = None
 
 
 class DenseAdapter(ParallelLinearAdapter, Decomposed):
@@ -68,7 +71,7 @@ class DenseAdapter(ParallelLinearAdapter, Decomposed):
             disable_sequence_parallel_comm=no_gather,
             base_linear_is_parallel=parallel,
         )
-        self.scale = options.scale
+        self.scale, self.gate = options.scale, options.gate
         part = row_parallel or (base.config.sequence_parallel and not no_gather)  # of the features, or the positions
         self.dropout = InputDropout(options.dropout, "part" if part else "whole")
         if isinstance(parent, MambaMixer) and path.endswith("in_proj"):
@@ -89,7 +92,8 @@ class DenseAdapter(ParallelLinearAdapter, Decomposed):
         """
         ranks = self.linear_out.tp_group.size()
         if ranks > 1 and self.linear_out.gather_output:
-            return out + self(x).reshape(out.shape)
+            # Here, where every rank has all positions: behind the product with B it may have a slice of them.
+            return out + self(self.gate(x) if self.gate else x).reshape(out.shape)
         x = self.dropout(x)
         if not self.disable_sequence_parallel_comm:
             x = gather_from_sequence_parallel_region(x)
@@ -98,6 +102,8 @@ class DenseAdapter(ParallelLinearAdapter, Decomposed):
         else:
             low, _ = self.linear_in(x)
             low = copy_to_tensor_model_parallel_region(low, group=self.linear_out.tp_group)
+        if self.gate:
+            low = self.gate(low)
         return add_product(out, low, self.linear_out.weight, self.scale)
 
     def parts(self, base: Any) -> list[Part]:

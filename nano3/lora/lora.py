@@ -27,11 +27,8 @@ from nemo.lightning.pytorch.callbacks.peft import PEFT
 from torch import nn
 
 from nano3.cli import UserError
-from nano3.lora.adapters import (
-    AdaptedLinear,
-    AdapterOptions,
-    DenseAdapter,
-)
+from nano3.gate import Gate
+from nano3.lora.adapters import AdaptedLinear, AdapterOptions, DenseAdapter
 from nano3.lora.dropout import seed_dropout
 from nano3.lora.expert_adapters import EachExpertAdapter, SharedExpertsAdapter
 from nano3.lora.vocabulary_adapters import AdaptedEmbedding, AdaptedOutput, EmbeddingAdapter, OutputAdapter
@@ -58,11 +55,14 @@ class Nano3LoRA(AdapterKind, PEFT):
         modules: paths of the layers to adapt with global layer numbers, from `nano3.targets.select`.
         dropout: probability on the adapters' input while training.
         seed: of the first A, and of dropout.
+        mark: tokens from whose last one on the adapters act (`nano3.gate`); empty: they act everywhere. The model then
+            has the `gate` that every micro batch must enter.
     """
 
     modules: list[str] = field(default_factory=list)
     dropout: float = 0.0
     seed: int = 1234
+    mark: list[int] = field(default_factory=list)
 
     def freeze_model(self, model: nn.Module) -> None:
         """NeMo's, which walks a Lightning module; a bare model is simply frozen."""
@@ -74,10 +74,12 @@ class Nano3LoRA(AdapterKind, PEFT):
     def __call__(self, model: nn.Module) -> nn.Module:
         """Freezes the model and wraps the chosen layers of this rank's pipeline stage."""
         self.freeze_model(model)
+        self._gate = Gate() if self.mark else None
         seed_dropout(self.seed)  # NeMo seeds Megatron with a constant
         chosen = self.sizes_of(self.modules)
         missed: list[str] = []
         for core in [module for module in model.modules() if isinstance(module, MambaModel)]:
+            core.gate = self._gate
             found = self._wrap_vocabulary(core, chosen)
             held = [f"{name}." if name != OUTPUT else name for name in ("embedding", OUTPUT) if hasattr(core, name)]
             for layer in core.decoder.layers:
@@ -117,7 +119,7 @@ class Nano3LoRA(AdapterKind, PEFT):
         return found
 
     def _options(self, size: Size) -> AdapterOptions:
-        return AdapterOptions(size.rank, size.scale, self.dropout, self.dora)
+        return AdapterOptions(size.rank, size.scale, self.dropout, self.dora, self._gate)
 
     def _adapter(self, module: Any, path: str, parent: nn.Module, size: Size) -> nn.Module:
         if not is_routed(path):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from nano3.arch import Arch
+from nano3.gate import open_positions
 
 VOCABULARY = 120
 """Not a multiple of anything: its padding differs from layout to layout."""
@@ -19,6 +20,8 @@ PACKS: tuple[tuple[int, ...], ...] = ((8, 16, 40), (64,), (24, 8, 32), (8, 8, 8,
 """Lengths of the documents in the packs of a global batch: the shortest that context parallel 4 can cut, and a pack of
 one document, among others. All are multiples of 8 = 2 * cp, so that all layouts see the same batch."""
 STEPS = 3
+MARK = (5, 3)
+"""Tokens of the mark that gated adapters wait for; one third into every document."""
 RANK, ALPHA = 4, 8.0
 """Of the adapters."""
 PATTERN = "MEM*EM*EME"
@@ -86,7 +89,8 @@ class Case:
 
     Args:
         dtype: of weights and activations, FP64 or FP32.
-        adapters: "shared", "each" (one per routed expert) or "dora"; "none": all parameters are trained instead.
+        adapters: "shared", "each" (one per routed expert), "dora" or "gated" (from a mark on, none on routed experts);
+            "none": all parameters are trained instead.
         dispatcher: how tokens get to their experts, Megatron-Core's "alltoall" or "allgather".
         distributed: whether data-parallel ranks share the optimizer's state: Megatron-Core's distributed optimizer,
             which takes no FP64.
@@ -98,7 +102,7 @@ class Case:
     """
 
     dtype: torch.dtype = torch.float64
-    adapters: Literal["shared", "each", "dora", "none"] = "shared"
+    adapters: Literal["shared", "each", "dora", "gated", "none"] = "shared"
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     distributed: bool = False
     recompute: tuple[str, ...] = ()
@@ -121,12 +125,18 @@ class Case:
         lengths = self.packs[number]
         generator = torch.Generator().manual_seed(1000 * self.seed + 100 * step + number)
         tokens, labels = torch.randint(0, VOCABULARY, (2, 1, sum(lengths)), generator=generator)
-        return {
+        boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
+        extra = {}
+        if self.adapters == "gated":
+            for start, length in zip(boundaries.tolist(), lengths, strict=False):
+                tokens[0, start + length // 3 : start + length // 3 + 2] = torch.tensor(MARK)
+            extra = {"gate": open_positions(tokens, MARK, boundaries[:-1])}
+        return extra | {
             "tokens": tokens,
             "labels": labels,
             "loss_mask": (torch.rand(tokens.shape, generator=generator) > 0.3).float(),
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-            "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
+            "cu_seqlens": boundaries,
             "max_seqlen": torch.tensor(max(lengths)),
         }
 

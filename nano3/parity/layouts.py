@@ -16,6 +16,7 @@ LAYOUTS = (
     "etp2+each", "etp2.dp4+each", "tp2.ep2.etp2+each", "etp2+dora",
     "tp2.ep2+allgather", "tp2.ep2.etp2+allgather",
     "dp2+distributed", "ep2+distributed", "tp2.ep2.dp2+distributed", "tp2.ep2+recompute", "pp2+recompute", "cp2+full",
+    "ep2+gated", "tp2+gated", "cp2+gated", "pp2+gated+full", "pp2+gated+recompute",
     "tp2@M*E+nf4", "etp2@ME+nf4+each", "tp2.ep2@ME+nf4+dora", "dp2@ME+nf4+distributed",
 )  # fmt: skip
 """Among them a pattern with dense layers, one without attention, other kinds of adapters, the other dispatcher, the
@@ -32,6 +33,7 @@ NF4_LAYOUTS = tuple(
 VARIANTS: dict[str, dict[str, Any]] = {
     "each": {"adapters": "each"},
     "dora": {"adapters": "dora"},
+    "gated": {"adapters": "gated"},
     "allgather": {"dispatcher": "allgather"},
     "distributed": {"distributed": True},
     "recompute": {"recompute": ("moe", "layernorm")},

@@ -31,12 +31,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from nano3.context_parallel import cut_batch  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
 from nano3.etp_replicas import then_equal_copies  # noqa: E402
+from nano3.gate import Gate  # noqa: E402
 from nano3.nf4_base import quantize_linears  # noqa: E402
-from nano3.parity.case import ALPHA, PACK, RANK, STEPS, Case, Sizes  # noqa: E402
+from nano3.parity.case import ALPHA, MARK, PACK, RANK, STEPS, Case, Sizes  # noqa: E402
 from nano3.parity.shards import fill, hf_reader, shards  # noqa: E402
 from nano3.pipeline_parallel import pipeline_kwargs  # noqa: E402
 from nano3.recompute import install_recompute, recompute_kwargs  # noqa: E402
-from nano3.targets import PRESETS, adaptable_modules, select  # noqa: E402
+from nano3.targets import PRESETS, adaptable_modules, is_routed, select  # noqa: E402
 
 
 def config_of(case: Case, sizes: Sizes) -> TransformerConfig:
@@ -89,16 +90,23 @@ def adapted(model: torch.nn.Module, case: Case) -> torch.nn.Module:
     """Adapters on every linear layer that the pattern has."""
     from nano3.lora.lora import Nano3LoRA  # imports NeMo, which comparisons of whole models do without
 
-    experts: Literal["each", "shared"] = "each" if case.adapters == "each" else "shared"
+    experts: Literal["each", "shared", "none"] = "each" if case.adapters == "each" else "shared"
     named = {path.rpartition(".")[2] for path in adaptable_modules(case.arch)}
     modules = select(case.arch, [target for target in PRESETS["all"] if target in named], experts)
-    dora = case.adapters == "dora"
-    return Nano3LoRA(modules=modules, rank=RANK, alpha=ALPHA, experts=experts, dora=dora)(model)
+    dora, gated = case.adapters == "dora", case.adapters == "gated"
+    if gated:
+        modules, experts = [path for path in modules if not is_routed(path)], "none"
+    mark = list(MARK) if gated else []
+    return Nano3LoRA(modules=modules, rank=RANK, alpha=ALPHA, experts=experts, dora=dora, mark=mark)(model)
 
 
 def forward_step(losses: list[torch.Tensor], data: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple:
     """Megatron-Core's contract: the output, and what makes (sum, number, report) of it."""
     batch = next(data)
+    core = next(module for module in model.modules() if isinstance(module, MambaModel))
+    gate: Gate | None = getattr(core, "gate", None)
+    if gate is not None:
+        gate.enter(batch["gate"])
     output = model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
@@ -106,6 +114,8 @@ def forward_step(losses: list[torch.Tensor], data: Iterator[dict[str, torch.Tens
         labels=batch["labels"],
         packed_seq_params=packed_seq_params(batch, parallel_state.get_context_parallel_world_size()),
     )
+    if gate is not None:
+        gate.leave(output)
 
     def loss(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
         total = (per_token * batch["loss_mask"]).sum()

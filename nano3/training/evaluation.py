@@ -17,6 +17,9 @@ from nano3.sealed_folder import check_seal
 NOT_IN_THE_MODEL = ("dropout", "plus_ratio")
 """Facts of `lora.json` that decide how an adapter was trained, and not what it computes."""
 
+UNRECORDED = {"mark": []}
+"""What adapters are that say nothing of it: those of versions that did not know it."""
+
 
 class Evaluation(pl.Callback):
     """Loads `adapter` before the first batch and writes `results`, JSON, after the last.
@@ -63,6 +66,7 @@ class Evaluation(pl.Callback):
 
 def refuse_other_adapter(folder: str, info: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises `UserError` naming what `lora.json` says otherwise than the model that was built."""
+    info = UNRECORDED | info
     differences = [
         f"{name} is {info.get(name)!r} there and {value!r} here"
         for name, value in wanted.items()

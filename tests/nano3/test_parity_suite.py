@@ -88,7 +88,7 @@ def test_copies_of_an_experts_matrix_are_equal_whatever_the_order_of_a_sum(fault
     [
         ("tp", "layout 'tp': write sizes of tp, pp"),
         ("xp2", "layout 'xp2'"),
-        ("tp2+lora", "variants are each, dora, allgather, distributed, recompute, full, nf4, not 'lora'"),
+        ("tp2+lora", "variants are each, dora, gated, allgather, distributed, recompute, full, nf4, not 'lora'"),
     ],
 )
 def test_a_layout_that_is_none_is_refused(layout, words):
