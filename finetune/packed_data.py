@@ -146,7 +146,9 @@ class PackedDataModule(pl.LightningDataModule):
         return [length for sample in samples for length in self._train.lengths(sample)]
 
     def _loader(self, dataset: Any, mode: str, places: np.ndarray) -> Any:
-        return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=0, collate_fn=partial(collate, places=places, mark=self.mark))
+        return WrappedDataLoader(
+            mode=mode, dataset=dataset, num_workers=0, collate_fn=partial(collate, places=places, mark=self.mark)
+        )
 
     def train_dataloader(self) -> Any:
         return self._loader(self._train, "train", self._train_places)

@@ -22,7 +22,7 @@ TURN_ENDS = (2, 11)
 
 
 def mark_ids(folder: Path | str, mark: str) -> list[int]:
-    """The tokens of a mark, by the tokenizer in `folder`; none of no mark. Raises `UserError` for one without tokens."""
+    """The tokens of a mark by the tokenizer in `folder`, none of no mark. Raises `UserError` for one without tokens."""
     from nano3.token_store import open_tokenizer
 
     if not mark:

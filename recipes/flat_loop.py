@@ -25,7 +25,7 @@ def flat_loop(run: Run) -> Any:
     lora, layout, router = run.settings.lora, run.settings.layout, run.settings.router
     other = [layout.pp * layout.etp > 1, router != "frozen", run.bf16 or run.nf4, lora.dora, lora.plus_ratio != 1]
     if any(other) or lora.init_from or lora.mark or run.validation or run.settings.stages.weights != "uniform":
-        raise UserError("pp, etp, balance, BF16, NF4, DoRA, LoRA+, init_from, mark, stages, validation: see nemotron_lora.py")
+        raise UserError("pp, etp, balance, BF16/NF4, DoRA, LoRA+, init, mark, stages, validation: see nemotron_lora.py")
     return partial(train, run)
 
 

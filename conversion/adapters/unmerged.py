@@ -2,9 +2,9 @@
 
     y = W x + scale * B (A x)
 
-in FP32 for every adapted matrix, the routed experts' too. One that waits for a mark (`nano3.gate`) is switched on behind
-it, token by token while the model writes, and what the cache has of earlier tokens stays. What the merge adds to the tuned model's answers, and what it
-loses when it rounds to BF16 or drops something, shows in the difference between this and the merged folder.
+in FP32 for every adapted matrix, the routed experts' too. What the merge adds to the tuned model's answers, and what it
+loses when it rounds to BF16 or drops something, shows in the difference between this and the merged folder. An adapter
+that waits for a mark (`nano3.gate`) is switched on there while the model writes; the cache of earlier tokens stays.
 """
 
 from __future__ import annotations

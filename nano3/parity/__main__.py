@@ -4,10 +4,10 @@
     python -m nano3.parity tp2.ep2 cp4 --precision fp64   # some of them, in one precision
 
 A layout is sizes of tp, pp, cp, ep, etp and dp; ranks that they leave are data parallel. `tp2.ep2@M-*E` has a layer
-pattern of its own, `tp2.ep2+each` an adapter for each expert (others: `+dora`, `+gated`, `+allgather`, `+distributed` optimizer,
-`+recompute` of some parts of a layer, `+full` recomputation, `+nf4`: a frozen base in 4 bits). `nf4` alone stands for
-16 layouts with such a base. Prints a table, writes parity.json, and exits with 1 if anything is beyond its bound
-(nano3/parity/comparison.py).
+pattern of its own, `tp2.ep2+each` an adapter for each expert (others: `+dora`, `+gated` from a mark on, `+allgather`,
+`+distributed` optimizer, `+recompute` of some parts of a layer, `+full` recomputation, `+nf4`: a frozen base in 4
+bits). `nf4` alone stands for 16 layouts with such a base. Prints a table, writes parity.json, and exits
+with 1 if anything is beyond its bound (nano3/parity/comparison.py).
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from megatron.core.ssm.mamba_mixer import MambaMixer
 from nano3 import nf4_base
 from nano3.context_parallel import cut_batch
 from nano3.etp_replicas import MARK
+from nano3.gate import Gate
 from nano3.lora import adapters, expert_adapters
 from nano3.parity.case import Sizes
 from nano3.parity.comparison import as_json, compare, run
@@ -85,6 +86,17 @@ def quantized_after_cutting() -> Any:
     return patch.object(nf4_base._Units, "cut", cut)
 
 
+def a_gate_one_token_late() -> Any:
+    """Ranks whose gate opens and closes one position behind its place."""
+    enter = Gate.enter
+    return patch.object(Gate, "enter", lambda self, positions: enter(self, positions.roll(1, 1)))
+
+
+def another_micro_batchs_gate() -> Any:
+    """Layers that are computed again with the gate of whichever micro batch came last."""
+    return patch.object(Gate, "leave", lambda _self, _output: None)
+
+
 def another_order(finalize: Callable[..., None]) -> Callable[..., None]:
     """`finalize`, and then another last bit on every rank but the first of those with slices of the same experts."""
 
@@ -116,6 +128,8 @@ FAULTS: dict[Callable[[], Any], str] = {
     a_missing_exchange: "etp2+each",
     a_copy_counted_twice: "etp2+each",
     quantized_after_cutting: "tp2+nf4",
+    a_gate_one_token_late: "tp2+gated",
+    another_micro_batchs_gate: "pp2+gated+full",
     a_last_bit_of_another_order: "etp2+each",
     mended: "etp2+each",
 }

@@ -14,9 +14,10 @@ from tests.helpers.probes import made_by
 from tests.helpers.rank_server import done_by
 
 FAST = tuple(f"{sizes}@MEM*E" for sizes in ("tp2", "tp4", "ep2", "pp3", "cp2", "dp2", "tp2.ep2", "cp2.ep2"))
+FAST += ("tp2@M*E+gated", "pp2@ME*M+gated+full")
 
 
-def test_eight_layouts_give_the_answer_of_one_rank(tmp_path):
+def test_ten_layouts_give_the_answer_of_one_rank(tmp_path):
     command = [sys.executable, "-m", "nano3.parity", *FAST, "--precision", "fp64"]
     command += ["--out", str(tmp_path / "parity.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANO3_CPU": "1"}
@@ -67,6 +68,8 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict:
         ("a_missing_exchange", "gradient"),
         ("a_copy_counted_twice", "norm"),
         ("quantized_after_cutting", "gradient"),
+        ("a_gate_one_token_late", "gradient"),
+        ("another_micro_batchs_gate", "gradient"),
     ],
 )
 def test_a_deliberate_fault_is_beyond_the_bounds(faults, fault, where):
