@@ -33,15 +33,14 @@ from nano3.conversations import Conversation, conversation
 from nano3.documents import Count, FileName, Name, as_json, read_json
 from nano3.file_digests import file_sha256
 from nano3.rows import Row, files_of
+from nano3.store_parts import MARKER, PREPARE_AGAIN, finished_parts
 from nano3.token_store import Counts, FileFacts, part_name, tokenizer_file, unfinished_folder
 
 SHARD_ROWS = 50_000
 """Rows of a shard: about a minute of work for a process at 400 tokens a row, which is what a kill costs it."""
 FORMAT = "token-part"
 VERSION = 1
-MARKER = "part.json"
 JOB = "job.json"
-_AGAIN = "remove the folder and prepare again"
 
 
 class Marker(Counts):
@@ -236,8 +235,7 @@ class Work:
 
     def parts(self) -> list[int]:
         """The numbers of the finished parts, ascending."""
-        names = [path.name for path in self.folder.glob("part-*")]
-        return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+        return finished_parts(self.folder)
 
     def part(self, number: int) -> Path:
         """Folder of a part."""
@@ -245,7 +243,7 @@ class Work:
 
     def marker(self, number: int) -> Any:
         """What part.json says. Raises `UserError` when it cannot be read."""
-        return read_json(self.part(number) / MARKER, Marker, _AGAIN)
+        return read_json(self.part(number) / MARKER, Marker, PREPARE_AGAIN)
 
     def missing(self, numbers: Iterable[int]) -> Iterator[int]:
         """Those of ascending numbers whose parts are not there, up to the last part where that is known."""

@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from data_prep.documents import add_documents
 from data_prep.own_template import TemplateCheck
-from data_prep.parts import FORMAT, MARKER, VERSION, Job, ShardReader, Work
+from data_prep.parts import FORMAT, VERSION, Job, ShardReader, Work
 from data_prep.store import StoreWriter, identity
 from data_prep.summary import Finds, Turns
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError
+from nano3.store_parts import MARKER
 
 _LOOK_S = 0.5
 """How often a parent looks whether its processes live."""

@@ -7,8 +7,9 @@
 The stages are prepare, import, train, merge, quantize, evaluate.
 A dense model of the family has no quantize: no FP8 selection of it is known.
 On Slurm every stage is a job that waits for the one before (afterok), on CPU nodes where no GPU is needed; the site is
-in cluster.yaml. Key=value are the recipe's. The same command again resumes: finished stages are not repeated, a
-training that was interrupted resumes. Stages are command lines (launch/chain/stages.py).
+in cluster.yaml. `--shards 16` prepares large data in an array of 16 jobs. Key=value are the recipe's.
+The same command again resumes: finished stages are not repeated, a training that was interrupted resumes. Stages are
+command lines (launch/chain/stages.py).
 Nothing here imports what they run.
 """
 
@@ -29,20 +30,20 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from launch.chain import shards
 from launch.chain.records import KIND, Records
-from launch.chain.stages import NAMES, TRAIN, Chain, Stage, model_folder, recipe_script
+from launch.chain.stages import NAMES, Chain, Stage, model_folder, recipe_script
+from launch.chain.submission import print_scripts, submit_all
 from launch.local import run_child
 from launch.plan.hardware import GIB
 from launch.plan.mounts import parse_mount
 from launch.plan.plan_export import model_bytes, plan_export
 from launch.plan.preflight_checks import unmounted
 from launch.slurm.cluster import Cluster
-from launch.slurm.job_queue import cancel, queue
-from launch.slurm.sbatch import Job, hand_in, render
+from launch.slurm.job_queue import queue
 from nano3.arch import Arch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +80,10 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--nodes", type=int, help="machines that train (default: 1)")
     parse.add_argument("--gpus-per-node", type=int, help="GPUs of each (default: the recipe's)")
     parse.add_argument(
+        "--shards", type=int, default=0, help="jobs of a Slurm array that prepare the data (default: one)"
+    )
+    parse.add_argument("--shards-at-once", type=int, default=0, help="most of them at the same time (default: Slurm's)")
+    parse.add_argument(
         "--with",
         dest="extra",
         action="append",
@@ -108,7 +113,8 @@ def chain_of(args: argparse.Namespace) -> Chain:
     inputs = tuple(path.resolve() for path in args.input)
     return Chain(
         model_folder(args.model), inputs, args.questions.resolve(), args.out.resolve(),
-        tuple(args.settings), tuple(resources), recipe_script(args.recipe, ROOT), extra=extra,
+        tuple(args.settings), tuple(resources), recipe_script(args.recipe, ROOT), extra=extra, shards=args.shards,
+        at_once=args.shards_at_once,
     )  # fmt: skip
 
 
@@ -179,71 +185,15 @@ def run_stage(stage: Stage, records: Records) -> int:
     return result.code
 
 
-def job_of(stage: Stage, cluster: Cluster, out: Path, after: int | None) -> tuple[Cluster, Job]:
-    """The site and the job of a stage but the training, whose job is the recipe's own."""
-    command = ["launch/pipeline.py", "stage", str(out), stage.name]
-    job = Job(f"{out.name}-{stage.name}", command, after=after, ranks=False, private=str(out / "job.env"))
-    return cluster.for_one_process(stage.gpu), job
-
-
-def submit_all(
-    stages: tuple[Stage, ...], records: Records, cluster: Cluster, site: Path, queued: Mapping[int, str]
-) -> None:
-    """Hands the stages to Slurm, each after the one before; those among the jobs `queued` stay.
-
-    But not behind a stage that is handed in now: they waited for an older job of it, and can never start.
-    """
-    alive, before, fresh = dict(queued), None, False
-    for stage in stages:
-        number = records.job(stage)
-        if fresh and number in alive:
-            cancel(number)
-            print(f"{stage.name:<9} job {number} is cancelled: {alive.pop(number)}")
-        if number in alive:
-            print(f"{stage.name:<9} job {number} is queued already: {alive[number]}")
-        elif stage.name == TRAIN:
-            number = _submit_training(stage, site, before)
-        else:
-            number = hand_in(*job_of(stage, cluster, records.out, before))
-        if number not in alive:
-            fresh = True
-            records.submitted(stage, number)
-            print(f"{stage.name:<9} job {number}" + (f", after {before}" if before else ""), flush=True)
-        before = number
-    print(f"logs in {cluster.logs}; look with: python launch/pipeline.py status {records.out}")
-
-
-def _submit_training(stage: Stage, site: Path, after: int | None) -> int:
-    """Has the recipe submit itself; the job's number."""
-    command = [sys.executable, *stage.commands[0], "--cluster", str(site)]
-    command += ["--after", str(after)] if after is not None else []
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    found = re.search(r"submitted job (\d+)", done.stdout)
-    if done.returncode or not found:
-        print(done.stderr, file=sys.stderr)
-        raise UserError("the training was not submitted, see above; the stages before it stay queued")
-    return int(found[1])
-
-
-def print_scripts(chain: Chain, stages: tuple[Stage, ...], cluster: Cluster, site: Path) -> None:
-    """Prints every job's script as if Slurm numbered them from 1."""
-    for number, stage in enumerate(stages, 1):
-        after = number - 1 or None
-        print(f"# ---- job {number}: {stage.name}")
-        if stage.name != TRAIN:
-            print(render(*job_of(stage, cluster, chain.out, after)))
-            continue
-        words = [sys.executable, *stage.commands[0], "--cluster", str(site), "--dry-run"]
-        words += ["--after", str(after or 1)]
-        done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-        print(done.stdout[done.stdout.index("#!/bin/bash") :])
-
-
 def start(arguments: list[str]) -> int:
     """`run`: checks everything, then runs or submits what is not finished."""
     args = parser().parse_intermixed_args(arguments)
     if args.local and args.cluster:
         raise UserError("--local runs here and --cluster on Slurm; leave one of them out")
+    if args.shards_at_once and not args.shards:
+        raise UserError(f"--shards-at-once {args.shards_at_once} is of an array; give --shards too")
+    if args.local and args.shards:
+        raise UserError('--shards is a Slurm array; here several processes prepare with --with prepare="--workers 4"')
     chain, site = chain_of(args), (args.cluster or Path("cluster.yaml")).resolve()
     check_output(chain.out, KIND)
     os.chdir(ROOT)  # where stages run; a site file's relative paths mean the same for all of them then
@@ -287,12 +237,15 @@ def status(arguments: list[str]) -> int:
     args = parse.parse_args(arguments)
     records = Records(args.out.resolve())
     stages = records.planned()
-    jobs = {records.job(stage) for stage in stages} - {None}
+    array = records.shards_job()
+    jobs = {array, *(records.job(stage) for stage in stages)} - {None}
     alive = queue() if jobs else {}
     while args.wait and jobs & alive.keys():
         time.sleep(POLL_SECONDS)
         alive = queue()
     for stage in stages:
+        if stage.name == NAMES[0] and array is not None:
+            print(f"{shards.NAME:<9} {shards.describe(stage.output, array, alive)}")
         print(f"{stage.name:<9} {records.describe(stage, alive)}")
     return int(args.wait and bool(records.unfinished(stages)))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from launch.chain import shards
 from launch.chain.stages import NAMES, TRAIN, Stage
 from nano3.cli import UserError, alone, fresh_file
 from nano3.documents import Name, Sha256, Text, read_json
@@ -128,7 +129,8 @@ class Records:
         """
         if NAMES.index(name) <= NAMES.index(TRAIN):
             self._refuse_training()
-        for later in NAMES[NAMES.index(name) :]:
+        array = [shards.NAME] if name == NAMES[0] else []
+        for later in (*array, *NAMES[NAMES.index(name) :]):
             job = self._job(later)
             if job in alive:
                 raise UserError(f"stage {later} is job {job}, which is queued or runs; cancel it first: scancel {job}")
@@ -171,6 +173,15 @@ class Records:
         if stage.name == TRAIN:
             self._begun(stage, _states(stage))
         (self.folder / f"{stage.name}.job").write_text(f"{job}\n")
+
+    def submitted_shards(self, job: int) -> None:
+        """Remembers the array that prepares the data."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{shards.NAME}.job").write_text(f"{job}\n")
+
+    def shards_job(self) -> int | None:
+        """The array that was last given the data; None where it was prepared by one process."""
+        return self._job(shards.NAME)
 
     def job(self, stage: Stage) -> int | None:
         """The job that was last given the stage."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.chain.shards import Shards
 from launch.plan.plan_settings import Plan
 from nano3.arch import Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError
@@ -38,6 +39,8 @@ class Stage:
     """The user's own files that it reads; the rest are outputs of stages before."""
     gpu: bool = False
     """Whether it goes to a node with GPUs."""
+    shards: Shards | None = None
+    """An array that must have ended before, each element of which writes a share of what the commands join."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Chain:
     """What the recipe said of its settings, as key=value: its own defaults with everything that was given."""
     extra: Mapping[str, str] = field(default_factory=dict)
     """More flags by stage, one string each."""
+    shards: int = 0
+    """Elements of an array that prepares the data; 0 for one process."""
+    at_once: int = 0
+    """Most of them at the same time; 0 leaves it to Slurm."""
 
     def __post_init__(self) -> None:
         for path in (*self.inputs, self.questions):
@@ -103,7 +110,7 @@ class Chain:
         merged, scored = str(out / "merged"), out / "scores.json"
         fp8 = (self._score(str(out / "fp8"), out / "scores-fp8.json"),) if self.quantizes else ()
         return (
-            Stage("prepare", self._prepare(), out / "data", (*self.inputs, self.questions)),
+            self._prepare(),
             Stage(
                 "import",
                 (("conversion/hf_to_nemo.py", model, str(out / "base"), "--no-context"),),
@@ -128,16 +135,21 @@ class Chain:
             ),
         )
 
-    def _prepare(self) -> tuple[tuple[str, ...], ...]:
+    def _prepare(self) -> Stage:
         """No training question is a held-out one, or near to it; then tokens and packs of the run's length."""
         plan = self.plan
         overlap = tuple(("data_prep/check_overlap.py", str(path), str(self.questions)) for path in self.inputs)
-        inputs = [word for path in self.inputs for word in ("--input", str(path))]
-        command = ["data_prep/prepare.py", *inputs, "--tokenizer", str(self.model), "--out", str(self.out / "data")]
+        given = [word for path in self.inputs for word in ("--input", str(path))]
+        command = ["data_prep/prepare.py", *given, "--tokenizer", str(self.model), "--out", str(self.out / "data")]
         command += ["--seq-length", str(plan.train.seq_length)]
         multiple = plan.document_multiple
         command += ["--pad-multiple", str(multiple)] if multiple > 1 else []
-        return (*overlap, (*command, *self._more("prepare")))
+        prepare = (*command, *self._more("prepare"))
+        inputs, output = (*self.inputs, self.questions), self.out / "data"
+        if not self.shards:
+            return Stage("prepare", (*overlap, prepare), output, inputs)
+        shards = Shards(prepare, output, self.shards, self.at_once).fitted()
+        return Stage("prepare", (*overlap, (*prepare, "--join")), output, inputs, shards=shards)
 
     def _quantize(self, merged: str) -> Stage:
         """The FP8 checkpoint of the merged model, calibrated on the training's data, and how its readers see it."""

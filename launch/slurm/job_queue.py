@@ -11,6 +11,8 @@ from pathlib import Path
 from nano3.cli import UserError
 
 POLL_SECONDS = 2.0
+_LARGEST = 1000
+"""Elements of an array where a site says nothing else: MaxArraySize is 1001 then, and the first index 0."""
 
 
 def submit(script: str, logs: Path) -> int:
@@ -30,11 +32,20 @@ def status(number: int | str) -> str:
 
 
 def queue() -> dict[int, str]:
-    """State and reason of all my jobs that are queued or run, by their number."""
-    rows = (
-        line.split(maxsplit=1) for line in _slurm(["squeue", "--me", "--noheader", "--format=%A %T %R"]).splitlines()
-    )
-    return {int(number): text for number, text in rows}
+    """State and reason of all my jobs that are queued or run, by their number; of an array, by its own number."""
+    found: dict[int, dict[str, None]] = {}
+    for line in _slurm(["squeue", "--me", "--noheader", "--format=%F %T %R"]).splitlines():
+        number, text = line.split(maxsplit=1)
+        found.setdefault(int(number), {})[text] = None
+    return {number: ", ".join(texts) for number, texts in found.items()}
+
+
+def largest_array() -> int:
+    """Elements, counted from 1, that an array of this Slurm may have; Slurm's default where none answers."""
+    with suppress(UserError):
+        if said := re.search(r"^MaxArraySize\s*=\s*(\d+)", _slurm(["scontrol", "show", "config"]), re.MULTILINE):
+            return int(said[1]) - 1
+    return _LARGEST
 
 
 def cancel(number: int) -> None:

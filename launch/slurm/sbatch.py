@@ -45,6 +45,10 @@ class Job:
     """Arguments of python that run first, once, on the first node."""
     seeds: tuple[int, ...] = ()
     """One job of an array for each; `{seed}` in the command is replaced."""
+    at_once: int = 0
+    """Most jobs of the array that run at the same time; 0 leaves it to Slurm."""
+    retries: int = 0
+    """How often a job of an array is requeued that fails; not after a user's mistake, exit code 2."""
     after: int | None = None
     """Job that must have succeeded before."""
     out: str | None = None
@@ -66,6 +70,8 @@ class Job:
                 "no command: write what runs on every rank after --, such as -- -m finetune.worker RUN.json"
             )
         text = " ".join([*self.command, *(self.prepare or []), self.out or ""])
+        if self.retries and not (self.seeds and not self.ranks):
+            raise UserError("retries are of an array's jobs of one process; ranks have survive.sh")
         if bool(self.seeds) != (SEED in text):
             raise UserError("an array of seeds requires {seed} in the command, and {seed} requires --array SEEDS")
 
@@ -93,7 +99,7 @@ def sbatch_options(cluster: Cluster, job: Job) -> dict[str, str]:
         # B: to the script, which passes it on and has the job requeued; without, to the processes only.
         options["signal"] = f"{'B:' if job.out else ''}TERM@{cluster.signal_seconds}"
     if job.seeds:
-        options["array"] = ",".join(map(str, job.seeds))
+        options["array"] = _ranges(job.seeds) + (f"%{job.at_once}" if job.at_once else "")
     if job.after is not None:
         options["dependency"] = f"afterok:{job.after}"
         options["kill-on-invalid-dep"] = "yes"  # or it would wait forever for what has failed
@@ -139,7 +145,9 @@ def render(cluster: Cluster, job: Job) -> str:
     lines += ["", *_settings(cluster, job)]
     srun = srun_command(cluster)
     if not job.ranks:
-        return "\n".join([*lines, "", f"exec {srun} --nodes=1 --ntasks=1 {_python(cluster, job.command)}"]) + "\n"
+        one = f"{srun} --nodes=1 --ntasks=1 {_python(cluster, job.command)}"
+        ending = _retried(one, job.retries) if job.retries else [f"exec {one}"]
+        return "\n".join([*lines, "", *ending]) + "\n"
     lines += _RENDEZVOUS
     if job.out is not None:
         lines += ["", "# What befalls the job, it survives: launch/slurm/survive.sh says how."]
@@ -157,6 +165,29 @@ def render(cluster: Cluster, job: Job) -> str:
     lines += ["", f"# One launcher per node, {'one rank per GPU' if cluster.gpus else 'which starts its ranks'}."]
     lines += [f"{start}{srun} {_python(cluster, torchrun)} --rdzv-backend=c10d {RENDEZVOUS} \\"]
     return "\n".join([*lines, f"    {words(job.command)}", *end]) + "\n"
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """What sbatch's --array takes: `(1, 2, 3, 7)` -> `1-3,7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] + 1 == number:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _retried(command: str, retries: int) -> list[str]:
+    """Lines that run an array's job and have this one job requeued when it fails."""
+    return [
+        f"# Exit code 2 is a user's mistake, which no repetition mends; all else is tried again, {retries} times.",
+        "CODE=0",
+        f"{command} || CODE=$?",
+        f"((CODE == 0 || CODE == 2 || ${{SLURM_RESTART_COUNT:-0}} >= {retries})) ||",
+        '    scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"',
+        'exit "$CODE"',
+    ]
 
 
 def _settings(cluster: Cluster, job: Job) -> list[str]:

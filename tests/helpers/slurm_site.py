@@ -105,8 +105,8 @@ class Slurm:
         """The number of the job."""
         return int(self.run("sbatch", "--parsable", text=script))
 
-    def job(self, number: int) -> dict[str, str]:
-        """What `scontrol show job` says."""
+    def job(self, number: int | str) -> dict[str, str]:
+        """What `scontrol show job` says; of an element of an array: `job("12_3")`."""
         text = self.run("scontrol", "show", "job", "--oneliner", str(number))
         return dict(re.findall(r"(\w+)=(\S*)", text))
 

@@ -15,6 +15,7 @@ from data_prep.packing import build_packs
 from evaluation.lineage import lineage, parts_of
 from evaluation.report import report
 from launch import pipeline
+from launch.chain import submission
 from launch.chain.records import Records
 from launch.chain.stages import NAMES, RECIPE, Chain, Stage, recipe_script
 from launch.slurm.cluster import Cluster
@@ -121,11 +122,11 @@ def test_no_job_is_chained_behind_one_that_can_never_start(tmp_path, monkeypatch
     for number, stage in enumerate(stages, 1):
         records.submitted(stage, number)
     sent, cancelled = iter(range(11, 20)), []
-    monkeypatch.setattr(pipeline, "hand_in", lambda *_: next(sent))
-    monkeypatch.setattr(pipeline, "_submit_training", lambda *_: next(sent))
-    monkeypatch.setattr(pipeline, "cancel", cancelled.append)
+    monkeypatch.setattr(submission, "hand_in", lambda *_: next(sent))
+    monkeypatch.setattr(submission, "_submit_training", lambda *_: next(sent))
+    monkeypatch.setattr(submission, "cancel", cancelled.append)
     alive = {2: "RUNNING", 4: "PENDING (DependencyNeverSatisfied)", 5: "PENDING (Dependency)"}
-    pipeline.submit_all(stages[1:], records, Cluster("me", "gpu", logs=str(tmp_path)), tmp_path, alive)
+    submission.submit_all(stages[1:], records, Cluster("me", "gpu", logs=str(tmp_path)), tmp_path, alive)
     assert cancelled == [4, 5]  # the import goes on; the training before the merge is a new job
     assert [records.job(stage) for stage in stages] == [1, 2, 11, 12, 13, 14]
 
