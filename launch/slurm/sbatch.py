@@ -45,10 +45,6 @@ class Job:
     """Arguments of python that run first, once, on the first node."""
     seeds: tuple[int, ...] = ()
     """One job of an array for each; `{seed}` in the command is replaced."""
-    at_once: int = 0
-    """Most jobs of the array that run at the same time; 0 leaves it to Slurm."""
-    retries: int = 0
-    """How often a job of an array is requeued that fails; not after a user's mistake, exit code 2."""
     after: int | None = None
     """Job that must have succeeded before."""
     out: str | None = None
@@ -57,6 +53,10 @@ class Job:
     """False: one process of the command, without torch.distributed.run."""
     private: str = ""
     """File for the site's `environment`, beside what the job writes; needed where there is one."""
+    at_once: int = 0
+    """Most jobs of the array that run at the same time; 0 leaves it to Slurm."""
+    retries: int = 0
+    """How often a job of an array is requeued that fails; not after a user's mistake, exit code 2."""
 
     def __post_init__(self) -> None:
         for text in [self.name, *self.command, *(self.prepare or []), self.out or "", self.private]:
