@@ -16,7 +16,7 @@ PACKAGES := nano3 finetune recipes pico data_prep conversion evaluation launch t
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo medical-smoke challenge-demo test test-full check gpu-check clean
+.PHONY: help install demo medical-smoke challenge-demo reasoning-demo test test-full check gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,6 +34,9 @@ medical-smoke: $(INSTALLED) $(REFERENCE)/data/.done ## 200 real medical question
 
 challenge-demo: $(INSTALLED) ## puzzles of the reasoning challenge on pico, the zip, and what PEFT answers from it (runs/challenge)
 	$(PY) recipes/challenge_lora.py
+
+reasoning-demo: $(INSTALLED) ## two tasks of reasoning-gym with chains of thought on pico, and what it forgot (runs/reasoning)
+	$(PY) recipes/reasoning_lora.py
 
 test: $(INSTALLED) $(REFERENCE)/.done ## the fast tests, at most 10 minutes on 2 cores
 	$(TESTS) -m "not full"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zipfile
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from evaluation.comparison import Line, accuracy, by_groups, paired, table
 from evaluation.evaluate import evaluate
 from evaluation.judging.questions import load_questions
 from evaluation.models import HFModel, beside
@@ -57,3 +59,43 @@ def peft_of(submission: Path) -> Iterator[Prepare]:
     with scratch_folder(submission.with_suffix("")) as folder, zipfile.ZipFile(submission) as packed:
         packed.extractall(folder)
         yield lambda model: PeftModel.from_pretrained(model, str(folder))
+
+
+def reasoning_report(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+    """Scores OUT/held_out.jsonl with thinking, OUT/old_tasks.jsonl without; prints both tables, writes OUT/report.json.
+
+    A base that never learned to think is asked without thinking too. The gain is over the better of its two forms, so
+    that learning the form alone is no gain. Results: OUT/thinking, OUT/plain and OUT/old.
+    """
+    asked = out / "held_out.jsonl"
+    thinking, tuned = score_both(base, adapter, asked, "own", out / "thinking", thinking=True)
+    (out / "plain").mkdir(exist_ok=True)
+    plain = score(base, asked, "own", out / "plain" / "scores-base.json")
+    better = max(("thinking", thinking), ("plain", plain), key=lambda one: accuracy(one[1]))
+    pair = paired(better[1], tuned)
+    before, after = score_both(base, adapter, out / "old_tasks.jsonl", "own", out / "old")
+    tasks, old = by_groups(thinking, tuned, "source"), by_groups(before, after, "source")
+    print(f"\nheld out, with thinking:\n{table(tasks)}\n\nold tasks, what was forgotten:\n{table(old)}\n")
+    report = {
+        "n": pair.n,
+        "base_thinking": accuracy(thinking),
+        "base_plain": accuracy(plain),
+        "base_better": f"base_{better[0]}",
+        "tuned_accuracy": accuracy(tuned),
+        "gain": pair.gain,
+        "ci95_gain": list(pair.interval),
+        "tasks": {line.name: _gain_of(line) for line in tasks},
+        "forgetting": {line.name: _gain_of(line) for line in old},
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _gain_of(line: Line) -> dict[str, Any]:
+    """A group's line for report.json."""
+    return {
+        "n": line.pair.n,
+        "base": line.before.accuracy,
+        "tuned": line.after.accuracy,
+        "ci95_gain": list(line.pair.interval),
+    }

@@ -45,13 +45,15 @@ def fresh_folder(out: Path, kind: str) -> Path:
     return out
 
 
-def train(out: Path, ranks: int, defaults: Callable[[], Settings], recipe: Callable[[Run], Any]) -> dict[str, Any]:
-    """Trains pico with a recipe on CPU ranks, from OUT/train into OUT/lora; returns what the report says about it."""
+def train(
+    out: Path, ranks: int, defaults: Callable[[], Settings], recipe: Callable[[Run], Any], data: str = "train"
+) -> dict[str, Any]:
+    """Trains pico with a recipe on CPU ranks, from OUT/DATA into OUT/lora; returns what the report says about it."""
     from finetune import command
     from nano3.training.journal import read_rows
 
     flags = ["--model", "pico", "--local", "--ranks", str(ranks), "--out", str(out / "lora")]
-    flags += ["--data", str(out / "train"), "--validation", str(out / "validation")]
+    flags += ["--data", str(out / data), "--validation", str(out / "validation")]
     run, arch = command.resolve(command.parser().parse_args(flags), defaults, recipe_of(recipe))
     code = command.train(run, arch)
     if code:

@@ -81,7 +81,8 @@ def _as_given(question: str, answer: str) -> tuple[str, str]:
     return question, answer
 
 
-def _numbers(least: int, most: int) -> dict[str, int]:
+def numbers(least: int, most: int) -> dict[str, int]:
+    """A generator's parameters for lists of so many whole numbers below 100."""
     return {
         "min_numbers": least,
         "max_numbers": most,
@@ -95,8 +96,8 @@ def _numbers(least: int, most: int) -> dict[str, int]:
 PRETRAINING = {
     task.name: (task, share)
     for task, share in (
-        (Task("sort_ascending", "number_sorting", _sorting("ascending"), _numbers(3, 5)), 0.4),
-        (Task("filter_numbers", "number_filtering", _filtering, _numbers(3, 5)), 0.2),
+        (Task("sort_ascending", "number_sorting", _sorting("ascending"), numbers(3, 5)), 0.4),
+        (Task("filter_numbers", "number_filtering", _filtering, numbers(3, 5)), 0.2),
         (Task("spell_backward", "spell_backward", _spelling, {"min_word_len": 3, "max_word_len": 6}), 0.15),
         (Task("reverse_words", "word_sequence_reversal", _reversal, {"min_words": 2, "max_words": 4}), 0.1),
         (
@@ -113,7 +114,7 @@ PRETRAINING = {
 }
 """Task name -> (task, its share of the pretraining examples)."""
 
-DEMO = Task("sort_8_to_10", "number_sorting", _sorting("ascending"), _numbers(8, 10))
+DEMO = Task("sort_8_to_10", "number_sorting", _sorting("ascending"), numbers(8, 10))
 """What the demo teaches. Pretraining sorted at most 5 numbers: the instruction is known to pico, the ability is not."""
 
 
