@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 Series = Sequence[tuple[float, float]]
@@ -24,6 +24,33 @@ def line_chart(series: Mapping[str, Series], x_label: str, y_label: str, height:
     points = [point for line in series.values() for point in line if math.isfinite(point[1])]
     if not points:
         return "<p class='empty'>no points recorded</p>"
+    legend = _KEY * -(-len(series) // 2) if len(series) > 1 else 0
+    place, axes = _axes(points, x_label, height)
+    parts = [_open(WIDTH, height + legend, f"{y_label} over {x_label}"), *axes]
+    for number, (name, line) in enumerate(series.items()):
+        parts.append(_line(name, [place(x, y) for x, y in line if math.isfinite(y)], number))
+        if len(series) > 1:
+            column, row = number % 2, number // 2
+            across = _LEFT + column * (WIDTH - _LEFT - _RIGHT) / 2
+            parts.append(_legend(_short(name), across, height + 14 + _KEY * row, number))
+    return "\n".join([*parts, "</svg>"])
+
+
+def dot_chart(points: Series, x_label: str, y_label: str, height: int = 280) -> str:
+    """A dot for each (x, y), without lines."""
+    points = [point for point in points if math.isfinite(point[1])]
+    if not points:
+        return "<p class='empty'>no points recorded</p>"
+    place, axes = _axes(points, x_label, height)
+    dots = ((*place(x, y), f"{x:g}, {y:g}") for x, y in points)
+    circles = [
+        f"<circle class='dot s0' cx='{x:.1f}' cy='{y:.1f}' r='3.5'><title>{t}</title></circle>" for x, y, t in dots
+    ]
+    return "\n".join([_open(WIDTH, height, f"{y_label} over {x_label}"), *axes, *circles, "</svg>"])
+
+
+def _axes(points: Series, x_label: str, height: int) -> tuple[Callable[[float, float], tuple[float, float]], list[str]]:
+    """Where a point is drawn, and the grid with its numbers; y begins at 0, or below it."""
     x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points), 8)
     y_ticks = _ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points), 5)
     plot_width, plot_height = WIDTH - _LEFT - _RIGHT, height - _TOP - _BOTTOM
@@ -33,8 +60,7 @@ def line_chart(series: Mapping[str, Series], x_label: str, y_label: str, height:
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return _LEFT + across * plot_width, _TOP + (1 - up) * plot_height
 
-    legend = _KEY * -(-len(series) // 2) if len(series) > 1 else 0
-    parts = [_open(WIDTH, height + legend, f"{y_label} over {x_label}")]
+    parts = []
     for tick in y_ticks:
         _, y = place(x_ticks[0], tick)
         parts.append(f"<line class='grid' x1='{_LEFT}' x2='{WIDTH - _RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>")
@@ -43,12 +69,7 @@ def line_chart(series: Mapping[str, Series], x_label: str, y_label: str, height:
         x, _ = place(tick, y_ticks[0])
         parts.append(f"<text class='tick' x='{x:.1f}' y='{height - 22}' text-anchor='middle'>{tick:g}</text>")
     parts.append(f"<text class='axis' x='{WIDTH - _RIGHT}' y='{height - 5}' text-anchor='end'>{escape(x_label)}</text>")
-    for number, (name, line) in enumerate(series.items()):
-        parts.append(_line(name, [place(x, y) for x, y in line if math.isfinite(y)], number))
-        if len(series) > 1:
-            column, row = number % 2, number // 2
-            parts.append(_legend(_short(name), _LEFT + column * plot_width / 2, height + 14 + _KEY * row, number))
-    return "\n".join([*parts, "</svg>"])
+    return place, parts
 
 
 def bar_chart(bars: Mapping[str, tuple[float, tuple[float, float] | None]], label: str) -> str:

@@ -26,6 +26,7 @@ from finetune.packed_data import PackedDataModule
 from finetune.reporting import memory_advice, progress
 from finetune.run_identity import run_identity, run_layout
 from finetune.settings import Run
+from finetune.sweep.pruning import Pruning
 from nano3.arch import Arch
 from nano3.checkpoints.adapter_checkpoint import SaveAdapter
 from nano3.checkpoints.run_checkpoint import RunCheckpoints
@@ -127,6 +128,7 @@ def _trainer(run: Run) -> nemo_run.Config:
                 patience=train.patience,
                 min_improvement=train.min_improvement,
             ),
+            *_trial(run),
             memory_advice(run),  # last: see MemoryAdvice
         ],
         limit_val_batches=0 if run.validation is None else 1.0,
@@ -153,6 +155,11 @@ def _stages(run: Run) -> list[nemo_run.Config]:
     exponent = stages.exponent if stages.weights == "dynamic" else 0.0
     weighed = stages.weights != "uniform"
     return [nemo_run.Config(StageWeighting, fixed=stages.fixed, exponent=exponent)] if weighed else []
+
+
+def _trial(run: Run) -> list[nemo_run.Config]:
+    folder = str(Path(run.out).parents[1])
+    return [] if run.trial is None else [nemo_run.Config(Pruning, folder=folder, number=run.trial)]
 
 
 def _checkpoints(run: Run) -> nemo_run.Config:

@@ -74,6 +74,38 @@ def recipe_of(function: Callable[..., Any]) -> Recipe:
     return Recipe(f"{_module(file)}:{name}", str(file), {_key(source): file_sha256(source) for source in sources})
 
 
+def open_recipe(file: Path) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """What the recipe in `file` passes to its command line: its own defaults, and the function itself. Runs the file.
+
+    Raises:
+        UserError: no such file, or none whose last line is `run(lambda: main(__doc__, SETTINGS, RECIPE))`.
+    """
+    file = file.resolve()
+    if not file.is_file():
+        raise UserError(f"there is no recipe {file}; give a file such as recipes/nemotron_lora.py")
+    calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    named = [[one.id for one in call.args[1:3] if isinstance(one, ast.Name)] for call in calls if _is_main(call)]
+    if len(named) != 1 or len(named[0]) != 2:
+        raise UserError(
+            f"{file} does not end in run(lambda: main(__doc__, settings, my_recipe)); see recipes/README.md"
+        )
+    name = _module(file)
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    defaults, recipe = (getattr(module, one) for one in named[0])
+    return defaults, recipe
+
+
+def _is_main(call: ast.Call) -> bool:
+    """Whether this is the call of the shared command line."""
+    called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    return called == "main" and len(call.args) >= 3
+
+
 def keep(recipe: Recipe, out: Path) -> Path:
     """Copies the recipe's file into the run's folder `out`, where the ranks of all nodes find it; returns the copy.
 

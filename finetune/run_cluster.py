@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,10 +54,10 @@ def of_seed(run: Run, seed: int) -> Run:
     return replace(run, out=out, base=str(Path(out) / "base") if run.own_base else run.base, settings=settings)
 
 
-def job_of(run: Run, after: int | None = None, seeds: tuple[int, ...] = ()) -> Job:
+def job_of(run: Run, after: int | None = None, seeds: tuple[int, ...] = (), each: str | None = None) -> Job:
     """The job of a run, or an array of one for each of the seeds: its first step and its ranks, once the job `after`
-    has succeeded."""
-    out = seed_folder(run, "{seed}") if seeds else run.out
+    has succeeded. `each` is the folder of the run of one `{seed}`, by default OUT/seed-N."""
+    out = each or seed_folder(run, "{seed}") if seeds else run.out
     written = str(Path(out) / "run.json")
     return Job(
         name=Path(run.out).name,
@@ -189,18 +190,24 @@ def submit(
     # What the job `after` makes anew may lie there already, of another time: the job's first step derives the steps.
     if after is None and run.data:
         run = with_steps(run, length_of_run(run))
-    runs = [of_seed(run, seed) for seed in seeds] or [run]
-    for folder in dict.fromkeys([out, *(Path(one.out) for one in runs)]):
-        make_ready(folder)
-    for one in runs:
-        write_run(one)
-    write_private(out / "job.sbatch", script)
-    number = hand_in(cluster, job)
-    names = [f"{number}_{seed}" for seed in seeds] or [f"{number}"]
-    for one, name in zip(runs, names, strict=True):
-        (Path(one.out) / JOB).write_text(f"{name}\n")
-    print(f"submitted job {number}; logs in {cluster.logs}", flush=True)
+    make_ready(out)
+    number = hand_in_runs(cluster, job, out, {seed: of_seed(run, seed) for seed in seeds} or {None: run})
     return follow(number, Path(cluster.logs)) if watch else 0
+
+
+def hand_in_runs(cluster: Cluster, job: Job, out: Path, runs: Mapping[int, Run] | Mapping[None, Run]) -> int:
+    """Writes the runs of a job, by their number in its array, each into its folder, and submits it; its number. The
+    script goes to `out`."""
+    for one in runs.values():
+        make_ready(Path(one.out))
+    for one in runs.values():
+        write_run(one)
+    write_private(out / "job.sbatch", render(cluster, job))
+    number = hand_in(cluster, job)
+    for element, one in runs.items():
+        (Path(one.out) / JOB).write_text(f"{number}\n" if element is None else f"{number}_{element}\n")
+    print(f"submitted job {number}; logs in {cluster.logs}", flush=True)
+    return number
 
 
 def main() -> int:

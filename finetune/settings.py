@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -17,7 +17,7 @@ from launch.plan.layout import Layout
 from launch.plan.plan_settings import CheckpointPlan, TrainPlan
 from nano3.arch import is_nemo_checkpoint
 from nano3.cli import UserError
-from nano3.documents import Name, Positive, Sha256, Text, closed, parse_json
+from nano3.documents import Count, Name, Positive, Sha256, Text, closed, parse_json
 from nano3.overrides import apply_values, flatten, nested_keys
 from nano3.ranges import MOST_STEPS, SEED_BITS, Range
 from nano3.targets import LoraSettings
@@ -176,6 +176,7 @@ class RunFile(TypedDict):
     eval_only: bool
     adapter: Text | None
     recipe: RecipeFile | None
+    trial: NotRequired[Count | None]
 
 
 _WRITE_AGAIN = "start the run again with the recipe's own command"
@@ -202,6 +203,8 @@ class Run:
     """With `eval_only`: the adapter folder to evaluate; None: the base alone."""
     recipe: Recipe | None = None
     """What makes the configuration of this run, on every rank. None: the run is only looked at, and no rank starts."""
+    trial: int | None = None
+    """Number of the trial that this run is, of the sweep whose folder OUT lies in (`finetune/sweep`)."""
 
     @property
     def ranks(self) -> int:

@@ -15,6 +15,9 @@ PATIENCE = 20
 SMOOTH = 5
 """Steps whose median counts as a level of the loss."""
 
+DIVERGED = "the run diverged"
+"""In the message of every run that ends here, and of no other."""
+
 
 class Divergence:
     """Stops a run whose loss is no number, or stays above both `ratio` times its lowest level and its first level.
@@ -35,7 +38,7 @@ class Divergence:
         """Takes note of a step. Raises `UserError` when the run has diverged."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UserError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm} at lr {lr:.2e}: the run diverged; "
+                f"step {step}: loss {loss}, gradient norm {grad_norm} at lr {lr:.2e}: {DIVERGED}; "
                 "lower train.lr or train.clip, or lengthen train.warmup"
             )
         limit = max(self.first, self.ratio * self.lowest)
@@ -43,7 +46,7 @@ class Divergence:
         if self.bad >= PATIENCE:
             raise UserError(
                 f"step {step}: the loss is {loss:.4f}, for {PATIENCE} steps above {limit:.4f} (it began at "
-                f"{self.first:.4f} and had come down to {self.lowest:.4f}) at lr {lr:.2e}: the run diverged; lower "
+                f"{self.first:.4f} and had come down to {self.lowest:.4f}) at lr {lr:.2e}: {DIVERGED}; lower "
                 "train.lr or train.clip, lengthen train.warmup, or raise train.divergence if this is to be expected"
             )
         self.recent.append(loss)
