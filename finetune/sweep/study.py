@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from finetune.sweep.space import distributions, draw
 from nano3.cli import UserError, fresh_file
-from nano3.documents import Count, Name, Text, check, closed, parse_json_line, read_json
+from nano3.documents import Count, Name, Text, as_json, check, closed, parse_json_line, read_json
 
 if TYPE_CHECKING:
     import optuna
@@ -78,7 +78,7 @@ class Study:
         if not file.exists():
             with fresh_file(file) as temporary:
                 temporary.write_text(json.dumps(asdict(plan), indent=1) + "\n")
-        study, asked = cls.read(folder), json.loads(json.dumps(asdict(plan)))
+        study, asked = cls.read(folder), as_json(asdict(plan))
         there = asdict(study.plan)
         for name in ("tries", "sampler", "seed", "prune_after"):
             if there[name] != asked[name]:

@@ -133,6 +133,14 @@ COMMANDS = {
     "a challenge run": Command(
         "recipes/challenge_lora.py", "--model @hf --data @mixture.yaml --out @out/run --local --dry-run", True
     ),
+    "a reasoning run": Command(
+        "recipes/reasoning_lora.py", "--model @hf --data @mixture.yaml --out @out/run --local --dry-run", True
+    ),
+    "a sweep": Command(
+        "recipes/sweep.py",
+        "--model @hf --data @mixture.yaml --validation @store --try lora.rank=4,8 --out @out/s --local --dry-run",
+        True,
+    ),
     "a run in four bits": Command(
         "recipes/nemotron_qlora.py", "--model @hf --data @mixture.yaml --out @out/run --local --dry-run", True
     ),

@@ -38,6 +38,7 @@ INSIDE = {
     "conversion": ("checkpoint", "fp8", "certificates", "adapters", "files"),
     "launch": ("plan", "slurm", "chain", "files"),
     "evaluation": ("judging", "tasks", "files"),
+    "finetune": ("sweep", "files"),
     "data_prep": ("forms", "steps", "sources", "puzzles", "files"),
 }
 """Package -> the packages inside it, and its own files: each imports only from what stands before it."""

@@ -25,6 +25,7 @@ RECIPES = {
     "demo": "pico_number_sorting",
     "medical_lora": "medical_lora",
     "challenge_lora": "challenge_lora",
+    "reasoning_lora": "reasoning_lora",
     "nemotron_qlora": "nemotron_3_nano_qlora",
 }
 """File -> the function in it."""
