@@ -39,11 +39,11 @@ from conversion.certificates.certificate_json import (
 from conversion.certificates.consistency import contradictions
 from conversion.certificates.model_card import model_card, read_readme
 from conversion.certificates.recompute import wrong_numbers, wrong_scales
-from conversion.checkpoint.model_folder import FOREIGN_WEIGHTS, NemoFolder, named_model, open_model
+from conversion.checkpoint.model_folder import FOREIGN_WEIGHTS, NemoFolder, named_model, open_tensors
 from conversion.checkpoint.output_folder import CERTIFICATE, side_folder
 from conversion.checkpoint.tensor_digests import Facts, facts_of
 from nano3.arch import Arch, is_nemo_checkpoint
-from nano3.hf_config import read_config
+from nano3.hf_config import is_plain, read_config
 from nano3.sealed_folder import check_seal
 
 
@@ -56,12 +56,10 @@ def verify(folder: Path, base: Path | None = None, adapter: Path | None = None) 
     if changed_since(folder, certificate) and certificate == sealed(certificate):
         problems.append(f"{folder}: {CERTIFICATE} is not in the form in which it was written")
     try:
-        config = read_config(side)
-        config.pop("quantization_config", None)
-        arch = Arch.from_config(config, str(side))
+        arch = _arch_of(side)
         problems += contradictions(certificate, arch)
         problems += _other_adapter(certificate, adapter, arch) if adapter is not None else []
-        with open_model(folder, quantized=True, as_is=True) as model:
+        with open_tensors(folder, quantized=True, as_is=True) as model:
             found = facts_of(model)
             problems += differences(found, said(certificate, "output"), f"{folder}")
             if isinstance(model, NemoFolder):
@@ -75,6 +73,15 @@ def verify(folder: Path, base: Path | None = None, adapter: Path | None = None) 
     return problems if base is None else [*problems, *_against(certificate, folder, base, bool(problems))]
 
 
+def _arch_of(side: Path) -> Arch | None:
+    """The architecture of a model folder; None of one that is tuned in plain transformers."""
+    if is_plain(side):
+        return None
+    config = read_config(side)
+    config.pop("quantization_config", None)
+    return Arch.from_config(config, str(side))
+
+
 def _broken_seal(folder: Path) -> list[str]:
     """What the seal finds where the certificate found nothing: `context/` of a NeMo checkpoint, the seal itself."""
     try:
@@ -84,14 +91,17 @@ def _broken_seal(folder: Path) -> list[str]:
     return []
 
 
-def _other_adapter(certificate: dict[str, Any], folder: Path, arch: Arch) -> list[str]:
+def _other_adapter(certificate: dict[str, Any], folder: Path, arch: Arch | None) -> list[str]:
     """How the adapter in `folder` differs from the one that the last merge names."""
     from conversion.adapters.adapter_folder import Adapter
+    from conversion.adapters.plain_merge import PlainAdapter
 
     merges = [link for link in chain(certificate) if link["kind"] == "merge"]
     if not merges:
         return [f"the certificate names no merge, so {folder} has no part in it"]
-    told, found = merges[0].get("adapter"), Adapter(folder, arch).certified()
+    shapes = {name: fact.shape for name, fact in said(merges[0], "input").items()}
+    adapter = PlainAdapter(folder, shapes) if arch is None else Adapter(folder, arch)
+    told, found = merges[0].get("adapter"), adapter.certified()
     if not isinstance(told, dict):
         return ["the certificate names no adapter"]
     return [
@@ -103,7 +113,7 @@ def _other_adapter(certificate: dict[str, Any], folder: Path, arch: Arch) -> lis
 
 def _against(certificate: dict[str, Any], folder: Path, base: Path, altered: bool) -> list[str]:
     """How BASE differs from the input of the step that it is closest to; and whether that step's numbers are true."""
-    with open_model(base, quantized=True, as_is=True) as model:
+    with open_tensors(base, quantized=True, as_is=True) as model:
         found = facts_of(model)
         links = list(chain(certificate))
         best = min(links, key=lambda link: len(_unequal(found, said(link, "input"))))
@@ -112,7 +122,7 @@ def _against(certificate: dict[str, Any], folder: Path, base: Path, altered: boo
             return [f"{base} is not the model that the certificate names as input of the {best['kind']}", *problems]
         problems = _other_settings(folder, base)
         if best is certificate and not altered:
-            with open_model(folder, quantized=True, as_is=True) as made:
+            with open_tensors(folder, quantized=True, as_is=True) as made:
                 problems += wrong_numbers(made, model, certificate)
     return problems
 

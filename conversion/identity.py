@@ -25,19 +25,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from conversion.certificates.certificate import base_revision
-from conversion.checkpoint.model_folder import HFFolder, named_model, open_model, side_files
+from conversion.checkpoint.model_folder import HFFolder, SafetensorsFolder, named_model, open_model, side_files
 from conversion.checkpoint.output_folder import SIDE
 from conversion.checkpoint.tensor_digests import Facts, content_hash, facts_of
 from nano3.arch import is_nemo_checkpoint
 from nano3.checkpoints.base_identity import FILE, recorded_sha256
 from nano3.file_digests import file_sha256, recall, remember, stamp
+from nano3.hf_config import is_plain
 from nano3.sealed_folder import PROSE, check_seal
 
 _CONTENT = "content"
 """What is remembered of a folder's weight files: their content hash."""
 
 
-def weight_files(hf: HFFolder) -> list[Path]:
+def weight_files(hf: SafetensorsFolder) -> list[Path]:
     """The safetensors files of a folder, sorted."""
     return [hf.path / name for name in sorted({entry.file for entry in hf.layout.entries.values()})]
 
@@ -54,7 +55,7 @@ def source_stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
 class Watch:
     """The weight files of a folder while they are read once, from when this is made until `done`."""
 
-    def __init__(self, hf: HFFolder) -> None:
+    def __init__(self, hf: SafetensorsFolder) -> None:
         self._files, self._begun = weight_files(hf), time.time_ns()
         self._stamps = [stamp(path) for path in self._files]
 
@@ -71,7 +72,7 @@ class Watch:
 def remembered_hash(source: Path, quantized: bool = False) -> str:
     """The content hash of a Hugging Face folder, with `quantized` of one that may be FP8 too; its tensors are read
     unless they were before and did not change."""
-    with HFFolder(source, quantized=quantized) as hf:
+    with SafetensorsFolder(source) if is_plain(source) else HFFolder(source, quantized=quantized) as hf:
         known, watch = recall(_CONTENT, weight_files(hf)), Watch(hf)
         if isinstance(known, str):
             return known

@@ -2,12 +2,12 @@
 
     python conversion/merge_lora.py BASE ADAPTER OUT [--nemo]
 
-BASE is the model that was tuned: a Hugging Face folder (or preset), or a NeMo checkpoint. ADAPTER is the folder that
-training wrote, or an adapter of Hugging Face PEFT. OUT becomes a Hugging Face folder that plain transformers loads,
-none of this project's code needed; with --nemo a NeMo checkpoint, from which training starts on any layout. Deltas are
-added in FP32 and each tensor keeps its dtype; what the adapter does not target is copied bit for bit, config.json and
-tokenizer too. An adapter that was trained on a base in 4 bits is added to the original weights; --base dequantized adds
-it to the weights that it saw, and then every linear layer changes.
+BASE is the model that was tuned: a Hugging Face folder (Qwen3's too), a preset, or a NeMo checkpoint. ADAPTER is the
+folder that training wrote, or one of Hugging Face PEFT. OUT becomes a Hugging Face folder that plain transformers
+loads, none of this project's code needed; with --nemo a NeMo checkpoint, from which training starts on any layout.
+Deltas are added in FP32 and each tensor keeps its dtype; what the adapter does not target is copied bit for bit,
+config.json and tokenizer too. An adapter that was trained on a base in 4 bits is added to the original weights; --base
+dequantized adds it to the weights that it saw, and then every linear layer changes.
 OUT/certificate.json says so tensor by tensor; conversion/certify.py recomputes it.
 """
 
@@ -49,6 +49,7 @@ from conversion.checkpoint.tensor_digests import Fact, content_hash, scan
 from conversion.hf_to_nemo import write_checkpoint
 from conversion.identity import record
 from conversion.push import Hub
+from nano3.hf_config import is_plain
 
 if TYPE_CHECKING:
     from conversion.adapters.adapter_folder import Adapter, Merged
@@ -60,7 +61,8 @@ class Summary:
 
     total: int
     targeted: int
-    same_routers: bool
+    same_routers: bool | None
+    """False: the adapter records none. None: the model has none."""
     balanced: int = 0
     """Correction biases of routers that training moved and the merge replaced."""
     changed: int = 0
@@ -68,13 +70,15 @@ class Summary:
     def __str__(self) -> str:
         return (
             f"{self.total} tensors: {self.targeted} targeted, {self.changed} changed, "
-            f"{self.total - self.changed} identical bit for bit; routers "
-            + ("are those of the training run" if self.same_routers else "not compared, the adapter records none")
-            + (
-                f"; {self.balanced} correction biases moved in training (router=balance) and replaced"
-                * bool(self.balanced)
-            )
+            f"{self.total - self.changed} identical bit for bit" + self._of_routers()
         )
+
+    def _of_routers(self) -> str:
+        if self.same_routers is None:
+            return ""
+        found = "are those of the training run" if self.same_routers else "not compared, the adapter records none"
+        moved = f"; {self.balanced} correction biases moved in training (router=balance) and replaced"
+        return f"; routers {found}" + moved * bool(self.balanced)
 
 
 def merge(
@@ -89,6 +93,8 @@ def merge(
     # Refuse what cannot be right before a tensor is read: that takes minutes for a real model.
     refuse_overlap(out, base, adapter_folder)
     check_output(out, kind)
+    if is_plain(base):
+        return _merge_plain(base, adapter_folder, out, nemo or dequantized)
     if not (adapter_folder / PEFT_CONFIG).is_file():
         require_adapter(adapter_folder)
     with open_model(base) as model:
@@ -119,6 +125,17 @@ def merge(
     biases = len(adapter.router_biases())
     changed = certificate["totals"]["changed"]
     return Summary(len(certificate["tensors"]), len(changes) - biases, same_routers, biases, changed)
+
+
+def _merge_plain(base: Path, adapter: Path, out: Path, otherwise: bool) -> Summary:
+    """Of a model that is tuned in plain transformers. Raises `UserError` when it is to be merged `otherwise`."""
+    from conversion.adapters.plain_merge import merge_plain
+
+    if otherwise:
+        raise UserError(f"{base} is tuned in plain transformers: leave out --nemo and --base")
+    certificate = merge_plain(base, adapter, out)
+    targeted = len(certificate["adapter"]["modules"])
+    return Summary(len(certificate["tensors"]), targeted, None, changed=certificate["totals"]["changed"])
 
 
 def _facts(adapter: Adapter, dequantized: bool) -> dict[str, Any]:

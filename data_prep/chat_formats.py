@@ -21,10 +21,14 @@ class ChatFormat(NamedTuple):
     """As `data_prep.chat.render`."""
     split_turns: Callable[[Sequence[Message]], list[tuple[list[Message], int]]]
     """As `data_prep.chat.split_turns`."""
+    stop_ids: tuple[int, ...]
+    """Tokens that end the model's turn."""
 
 
-NEMOTRON = ChatFormat("Nemotron-3-Nano", CONTROL_TOKENS, chat.TEMPLATE_FILE, chat.render, chat.split_turns)
-QWEN3 = ChatFormat("Qwen3", qwen3.CONTROL_TOKENS, qwen3.TEMPLATE_FILE, qwen3.render, qwen3.split_turns)
+NEMOTRON = ChatFormat("Nemotron-3-Nano", CONTROL_TOKENS, chat.TEMPLATE_FILE, chat.render, chat.split_turns, (2, 11))
+QWEN3 = ChatFormat(
+    "Qwen3", qwen3.CONTROL_TOKENS, qwen3.TEMPLATE_FILE, qwen3.render, qwen3.split_turns, (151643, 151645)
+)
 
 
 def format_of(tokenizer: Any) -> ChatFormat:

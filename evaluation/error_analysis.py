@@ -46,6 +46,11 @@ def by_length(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
     return {names[low]: grouped[low] for low in names if low in grouped}
 
 
+def by_form(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """Outcomes by the form of the reasoning (`reasoning_form.FORMS`); nothing where no reasoning was asked for."""
+    return _grouped(rows, lambda row: row["form"]) if all("form" in row for row in rows) else {}
+
+
 def _grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, dict[str, int]]:
     groups: dict[Any, list[Row]] = {}
     for row in rows:

@@ -35,10 +35,12 @@ from typing import TYPE_CHECKING, Any
 from conversion.checkpoint.model_folder import named_model
 from evaluation.bias import bias, turns_of
 from evaluation.comparison import accuracy, interval, share
+from evaluation.error_analysis import by_form
 from evaluation.generation import GREEDY, Sampling
 from evaluation.judging.extraction import after_thinking
 from evaluation.judging.judges import OUTCOMES, RIGHT, UNFINISHED, WRONG, Verdict
 from evaluation.judging.questions import Question, load_questions, questions_sha256
+from evaluation.judging.reasoning_form import reasoning_form
 from evaluation.models import HFModel, Model, Written, beside, identity_of, plain_folder
 from evaluation.prompts import sha256_of
 from evaluation.result_file import KIND, check_result_file, result_text
@@ -70,8 +72,9 @@ def evaluate(
     Fields: n (questions), correct (right answers, of all samples), accuracy, ci95, outcomes (how many of each of
     `judges.OUTCOMES`), by_source, by_subject, settings, hashes (what must agree before two results compare), and
     answers: a row for each question with its text, what was expected, what was said, the answer found in it and by
-    which rule, and the verdict. With method `letters` the likeliest letter is the answer; with `both` the answer is
-    written, and the row has `letter_correct` besides.
+    which rule, and the verdict; with `thinking` the form of its reasoning (`reasoning_form.FORMS`). With method
+    `letters` the likeliest letter is the answer; with `both` the answer is written, and the row has `letter_correct`
+    besides.
 
     Raises:
         UserError: letters are asked of questions without choices.
@@ -88,6 +91,8 @@ def evaluate(
     if method != "letters":
         for row, question, several in zip(rows, questions, model.answers(questions, limit, sampling), strict=True):
             row |= _answer_fields(task, question, several)
+            if thinking:
+                row["form"] = reasoning_form(several[0].text, several[0].finished)
     settings = {
         "task": task.name,
         "method": method,
@@ -174,6 +179,8 @@ def _result(model: Model, rows: list[dict[str, Any]], settings: dict[str, Any], 
     }
     if any(row.get("subject") for row in rows):
         result["by_subject"] = _by(rows, "subject")
+    if forms := by_form(rows):
+        result["by_form"] = forms
     text = json.dumps(settings, sort_keys=True)
     result["settings"] = settings | model.facts()
     result["hashes"] = {"questions": questions, **model.hashes(), "sampling": sha256_of(text)}

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from data_prep.chat_formats import NEMOTRON
 from nano3.cli import UserError
 
 if TYPE_CHECKING:
     import torch
 
-STOP_IDS = (2, 11)
+STOP_IDS = NEMOTRON.stop_ids
 """`</s>` and `<|im_end|>`, the tokens that end a turn of Nemotron-3-Nano and of pico."""
 PAD_ID = 0
 """Fills the left of a batch; masked, so that its value does not matter."""
@@ -104,10 +105,11 @@ def write_answers(
     batch_size: int = 128,
     progress: bool = True,
     sampling: Sampling = GREEDY,
+    stop_ids: Sequence[int] = STOP_IDS,
 ) -> list[list[Answer]]:
     """The model's answers to each prompt, `sampling.samples` of them, in the order of `prompts`.
 
-    An answer ends at the first of `STOP_IDS` or after `max_new_tokens`. Prompts of similar length share a batch.
+    An answer ends at the first of `stop_ids` or after `max_new_tokens`. Prompts of similar length share a batch.
     `progress` shows a bar on stderr.
     """
     from tqdm import tqdm
@@ -119,8 +121,8 @@ def write_answers(
         for start in range(0, len(jobs), batch_size):
             chosen = jobs[start : start + batch_size]
             noise = [_Noise(sampling, job) for job in chosen] if sampling.temperature else None
-            tokens = _generate(model, [prompts[number] for number, _ in chosen], max_new_tokens, noise)
-            answers.update((job, _cut(row)) for job, row in zip(chosen, tokens, strict=True))
+            tokens = _generate(model, [prompts[number] for number, _ in chosen], max_new_tokens, noise, stop_ids)
+            answers.update((job, _cut(row, stop_ids)) for job, row in zip(chosen, tokens, strict=True))
             bar.update(len(chosen))
     return [[answers[number, sample] for sample in range(sampling.samples)] for number in range(len(prompts))]
 
@@ -147,7 +149,11 @@ class _Noise:
 
 
 def _generate(
-    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, noise: Sequence[_Noise] | None
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    noise: Sequence[_Noise] | None,
+    stop_ids: Sequence[int],
 ) -> list[list[int]]:
     """New tokens of each prompt (rows padded on the right behind a stop token); one batch."""
     import torch
@@ -160,7 +166,7 @@ def _generate(
     tokens = torch.tensor([[PAD_ID] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(STOP_IDS), pad_token_id=PAD_ID
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=PAD_ID
     )
     with torch.inference_mode():
         result = model.generate(
@@ -172,9 +178,9 @@ def _generate(
     return result[:, width:].tolist()
 
 
-def _cut(tokens: list[int]) -> Answer:
+def _cut(tokens: list[int], stop_ids: Sequence[int]) -> Answer:
     """The tokens before the first stop token."""
     for position, token in enumerate(tokens):
-        if token in STOP_IDS:
+        if token in stop_ids:
             return Answer(tuple(tokens[:position]), True)
     return Answer(tuple(tokens), False)

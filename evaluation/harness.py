@@ -62,7 +62,8 @@ def harness_model(model: HFModel) -> Any:
             settings = [one.args[1] for one in requests]
             limit = max((int(one.get("max_gen_toks") or LONGEST) for one in settings), default=LONGEST)
             prompts = model.tokenizer([one.args[0] for one in requests], add_special_tokens=False)["input_ids"]
-            answers = write_answers(model.model, prompts, limit, model.batch_size, model.progress)
+            stops = model.prompts.stop_ids
+            answers = write_answers(model.model, prompts, limit, model.batch_size, model.progress, stop_ids=stops)
             texts = [model.tokenizer.decode(answer.tokens, skip_special_tokens=True) for [answer] in answers]
             return [_cut(text, one.get("until") or []) for text, one in zip(texts, settings, strict=True)]
 

@@ -24,6 +24,8 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
+from conversion.adapters.trained_json import Trained as PlainTrained
+from conversion.adapters.trained_json import read_trained
 from conversion.certificates.certificate import folder_sha256
 from conversion.certificates.certificate_json import CERTIFICATE, read_certificate
 from conversion.identity import model_sha256
@@ -117,6 +119,9 @@ def lineage(parts: Parts) -> list[Link]:
 
 def _training(folder: Path) -> Iterator[Link]:
     """Base, store and adapter of a run."""
+    if (trained := read_trained(folder / "adapter")) is not None:
+        yield from _trained_plain(folder, trained)
+        return
     recorded, lora_file = read_run(folder), folder / "adapter" / "lora.json"
     lora: Trained = read_json(lora_file, Trained, "copy the adapter again") if lora_file.exists() else {}
     expected = lora.get("base_sha256")
@@ -133,6 +138,21 @@ def _training(folder: Path) -> Iterator[Link]:
         steps = f"{lora['steps']} steps" if lora.get("steps") else "trained"
         sha256 = folder_sha256(lora_file.parent)
         yield Link("adapter", lora_file.parent, sha256, f"rank {lora.get('rank')}, {steps}")
+
+
+def _trained_plain(folder: Path, trained: PlainTrained) -> Iterator[Link]:
+    """The same of recipes/qwen3_qlora.py, whose base is the Hugging Face folder itself."""
+    recorded = read_run(folder)
+    base, expected = Path(recorded.get("model", "")), trained["base_sha256"]
+    if not (base / "config.json").exists():
+        yield Link("source", base, expected, "base of the adapter", "it is not there any more")
+    else:
+        found = model_sha256(base)
+        problem = "" if expected == found else f"the adapter was trained on {expected[:16]}"
+        yield Link("source", base, found, "base of the adapter", problem)
+    yield _store(Path(recorded.get("data", "")))
+    adapter = folder / "adapter"
+    yield Link("adapter", adapter, folder_sha256(adapter), f"{trained.get('steps')} steps")
 
 
 def _revision(base: Path) -> str:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from evaluation.generation import Sampling
 from evaluation.judging.extraction import THINK_END
 from evaluation.judging.questions import Question
 from evaluation.prompts import Prompts
-from nano3.hf_config import FP8_ACTIVATIONS, read_config
+from nano3.hf_config import FP8_ACTIVATIONS, is_plain, read_config
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class HFModel:
         from evaluation.generation import write_answers
 
         prompts = self.prompts.encoded(questions, self.prompts.thinking)
-        found = write_answers(self.model, prompts, limit, self.batch_size, self.progress, sampling)
+        stops = self.prompts.stop_ids
+        found = write_answers(self.model, prompts, limit, self.batch_size, self.progress, sampling, stops)
         return [[self._written(answer.tokens, answer.finished) for answer in several] for several in found]
 
     def continued(self, questions: Sequence[Question], begun: Sequence[str], limit: int) -> list[str]:
@@ -116,7 +118,8 @@ class HFModel:
 
         heads = self.tokenizer(list(begun), add_special_tokens=False)["input_ids"] if begun else []
         prompts = [prompt + head for prompt, head in zip(self.prompts.encoded(questions, True), heads, strict=True)]
-        found = write_answers(self.model, prompts, limit, self.batch_size, self.progress)
+        stops = self.prompts.stop_ids
+        found = write_answers(self.model, prompts, limit, self.batch_size, self.progress, stop_ids=stops)
         texts = (self.tokenizer.decode(answer.tokens, skip_special_tokens=True) for (answer,) in found)
         return [head + text for head, text in zip(begun, texts, strict=True)]
 
@@ -178,9 +181,18 @@ def beside(adapter: Path | None, base: Path) -> Callable[[Any], None] | None:
     """What puts an adapter beside the weights of a loaded base; None without one."""
     if adapter is None:
         return None
+    if is_plain(base):
+        return partial(_put_beside, adapter)
     from conversion.adapters.unmerged import with_adapter
 
     return with_adapter(adapter, base)
+
+
+def _put_beside(adapter: Path, model: Any) -> None:
+    """PEFT's own way, for a model in plain transformers; PEFT changes the model in place."""
+    from peft import PeftModel
+
+    PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
 def identity_of(folder: Path, adapter: Path | None) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.chat_formats import format_of
 from evaluation.judging.questions import Question
 from nano3.row_keys import LETTERS
 
@@ -53,6 +54,11 @@ class Prompts:
             prompts = encode_prompts(self.tokenizer, asked, thinking, tools)
         self._asked.append(sha256_of(*(" ".join(map(str, prompt)) for prompt in prompts)))
         return prompts
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end the model's turn, by the tokenizer's chat format."""
+        return format_of(self.tokenizer.backend_tokenizer).stop_ids
 
     def letter_pairs(self, questions: Sequence[Question]) -> list[list[Pair]]:
         """For each question the prompt with each of its letters. In chat format the letter begins the answer, without

@@ -27,13 +27,15 @@ from typing import Any
 
 from evaluation.charts import bar_chart, line_chart
 from evaluation.comparison import accuracy, by_groups, check_comparable, enough, interval, paired, split_gain
-from evaluation.error_analysis import by_length, by_subject, changed, outcomes
+from evaluation.error_analysis import by_form, by_length, by_subject, changed, outcomes
 from evaluation.judging.judges import OUTCOMES
+from evaluation.judging.reasoning_form import KEPT
 from evaluation.lineage import Link, Parts, lineage, parts_of, read_run
 from evaluation.page import facts_table, page, points, section, signed, table
 from evaluation.result_file import Result, read_result
-from evaluation.significance import SMALL_GROUP
+from evaluation.significance import SMALL_GROUP, wilson_interval
 from nano3.arch import Arch
+from nano3.hf_config import is_plain
 from nano3.training.journal import FILE, read_rows
 
 PAGE = "report-run.html"
@@ -197,6 +199,19 @@ def _errors(pair: Pair) -> str:
         "<h3>After, by length of the question</h3>",
         table(("characters", *names), rows(by_length(pair.after["answers"]))),
     ]
+    return "".join([*parts, _forms(pair, names)])
+
+
+def _forms(pair: Pair, names: Sequence[str]) -> str:
+    """Whether answers keep the form of reasoning, apart from whether they are right; "" where none was asked for."""
+    parts = []
+    for title, side in (("Before", pair.before), ("After", pair.after)):
+        if forms := by_form(side["answers"]):
+            low, high = wilson_interval(sum(forms.get(KEPT, {}).values()), side["n"])
+            rows = [[escape(form), *(f"{counts[name]:,}" for name in names)] for form, counts in forms.items()]
+            kept = sum(forms.get(KEPT, {}).values()) / side["n"]
+            parts.append(f"<h3>{title}, form of the reasoning: kept {kept:.1%} ({low:.0%}–{high:.0%})</h3>")
+            parts.append(table(("form", *names), rows))
     return "".join(parts)
 
 
@@ -309,7 +324,8 @@ def _next(parts: Parts, out: Path, compared: bool) -> str:
     merged, commands = out / "merged", []
     if parts.run is not None and parts.merged is None:
         commands.append(f"python conversion/merge_lora.py {model} {parts.run / 'adapter'} {merged}")
-    if parts.merged is not None and parts.fp8 is None and Arch.load(parts.merged).moe_layers:
+    has_fp8 = parts.merged is not None and not is_plain(parts.merged) and bool(Arch.load(parts.merged).moe_layers)
+    if has_fp8 and parts.fp8 is None:
         commands.append(f"python conversion/quantize_fp8.py {merged} {out / 'fp8'} --calibration STORE")
     if not compared:
         for name, result in ((model, "scores-base.json"), (merged, "scores.json")):

@@ -6,10 +6,12 @@ derives the documents from the positions. Otherwise every token sees all before 
 
 from __future__ import annotations
 
+import math
 import resource
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -93,6 +95,21 @@ def mean_loss(model: Any, packs: PackedDataset) -> float:
         total = sum(float(weighted_loss(model, packs[number])) for number in range(len(packs)))
     model.train(training)
     return total / sum(float(packs[number]["loss_mask"].sum()) for number in range(len(packs)))
+
+
+def order_of_packs(packs: int, epochs: float, batch: int, seed: int) -> np.ndarray:
+    """Numbers of the packs of each step, (steps, batch) int64: every pass over the data in an order of its own."""
+    steps = math.ceil(epochs * packs / batch)
+    rng = np.random.default_rng(seed)
+    passes = [rng.permutation(packs) for _ in range(math.ceil(steps * batch / packs))]
+    return np.concatenate(passes)[: steps * batch].reshape(steps, batch)
+
+
+def prove_isolation(model: Any, packs: PackedDataset) -> float:
+    """`require_isolation` on the first pack that holds several documents; 0 where documents have packs of their own."""
+    several = (number for number in range(len(packs)) if len(packs.documents(number)) > 1)
+    first = next(several, None)
+    return 0.0 if first is None else require_isolation(model, packs[first])
 
 
 def require_isolation(model: Any, pack: dict[str, Any]) -> float:

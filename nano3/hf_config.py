@@ -133,6 +133,16 @@ def read_config(path: Path | str) -> dict[str, Any]:
     return read_json(file, dict, "fetch it again")
 
 
+PLAIN = ("qwen3",)
+"""Values of model_type that are tuned here in plain transformers (recipes/qwen3_qlora.py): dense models whose modules
+are called as their tensors are."""
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether a folder holds a model of `PLAIN`."""
+    return (folder / "config.json").is_file() and read_config(folder).get("model_type") in PLAIN
+
+
 _Width = Annotated[int, Ge(1), Le(1 << 20)]
 _Many = Annotated[int, Ge(1), Le(1 << 16)]
 

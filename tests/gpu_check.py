@@ -74,12 +74,14 @@ def kernels(tier: Tier) -> None:
 
 def stack(tier: Tier) -> None:
     """Tier (b)."""
-    from tests.gpu.layouts import qlora
+    from tests.gpu.layouts import qlora, qwen3_qlora
 
     if missing := _missing(STACK):
         return tier.skip(f"not installed: {', '.join(missing)} (requirements-gpu.txt)")
     with tempfile.TemporaryDirectory() as name:
         tier.rows = [*stack_rows(Path(name), gpu="0"), *qlora(Path(name), local=False)]
+        if not _missing(("peft", "bitsandbytes")):
+            tier.rows += qwen3_qlora(Path(name) / "qwen3")
     tier.judge()
     return None
 

@@ -64,7 +64,7 @@ class PeftFile:
     def __init__(self, folder: Path, arch: Arch) -> None:
         self.folder, self.arch = folder, arch
         self.config = read_peft_config(folder)
-        self._file = _open(folder / WEIGHTS)
+        self._file = open_weights(folder / WEIGHTS)
         self.linears = adaptable(arch)
         self._owners = {part.tensor: (path, part) for path, linear in self.linears.items() for part in parts(linear)}
         self.base_copies: dict[str, str] = {}
@@ -199,7 +199,8 @@ class PeftFile:
         return shapes | ({MAGNITUDE: (rows,)} if self.config.dora else {})
 
 
-def _open(path: Path) -> Any:
+def open_weights(path: Path) -> Any:
+    """The open file of an adapter's weights. Raises `UserError` where it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path.parent} has no {WEIGHTS}; save the adapter as safetensors (PEFT's default)")
     try:

@@ -33,8 +33,9 @@ from nano3.tensor_names import adaptable
 ROUTER = (".gate.weight", ".gate.e_score_correction_bias")
 
 
-def contradictions(certificate: dict[str, Any], arch: Arch) -> list[str]:
-    """Every contradiction in a certificate and in those before it; `arch` is that of the model."""
+def contradictions(certificate: dict[str, Any], arch: Arch | None) -> list[str]:
+    """Every contradiction in a certificate and in those before it; `arch` is that of the model, None of one whose
+    modules are called as its tensors are (`nano3.hf_config.PLAIN`)."""
     problems = []
     links = list(chain(certificate))
     for number, link in enumerate(links):
@@ -47,14 +48,14 @@ def contradictions(certificate: dict[str, Any], arch: Arch) -> list[str]:
     return problems
 
 
-def _hash(link: dict[str, Any], _: Arch) -> Iterator[str]:
+def _hash(link: dict[str, Any], _: Arch | None) -> Iterator[str]:
     if link != sealed(link):
         yield "the certificate's own hash is not that of its content: a field was changed"
     if link["proof"] != PROOF:
         yield "the certificate calls other parts recomputable than are"
 
 
-def _words(link: dict[str, Any], _: Arch) -> Iterator[str]:
+def _words(link: dict[str, Any], _: Arch | None) -> Iterator[str]:
     for name, line in link["tensors"].items():
         what = happened(line)
         if line["what"] != what:
@@ -63,7 +64,7 @@ def _words(link: dict[str, Any], _: Arch) -> Iterator[str]:
             yield f"{name} was {what}, which no {link['kind']} does"
 
 
-def _totals(link: dict[str, Any], _: Arch) -> Iterator[str]:
+def _totals(link: dict[str, Any], _: Arch | None) -> Iterator[str]:
     counted = count_lines(link["tensors"])
     if link["totals"] != counted:
         yield f"the certificate's totals are {link['totals']}, its lines make {counted}"
@@ -73,14 +74,14 @@ def _totals(link: dict[str, Any], _: Arch) -> Iterator[str]:
             yield f"the certificate's {side} is {link[side]['sha256'][:16]}, its lines make {content_hash(facts)[:16]}"
 
 
-def _routers(link: dict[str, Any], _: Arch) -> Iterator[str]:
+def _routers(link: dict[str, Any], _: Arch | None) -> Iterator[str]:
     still = ROUTER[:1] if link.get("router") == "balance" else ROUTER
     moved = [name for name, line in link["tensors"].items() if name.endswith(still) and happened(line) != "identical"]
     if moved:
         yield f"the router is not that of the input: {some(moved)}"
 
 
-def _not_tuned(link: dict[str, Any], _: Arch) -> Iterator[str]:
+def _not_tuned(link: dict[str, Any], _: Arch | None) -> Iterator[str]:
     """The heads of multi-token prediction are named, all of them, and are the input's."""
     carried = sorted(name for name in link["tensors"] if name.startswith(MTP))
     if carried != link.get("not_tuned", []):
@@ -90,25 +91,24 @@ def _not_tuned(link: dict[str, Any], _: Arch) -> Iterator[str]:
         yield f"what is not tuned is not that of the input: {some(moved)}"
 
 
-def _targets(link: dict[str, Any], arch: Arch) -> Iterator[str]:
+def _targets(link: dict[str, Any], arch: Arch | None) -> Iterator[str]:
     """Every changed tensor belongs to the modules that the line names, and these to the adapter."""
     changed = {name: line for name, line in link["tensors"].items() if happened(line) == "changed"}
     if not changed:
         return
-    linears = adaptable(arch)
     adapter = link.get("adapter")
     modules = adapter.get("modules") if isinstance(adapter, dict) else None
-    if not isinstance(modules, list) or not set(map(str, modules)) <= linears.keys():
+    tensors = _tensors_of_modules(link, arch)
+    if not isinstance(modules, list) or not set(map(str, modules)) <= tensors.keys():
         yield "the certificate names no modules of an adapter that this model could have"
         return
     holders: dict[str, set[str]] = {}
     for path in modules:
-        for block in linears[path].blocks:
-            holders.setdefault(block.name, set()).add(path)
+        for name in tensors[path]:
+            holders.setdefault(name, set()).add(path)
     if link.get("merged_onto") == "dequantized":
-        for linear in (linear for path, linear in linears.items() if path not in VOCABULARY):
-            for block in linear.blocks:
-                holders.setdefault(block.name, set()).add(DEQUANTIZED)
+        for name in {name for path, names in tensors.items() if path not in VOCABULARY for name in names}:
+            holders.setdefault(name, set()).add(DEQUANTIZED)
     for name, line in changed.items():
         by = line.get("by")
         if link.get("router") == "balance" and name.endswith(ROUTER[1]):
@@ -120,9 +120,20 @@ def _targets(link: dict[str, Any], arch: Arch) -> Iterator[str]:
             yield f"{name} changed by {by}, and the adapter's modules that hold it are {sorted(holders[name])}"
 
 
-def _scales(link: dict[str, Any], arch: Arch) -> Iterator[str]:
+def _tensors_of_modules(link: dict[str, Any], arch: Arch | None) -> dict[str, list[str]]:
+    """Path of every module that an adapter could have -> the tensors that it holds."""
+    if arch is not None:
+        return {path: [block.name for block in linear.blocks] for path, linear in adaptable(arch).items()}
+    matrices = [name for name, line in link["tensors"].items() if len(line.get("input", {}).get("shape", ())) == 2]
+    return {name.removesuffix(".weight"): [name] for name in matrices}
+
+
+def _scales(link: dict[str, Any], arch: Arch | None) -> Iterator[str]:
     """Exactly what was quantized has scales; the cache's belong to attention layers."""
     if link["kind"] != "quantization":
+        return
+    if arch is None:
+        yield "the certificate tells of a quantization, and this model has none here"
         return
     lines = link["tensors"]
     quantized = [name for name, line in lines.items() if happened(line) == "quantized"]
@@ -148,7 +159,7 @@ def _joint(link: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
         yield f"the {link['kind']} names another base than the {before['kind']} before it"
 
 
-_CHECKS: tuple[Callable[[dict[str, Any], Arch], Iterator[str]], ...] = (
+_CHECKS: tuple[Callable[[dict[str, Any], Arch | None], Iterator[str]], ...] = (
     _hash,
     _words,
     _totals,

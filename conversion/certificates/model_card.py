@@ -85,7 +85,8 @@ def _front_matter(certificate: dict[str, Any], base_readme: str) -> list[str]:
     license_lines = [match.group() for match in _LICENSE.finditer(head)] or ["license: other"]
     known = [f"base_model: {base['name']}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", base["name"]) else []
     kinds = {link["kind"] for link in chain(certificate)}
-    tags = ["nemotron_h", *(["lora"] if "merge" in kinds else []), *(["fp8"] if "quantization" in kinds else [])]
+    own = ["nemotron_h"] if any(name.startswith("backbone.") for name in certificate["tensors"]) else []
+    tags = [*own, *(["lora"] if "merge" in kinds else []), *(["fp8"] if "quantization" in kinds else [])]
     library = "nemo" if certificate["kind"] == "import" else "transformers"
     return ["---", *license_lines, *known, f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"]
 
@@ -127,7 +128,7 @@ def _merge(link: dict[str, Any]) -> list[str]:
         f"- adapter: SHA-256 `{adapter.get('sha256')}`; {settings}",
         *_parents(adapter.get("combined") or {}),
         *_quantized_base(link),
-        f"- router: {moved}",
+        *([f"- router: {moved}"] if "router" in link else []),
         *_spread("size of the changes, norm over norm", link, "relative_change"),
         *_training(link.get("training", {})),
     ]

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from conversion.certificates.certificate import norm_ratio
-from conversion.checkpoint.model_folder import ModelFolder
+from conversion.checkpoint.model_folder import TensorFolder
 from conversion.checkpoint.output_folder import progress
 from conversion.checkpoint.pieces import row_steps
 
@@ -14,7 +14,7 @@ TOLERANCE = 1e-3
 """Relative: sums of squares in FP32, piece by piece, depend a little on how the pieces are cut."""
 
 
-def wrong_scales(hf: ModelFolder, certificate: dict[str, Any]) -> list[str]:
+def wrong_scales(hf: TensorFolder, certificate: dict[str, Any]) -> list[str]:
     """Quantized tensors whose scale on disk is not the one that the certificate names."""
     problems = []
     for name, line in certificate["tensors"].items():
@@ -25,7 +25,7 @@ def wrong_scales(hf: ModelFolder, certificate: dict[str, Any]) -> list[str]:
     return problems
 
 
-def wrong_numbers(made: ModelFolder, base: ModelFolder, certificate: dict[str, Any]) -> list[str]:
+def wrong_numbers(made: TensorFolder, base: TensorFolder, certificate: dict[str, Any]) -> list[str]:
     """Relative changes and errors that are not what the two models give."""
     words = {"changed": "relative_change", "quantized": "relative_error"}
     lines = {name: line for name, line in certificate["tensors"].items() if line["what"] in words}
@@ -40,7 +40,7 @@ def wrong_numbers(made: ModelFolder, base: ModelFolder, certificate: dict[str, A
     return problems
 
 
-def _distance(made: ModelFolder, base: ModelFolder, name: str) -> float | None:
+def _distance(made: TensorFolder, base: TensorFolder, name: str) -> float | None:
     """Norm of the difference over the norm in `base`; of FP8 codes, times their scale."""
     scale = float(made.rows(f"{name}_scale", 0, 1).view(-1)[0]) if f"{name}_scale" in made.layout.entries else 1.0
     part = whole = 0.0
@@ -58,6 +58,6 @@ def _close(told: Any, found: float | None) -> bool:
     return isinstance(told, float | int) and math.isclose(told, found, rel_tol=TOLERANCE)
 
 
-def _size(model: ModelFolder, name: str) -> int:
+def _size(model: TensorFolder, name: str) -> int:
     entry = model.layout.entries[name]
     return entry.stop - entry.start

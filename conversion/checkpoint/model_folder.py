@@ -1,6 +1,7 @@
 """What a model on disk is to its readers: tensors by Hugging Face's names, any bytes of them, in flat memory.
 
-`HFFolder` reads Hugging Face's form, `NemoFolder` NeMo's, both checked when they are opened. Only `rows` touches torch:
+`HFFolder` reads Hugging Face's form, `NemoFolder` NeMo's, both checked when they are opened; `SafetensorsFolder` reads
+the tensors of any model. Only `rows` touches torch:
 bad input is refused before it loads.
 """
 
@@ -20,7 +21,7 @@ from conversion.checkpoint.safetensors_layout import INDEX, FileLayout, TensorTa
 from nano3.arch import MTP, Arch, is_nemo_checkpoint, resolve_model
 from nano3.cli import UserError
 from nano3.documents import read_bytes
-from nano3.hf_config import FP8_ACTIVATIONS, read_config
+from nano3.hf_config import FP8_ACTIVATIONS, is_plain, read_config
 from nano3.sealed_folder import MARKER, SEAL, check_seal, require_inside
 from nano3.tensor_names import VOCABULARY_KEYS, MegatronTensor, RowBlock, carried_tensors, megatron_tensors
 
@@ -52,13 +53,12 @@ def side_files(folder: Path) -> list[Path]:
     return found
 
 
-class ModelFolder(ABC):
-    """A model whose tensors have Hugging Face's names. Use as a context manager."""
+class TensorFolder(ABC):
+    """Tensors with Hugging Face's names, of any model. Use as a context manager."""
 
     path: Path
     side: Path
     """The folder with config.json and tokenizer."""
-    arch: Arch
     layout: FileLayout
     """Dtype, shape and bytes of every tensor, as it lies or would lie in safetensors files."""
 
@@ -66,11 +66,6 @@ class ModelFolder(ABC):
     def dtypes(self) -> dict[str, str]:
         """The dtype of every tensor."""
         return {name: entry.dtype for name, entry in self.layout.entries.items()}
-
-    @property
-    def carried(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors that pass as they are: those of multi-token prediction."""
-        return {name: entry.shape for name, entry in self.layout.entries.items() if name.startswith(MTP)}
 
     def rows(self, name: str, start: int, count: int) -> torch.Tensor:
         """Rows `start` to `start + count` of a tensor, in its dtype."""
@@ -96,6 +91,17 @@ class ModelFolder(ABC):
         return None
 
 
+class ModelFolder(TensorFolder):
+    """A model of the family that this project tunes."""
+
+    arch: Arch
+
+    @property
+    def carried(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that pass as they are: those of multi-token prediction."""
+        return {name: entry.shape for name, entry in self.layout.entries.items() if name.startswith(MTP)}
+
+
 class RowFolder(ModelFolder):
     """A model that has whole rows to give."""
 
@@ -104,7 +110,7 @@ class RowFolder(ModelFolder):
         """Fills `buffer` with rows `start` and following, as many as it has room for."""
 
     def read_into(self, buffer: memoryview, name: str, begin: int) -> None:
-        """As `ModelFolder` has it; where `begin` or the end is amid a row, through memory for the whole rows."""
+        """As `TensorFolder` has it; where `begin` or the end is amid a row, through memory for the whole rows."""
         row = self.layout.entries[name].row_bytes
         start, skip = divmod(begin, row)
         if not skip and len(buffer) % row == 0:
@@ -115,14 +121,12 @@ class RowFolder(ModelFolder):
         return None
 
 
-class HFFolder(ModelFolder):
-    """A Hugging Face model folder that holds exactly the tensors of its config.json. Use as a context manager.
+class SafetensorsFolder(TensorFolder):
+    """Tensors in safetensors files beside config.json, checked when it is opened; their names are not.
 
-    `quantized` ones may have FP8 tensors and, beyond the model's own, tensors named `..._scale`. A folder of ours must
-    be what was written (`nano3.sealed_folder`), unless `as_is`: for who names every difference in it.
-
-    Raises `UserError`, before anything is read, for a missing folder or shard, a truncated file, an index that does
-    not fit, a config that we do not support, and missing, unknown or misshapen tensors, by name.
+    `quantized` ones may have FP8 tensors. A folder of ours must be what was written (`nano3.sealed_folder`), unless
+    `as_is`: for who names every difference in it. Raises `UserError`, before anything is read, for a missing folder or
+    shard, a truncated file, and an index that does not fit.
     """
 
     def __init__(self, path: Path | str, quantized: bool = False, as_is: bool = False) -> None:
@@ -132,16 +136,13 @@ class HFFolder(ModelFolder):
         if not as_is:
             check_seal(self.path)
         self.config = read_config(self.path)
-        self.quantization = self.config.pop("quantization_config", None) if quantized else None
-        self.arch = Arch.from_config(self.config, str(self.path))
+        self._check_config(quantized)
         self.layout = FileLayout.read(self.path, quantized)
-        shapes = {name: entry.shape for name, entry in self.layout.entries.items()}
-        if quantized:
-            shapes = {name: shape for name, shape in shapes.items() if not name.endswith("_scale")}
-        own = {name: spec.shape for name, spec in self.arch.tensors().items()}
-        check_tensors(str(self.path), shapes, own | _carried(self.arch, shapes, self.path))
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
+
+    def _check_config(self, quantized: bool) -> None:
+        """Refuses a config.json before any tensor is looked for."""
 
     def read_into(self, buffer: memoryview, name: str, begin: int) -> None:
         """Fills `buffer` with the bytes of a tensor from byte `begin` on. Several threads may call it at once."""
@@ -156,6 +157,28 @@ class HFFolder(ModelFolder):
         for file in self._files.values():
             os.close(file)
         self._files.clear()
+
+
+class HFFolder(SafetensorsFolder, ModelFolder):
+    """A Hugging Face model folder that holds exactly the tensors of its config.json. Use as a context manager.
+
+    `quantized` ones may have, beyond the model's own, tensors named `..._scale`.
+
+    Raises `UserError`, before anything is read, as `SafetensorsFolder` does, for a config that we do not support, and
+    for missing, unknown or misshapen tensors, by name.
+    """
+
+    def __init__(self, path: Path | str, quantized: bool = False, as_is: bool = False) -> None:
+        super().__init__(path, quantized, as_is)
+        shapes = {name: entry.shape for name, entry in self.layout.entries.items()}
+        if quantized:
+            shapes = {name: shape for name, shape in shapes.items() if not name.endswith("_scale")}
+        own = {name: spec.shape for name, spec in self.arch.tensors().items()}
+        check_tensors(str(self.path), shapes, own | _carried(self.arch, shapes, self.path))
+
+    def _check_config(self, quantized: bool) -> None:
+        self.quantization = self.config.pop("quantization_config", None) if quantized else None
+        self.arch = Arch.from_config(self.config, str(self.path))
 
 
 def _carried(arch: Arch, found: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, tuple[int, ...]]:
@@ -246,6 +269,11 @@ def open_model(path: Path, quantized: bool = False, as_is: bool = False) -> Mode
     """The model in a folder, Hugging Face's or NeMo's. `quantized`: FP8 is read too; `as_is`: whatever its seal says.
     Raises `UserError`."""
     return NemoFolder(path, as_is=as_is) if is_nemo_checkpoint(path) else HFFolder(path, quantized, as_is)
+
+
+def open_tensors(path: Path, quantized: bool = False, as_is: bool = False) -> TensorFolder:
+    """The same of a model that is tuned in plain transformers too (`nano3.hf_config.is_plain`)."""
+    return SafetensorsFolder(path, as_is=as_is) if is_plain(path) else open_model(path, quantized, as_is)
 
 
 def _own_side(source: Path) -> Path:

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from conversion.checkpoint.model_folder import ModelFolder
+from conversion.checkpoint.model_folder import TensorFolder
 from conversion.checkpoint.output_folder import PART, UnfinishedOutput, progress
 from conversion.checkpoint.pieces import PIECE, in_parallel, read_exactly, scratch, write_all
 from conversion.checkpoint.safetensors_layout import INDEX, PLAIN_BYTES, Entry, FileLayout, torch_dtype
@@ -154,7 +154,7 @@ class SafetensorsWriter:
 class Passage:
     """A tensor on its way: rows are read from the source and written, in their order, to the output."""
 
-    hf: ModelFolder
+    hf: TensorFolder
     writer: SafetensorsWriter
     name: str
 
@@ -180,7 +180,7 @@ Change = Callable[[Passage], Any]
 
 
 def rewrite(
-    hf: ModelFolder,
+    hf: TensorFolder,
     work: UnfinishedOutput,
     layout: FileLayout,
     changes: Mapping[str, Change],
@@ -212,7 +212,7 @@ def rewrite(
     return writer
 
 
-def _copy(hf: ModelFolder, writer: SafetensorsWriter, name: str) -> None:
+def _copy(hf: TensorFolder, writer: SafetensorsWriter, name: str) -> None:
     entry = hf.layout.entries[name]
     size = entry.stop - entry.start
     for begin in range(0, size, PIECE):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from conversion.checkpoint.model_folder import ModelFolder
+from conversion.checkpoint.model_folder import TensorFolder
 from conversion.checkpoint.output_folder import progress
 from conversion.checkpoint.pieces import PIECE, in_parallel, row_steps, scratch
 from nano3.cli import UserError
@@ -70,12 +70,12 @@ def content_hash(facts: Facts) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def facts_of(model: ModelFolder) -> dict[str, Fact]:
+def facts_of(model: TensorFolder) -> dict[str, Fact]:
     """The facts of every tensor by name, with a progress bar on stderr."""
     return _hash(model, "hash", lambda _name, _piece: None)
 
 
-def scan(model: ModelFolder) -> tuple[dict[str, Fact], dict[str, float]]:
+def scan(model: TensorFolder) -> tuple[dict[str, Fact], dict[str, float]]:
     """Facts and largest magnitude of every tensor, by name; with a progress bar on stderr.
 
     Raises `UserError` naming a tensor with NaN or infinity.
@@ -90,7 +90,7 @@ def scan(model: ModelFolder) -> tuple[dict[str, Fact], dict[str, float]]:
     return _hash(model, "check", see), largest
 
 
-def _hash(model: ModelFolder, what: str, see: Callable[[str, memoryview], Any]) -> dict[str, Fact]:
+def _hash(model: TensorFolder, what: str, see: Callable[[str, memoryview], Any]) -> dict[str, Fact]:
     """Reads every tensor in pieces of whole rows, in order on one thread; `see` is shown each piece."""
     entries = model.layout.entries
     facts: dict[str, Fact] = {}

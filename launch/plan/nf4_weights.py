@@ -1,6 +1,6 @@
 """Bytes of frozen linear layers in NF4, as `nano3.nf4` cuts them: codes, 8-bit scales, FP32 scales, means.
 
-Imports neither torch nor NeMo; tests/launch/test_nf4_plan.py compares the sums with builds on the meta device.
+Imports neither torch nor NeMo; tests/launch/test_memory_plan.py compares the sums with builds on the meta device.
 Of a layer that tensor parallelism cuts the first rank's: others may have one FP32 scale more or less.
 """
 

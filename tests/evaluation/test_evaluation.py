@@ -18,7 +18,16 @@ from safetensors.torch import load_file, save_file
 
 from evaluation import evaluate, harness
 from evaluation.evaluate import evaluate_model, main
-from evaluation.generation import Answer, Sampling, _cut, _Noise, encode_prompts, load_tokenizer, write_answers
+from evaluation.generation import (
+    STOP_IDS,
+    Answer,
+    Sampling,
+    _cut,
+    _Noise,
+    encode_prompts,
+    load_tokenizer,
+    write_answers,
+)
 from evaluation.hf_model import load_reference
 from evaluation.judging.questions import load_questions
 from nano3.arch import resolve_model
@@ -171,9 +180,9 @@ except RuntimeError as error:
 
 
 def test_an_answer_ends_before_the_first_stop_token():
-    assert _cut([5, 6, 11, 0, 0]) == Answer((5, 6), True)
-    assert _cut([2, 7]) == Answer((), True)
-    assert _cut([5, 6]) == Answer((5, 6), False)
+    assert _cut([5, 6, 11, 0, 0], STOP_IDS) == Answer((5, 6), True)
+    assert _cut([2, 7], STOP_IDS) == Answer((), True)
+    assert _cut([5, 6], STOP_IDS) == Answer((5, 6), False)
 
 
 def test_prompts_come_from_the_folders_own_template(folder):

@@ -9,6 +9,7 @@ import pytest
 from evaluation.judging import judges
 from evaluation.judging.extraction import after_thinking
 from evaluation.judging.judges import UNFINISHED, Verdict
+from evaluation.judging.reasoning_form import FORMS, reasoning_form
 from tests.evaluation.labelled_outputs import ALL, CUT, LETTERS, LOGIC, LOGICAL, MATHEMATICS, MEDICAL
 
 JUDGES = {
@@ -75,3 +76,24 @@ def test_ways_to_state_a_letter(output):
 )
 def test_ways_to_state_a_value(expected, output):
     assert judged("mathematics", expected, output).outcome == "right"
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "finished"),
+    [
+        ("kept", "<think>\n1+1 is 2\n</think>\n\n\\boxed{3}", True),  # wrong, and in form
+        ("kept", "1+1 is 2\n</think>\n\n\\boxed{2}", True),  # the prompt opened the block
+        ("no reasoning", "\\boxed{2}", True),
+        ("no reasoning", "<think>\n\n</think>\n\n\\boxed{2}", True),
+        ("not closed", "<think>\n1+1 is", False),
+        ("not closed", "1+1 is", False),
+        ("not closed", "<think>\n1+1 is 2", True),
+        ("several blocks", "<think>a</think><think>b</think>2", True),
+        ("several blocks", "a</think>b</think>2", True),
+        ("text before", "Well: <think>1+1 is 2</think>2", True),
+        ("no answer", "<think>1+1 is 2</think>\n", True),
+    ],
+)
+def test_the_form_of_reasoning_is_told_apart_from_what_it_says(form, text, finished):
+    assert reasoning_form(text, finished) == form
+    assert form in FORMS

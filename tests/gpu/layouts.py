@@ -7,11 +7,14 @@ FP32, where a test uses it.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+from nano3.arch import PRESETS, Arch
 from tests.gpu.record import ROOT, Row, worst
 
 LAYOUTS = ("ep=8", "tp=2 ep=4", "tp=4", "pp=3", "tp=2 pp=3")
@@ -21,6 +24,7 @@ LOSS_BOUND, NORM_BOUND = 1e-2, 5e-2
 """Relative, in BF16, over three steps: layouts add in another order, and a few tokens are routed otherwise."""
 QLORA_BOUND = 5e-2
 """Likewise, of BF16 against FP32; not measured."""
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 COUNTED = 20
 """Steps of the real model; the first quarter warms up."""
 
@@ -36,8 +40,11 @@ def data(folder: Path) -> Path:
     return store
 
 
-def _python(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+def _python(*arguments: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed:\n{(done.stdout + done.stderr)[-2000:]}")
 
@@ -94,6 +101,38 @@ def qlora(folder: Path, local: bool) -> list[Row]:
     ]
     errors = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(*found, strict=True)]
     return [Row(f"QLoRA on one GPU: loss, {STEPS} steps", worst(errors), QLORA_BOUND)]
+
+
+def qwen3_qlora(folder: Path, gpu: bool = True) -> list[Row]:
+    """`recipes/qwen3_qlora.py` on one GPU in BF16 beside the CPU in FP32: a tiny Qwen3's losses of the first steps.
+
+    The model is made here, with pico's tokenizer. `gpu` False: the CPU on both sides, where a test uses it.
+    """
+    folder.mkdir(exist_ok=True)
+    store, model = data(folder / "data"), tiny_qwen3(folder / "qwen3")
+    found = []
+    for name, hidden in (("first", {} if gpu else NO_GPU), ("cpu", NO_GPU)):
+        paths = ["--model", str(model), "--data", str(store), "--out", str(folder / name)]
+        _python("recipes/qwen3_qlora.py", *paths, "--seq-length", "512", "--epochs", "0.2", "--dropout", "0", **hidden)
+        found.append([json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()])
+    errors = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(*found, strict=True)]
+    return [Row(f"QLoRA of a tiny Qwen3 on one GPU: loss, {len(errors)} steps", worst(errors), QLORA_BOUND)]
+
+
+def tiny_qwen3(folder: Path) -> Path:
+    """Writes a random Qwen3 of two layers with pico's tokenizer."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    pico = PRESETS["pico"]
+    config = Qwen3Config(vocab_size=Arch.load(pico).vocab_size, initializer_range=0.1, **sizes, **heads)
+    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
+    for file in (*pico.glob("tokenizer*"), *pico.glob("*.jinja")):
+        shutil.copy(file, folder)
+    return folder
 
 
 def _fitting(layout: str, ranks: int) -> int:

@@ -102,3 +102,10 @@ def test_tier_c_compares_layouts_on_cpu_ranks(tmp_path):
     rows = layouts.compare(tmp_path, 2, local=True, layouts=("ep=2",), bounds=(1e-5, 1e-5))
     assert [row.name for row in rows] == ["ep=2 on 2: loss, 3 steps", "ep=2 on 2: grad_norm, 3 steps"]
     assert all(row.holds for row in rows), rows
+
+
+@pytest.mark.full
+def test_the_line_of_the_qwen3_recipe_runs_with_the_cpu_in_place_of_the_gpu(tmp_path):
+    (row,) = layouts.qwen3_qlora(tmp_path / "qwen3", gpu=False)
+    assert row.name.startswith("QLoRA of a tiny Qwen3 on one GPU: loss, ")
+    assert row.value == 0  # the same code twice
