@@ -93,6 +93,10 @@ COMMANDS = {
     "prepare": Command(
         "data_prep/prepare.py", "--input @rows.jsonl --tokenizer @tokenizer --out @out/store --seq-length 64", True
     ),
+    "export packs": Command("data_prep/export.py", "@store --seq-length 64 --to nemo-npy --out @out/p.npy"),
+    "import packs": Command(
+        "data_prep/export.py", "@rows.parquet --seq-length 64 --to store --tokenizer @tokenizer --out @out/packs"
+    ),
     "repack": Command("data_prep/repack.py", "@store --seq-length 32"),
     "xray": Command("data_prep/xray.py", "@store --tokenizer @tokenizer"),
     "chat": Command("evaluation/chat.py", "@merged --max-new-tokens 1"),

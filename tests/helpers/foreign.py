@@ -32,6 +32,10 @@ SOURCES = (
     "sglang/srt/model_loader/weight_utils.py",
     "sglang/srt/models/nemotron_h.py",
     "sglang/srt/models/utils.py",
+    "megatron/bridge/data/packing/algorithms.py",
+    "megatron/bridge/data/packing/gpt_sft.py",
+    "megatron/bridge/data/packing/parquet.py",
+    "megatron/bridge/data/packing/paths.py",
     "megatron/bridge/models/conversion/param_mapping.py",
     "megatron/bridge/models/nemotronh/nemotron_h_bridge.py",
 )
