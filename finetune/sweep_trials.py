@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -22,7 +23,7 @@ from finetune.checks import check_run
 from finetune.run_identity import MAY_CHANGE
 from finetune.run_local import import_base
 from finetune.settings import Run
-from finetune.sweep.space import as_text, ends
+from finetune.sweep.space import as_text, ends, words_of
 from finetune.sweep.study import TRIALS, Study
 from launch.local import die_with_parent, log_file
 from launch.slurm.cluster import Cluster
@@ -35,7 +36,8 @@ from nano3.overrides import apply_overrides, flatten
 from nano3.training.divergence import DIVERGED
 from nano3.training.journal import FILE, read_rows
 
-Running = dict[int, "multiprocessing.process.BaseProcess"]
+Running = dict[int, "tuple[int, multiprocessing.process.BaseProcess]"]
+"""Trial -> its place among those beside it, and its process."""
 
 
 def common(run: Run) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def trial_run(run: Run, study: Study, number: int, params: Mapping[str, Any]) ->
         one = replace(run, settings=settings, out=out, base=base, trial=number)
         check_run(one, Arch.load(run.model))
     except UserError as error:
-        raise UserError(f"a trial with {' '.join(words)}: {error}") from None
+        raise UserError(f"a trial with {words_of(params)}: {error}") from None
     return one
 
 
@@ -108,21 +110,36 @@ def run_here(run: Run, study: Study, trials: int, jobs: int) -> int:
 
     Returns 0, or the exit code of a trial that ended without a result. Then, as after a kill, the same call goes on.
     """
+    places = _places(run, jobs)
     import_base(run)
     left, running, code = settle(study), Running(), 0
     with _ended(running):
         while not code:
             while len(running) < jobs and (number := _next(study, left, trials)) is not None:
-                running[number] = _start(trial_run(run, study, number, study.trials()[number].params), jobs > 1)
+                one = trial_run(run, study, number, study.trials()[number].params)
+                place = min(places - {where for where, _ in running.values()})
+                print(f"== trial {number} of {trials}: {words_of(study.trials()[number].params)}", flush=True)
+                running[number] = place, _start(one, place, jobs > 1)
             if not running:
                 return 0
-            wait([process.sentinel for process in running.values()])
-            for number in [number for number, process in running.items() if process.exitcode is not None]:
-                ended = running.pop(number).exitcode or 0
+            wait([process.sentinel for _, process in running.values()])
+            for number in [number for number, (_, process) in running.items() if process.exitcode is not None]:
+                ended = running.pop(number)[1].exitcode or 0
                 if number in settle(study):
                     print(f"trial {number} ended without a result, exit code {ended}", file=sys.stderr)
-                    code = code or ended or 1
+                    code = code or (128 - ended if ended < 0 else ended) or 1
     return code
+
+
+def _places(run: Run, jobs: int) -> set[int]:
+    """Where trials run beside each other: on GPUs each on its own. Raises `UserError` for too few of them."""
+    gpus, needed = len(list(Path("/dev").glob("nvidia[0-9]*"))), jobs * run.ranks_per_node
+    if not run.cpu and gpus < needed:
+        raise UserError(
+            f"{jobs} trials at a time require {needed} NVIDIA GPUs and this machine has {gpus}; give fewer --jobs, or "
+            "--gpus-per-node, or add --local to run on CPU ranks"
+        )
+    return set(range(jobs))
 
 
 def _next(study: Study, left: list[int], trials: int) -> int | None:
@@ -132,17 +149,20 @@ def _next(study: Study, left: list[int], trials: int) -> int | None:
     return study.propose() if len(study.trials()) < trials else None
 
 
-def _start(run: Run, quiet: bool) -> multiprocessing.process.BaseProcess:
-    """A process that runs a trial, and ends with this one. `quiet`: what it says goes to OUT/trial.log."""
+def _start(run: Run, place: int, quiet: bool) -> multiprocessing.process.BaseProcess:
+    """A process that runs a trial, and ends with this one. `quiet`: what it says goes to OUT/trials/N.log."""
     Path(run.out).parent.mkdir(exist_ok=True)
     sys.stdout.flush()
-    process = multiprocessing.get_context("fork").Process(target=_trial, args=(run, quiet))
+    process = multiprocessing.get_context("fork").Process(target=_trial, args=(run, place, quiet))
     process.start()
     return process
 
 
-def _trial(run: Run, quiet: bool) -> None:
+def _trial(run: Run, place: int, quiet: bool) -> None:
     die_with_parent()
+    if not run.cpu:
+        first = place * run.ranks_per_node
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + run.ranks_per_node)))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if quiet:
         log = Path(run.out).with_suffix(".log").open("a")  # beside its folder, which the run makes
@@ -161,14 +181,13 @@ def _ended(running: Running) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        for process in running.values():
+        for _, process in running.values():
             process.join()
         raise
     finally:
-        for process in running.values():
-            with suppress(ValueError):
-                process.terminate()
-        for process in running.values():
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
             process.join()
         signal.signal(signal.SIGTERM, before)
 
@@ -188,6 +207,8 @@ def run_on_cluster(run: Run, study: Study, trials: int, jobs: int, site: Cluster
         if not left:
             return 0
         runs = {number: trial_run(run, study, number, study.trials()[number].params) for number in left[:jobs]}
+        if code := _preflight(runs, site):
+            return code
         number = run_cluster.hand_in_runs(site, array_of(run, tuple(runs)), Path(run.out), runs)
         if not watch:
             print("when it has ended, the same command records the results and submits what is left", flush=True)
@@ -195,6 +216,18 @@ def run_on_cluster(run: Run, study: Study, trials: int, jobs: int, site: Cluster
         code = follow(number, Path(site.logs))
         if code or set(settle(study)) & set(runs):  # trials that have no result would be submitted for ever
             return code or 1
+
+
+def _preflight(runs: Mapping[int, Run], site: Cluster) -> int:
+    """What preflight says of the first run, or of one that it refuses; the exit code."""
+    for place, one in enumerate(runs.values()):
+        run_cluster.check_progress(one.settings.checkpoint.minutes, site)
+        code, text = run_cluster.preflight(one, site, runs=len(runs))
+        if code or not place:
+            print(text, file=sys.stderr)
+        if code:
+            return code
+    return 0
 
 
 def array_of(run: Run, numbers: tuple[int, ...]) -> Job:

@@ -12,7 +12,7 @@ from typing import Any
 
 from evaluation.charts import Series, dot_chart, line_chart
 from evaluation.page import facts_table, page, section, table
-from finetune.sweep.space import as_text
+from finetune.sweep.space import words_of
 from finetune.sweep.study import Study
 from nano3.cli import fresh_file
 
@@ -64,7 +64,7 @@ def as_lines(lines: Sequence[Line]) -> str:
 
 def settings_of(line: Line) -> str:
     """A trial's settings as the command line takes them."""
-    return " ".join(f"{key}={as_text(value)}" for key, value in line.params.items())
+    return words_of(line.params)
 
 
 def write_report(study: Study, command: str) -> list[Line]:

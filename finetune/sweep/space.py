@@ -85,6 +85,11 @@ def as_text(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
+def words_of(params: Mapping[str, Any]) -> str:
+    """A trial's settings as the command line takes them."""
+    return " ".join(f"{key}={as_text(value)}" for key, value in params.items())
+
+
 def draw(
     space: dict[str, BaseDistribution], sampler: str, seed: int, number: int, trials: Sequence[FrozenTrial]
 ) -> dict[str, Any]:

@@ -185,7 +185,8 @@ def open_journal(folder: Path) -> optuna.storages.BaseStorage:
     lock = JournalFileOpenLock(str(path))
     if path.exists():
         _mend(path, lock)
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        whole = path.read_bytes().split(b"\n")[:-1]  # what comes behind the last end of a line, somebody is writing now
+        for number, line in enumerate(whole, 1):
             where = f"{path}:{number}"
             check(parse_json_line(line, where), JournalLine, where, _REMEDY)  # type: ignore[arg-type]
     return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock))

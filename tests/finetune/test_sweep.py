@@ -18,7 +18,7 @@ from finetune.sweep.report import REPORT, as_lines, best_of, ranked, write_repor
 from finetune.sweep.space import distributions, draw, ends, read_tries
 from finetune.sweep.study import JOURNAL, Plan, Study
 from finetune.sweep_command import main
-from finetune.sweep_trials import array_of, check_space, common, result_of, settle, trial_run
+from finetune.sweep_trials import array_of, check_space, common, result_of, run_here, run_on_cluster, settle, trial_run
 from launch.slurm.cluster import Cluster
 from launch.slurm.sbatch import render
 from nano3.arch import resolve_model
@@ -206,6 +206,38 @@ def test_an_array_of_trials_has_one_script_and_each_its_run(tmp_path: Path, monk
         assert Run.from_json((folder / "run.json").read_text()) == runs[number]
         assert (folder / "job").read_text() == f"12_{number}\n"
     assert (sent, (out / "job.sbatch").read_text()) == (["my sweep"], script)
+
+
+def test_on_slurm_the_next_trials_go_out_when_the_array_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three trials, two at a time: while the first two are queued nothing goes out; then one that has no result goes
+    out again beside the third; when all have results, nothing."""
+    site = Cluster(account="a", partition="p", logs=str(tmp_path / "logs"))
+    out, queue, sent = tmp_path / "sweep", {"1_0": "PENDING"}, []
+    run, book = replace(run_in(out), cpu=False, ranks_per_node=8), study(out)
+    monkeypatch.setattr("finetune.run_cluster.hand_in", lambda _, job: sent.append(job.seeds) or len(sent))
+    monkeypatch.setattr("finetune.run_cluster.status", lambda number: queue.get(number, ""))
+    monkeypatch.setattr("finetune.run_cluster.preflight", lambda *_, **__: (0, "fits"))
+    assert run_on_cluster(run, book, 3, 2, site, watch=False) == 0
+    with pytest.raises(UserError, match=r"job 1_0 writes to .*trials/0 or waits to: PENDING"):
+        run_on_cluster(run, book, 3, 2, site, watch=False)
+    queue.clear()
+    ended(book.folder_of(1), 0.5)
+    assert run_on_cluster(run, book, 3, 2, site, watch=False) == 0
+    assert sent == [(0, 1), (0, 2)]
+    for number in (0, 2):
+        ended(book.folder_of(number), 0.4)
+    assert run_on_cluster(run, book, 3, 2, site, watch=False) == 0
+    assert len(sent) == 2
+    assert [one.state.name for one in book.trials()] == ["COMPLETE"] * 3
+    monkeypatch.setattr("finetune.run_cluster.preflight", lambda *_, **__: (1, "DOES NOT FIT"))
+    assert run_on_cluster(run, book, 4, 2, site, watch=False) == 1
+    assert len(sent) == 2
+
+
+def test_more_trials_than_gpus_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"2 trials at a time require 2,?000 NVIDIA GPUs"):
+        run_here(replace(run_in(tmp_path), cpu=False, ranks_per_node=1000), study(tmp_path), 2, 2)
+    assert study(tmp_path).trials() == []
 
 
 def test_the_report_ranks_finished_trials_before_those_given_up(tmp_path: Path):
