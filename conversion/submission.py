@@ -21,9 +21,11 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 import argparse
+import errno
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired
@@ -78,18 +80,32 @@ def write_submission(adapter: Path, out: Path, max_rank: int = MAX_RANK) -> str:
 
 def check_submission(file: Path, base: Path, max_rank: int = MAX_RANK) -> str:
     """What a zip holds, in a line. Raises `UserError` for one that the challenge's vLLM would not load all of."""
-    try:
-        with zipfile.ZipFile(file) as packed, scratch_folder(file) as scratch:
-            found = sorted(packed.namelist())
-            if found != sorted(NAMES):
-                raise UserError(f"{file} holds {some(found)}; it must hold {' and '.join(NAMES)} and nothing else")
-            require_space(scratch, sum(one.file_size for one in packed.infolist()))
-            for name in NAMES:
-                with packed.open(name) as source, open(scratch / name, "wb") as target:
-                    shutil.copyfileobj(source, target)
-            return check_folder(scratch, Arch.load(base), max_rank)
-    except (zipfile.BadZipFile, FileNotFoundError) as error:
-        raise UserError(f"{file} cannot be read as a zip file ({error}); write it again") from None
+    if not file.is_file():
+        raise UserError(f"{file} is no file; give a zip such as submission.zip")
+    with scratch_folder(file) as scratch:
+        try:
+            _unpack(file, scratch)
+        except _BROKEN as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise  # such as a full disk, which says nothing about the zip
+            raise UserError(f"{file} cannot be read as a zip file ({error}); write it again") from None
+        return check_folder(scratch, Arch.load(base), max_rank)
+
+
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
+"""What `zipfile` raises for damaged, encrypted and foreign zips; OSError is a place before the file's beginning."""
+
+
+def _unpack(file: Path, folder: Path) -> None:
+    """The two files of a zip. Raises `UserError` for other files, and `_BROKEN`."""
+    with zipfile.ZipFile(file) as packed:
+        found = sorted(packed.namelist())
+        if found != sorted(NAMES):
+            raise UserError(f"{file} holds {some(found)}; it must hold {' and '.join(NAMES)} and nothing else")
+        require_space(folder, sum(one.file_size for one in packed.infolist()))
+        for name in NAMES:
+            with packed.open(name) as source, open(folder / name, "wb") as target:
+                shutil.copyfileobj(source, target)
 
 
 def check_folder(folder: Path, arch: Arch, max_rank: int) -> str:

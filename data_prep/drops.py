@@ -6,10 +6,22 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from typing_extensions import TypedDict
+
+from nano3.documents import Count, Name, Text
+
 EXAMPLES = 3
 """Examples kept for each reason."""
 _SHOWN = 70
 """Characters of an example's text."""
+
+
+class Dropped(TypedDict):
+    """One reason as `Drops.facts` tells it."""
+
+    reason: Text
+    rows: Count
+    examples: list[dict[Name, Text]]
 
 
 class Drops:

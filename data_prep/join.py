@@ -23,6 +23,7 @@ from nano3.cli import UserError, replace_folder
 from nano3.file_digests import remembered_sha256
 from nano3.file_system import locked
 from nano3.sealed_folder import mark, seal
+from nano3.store_parts import PREPARE_AGAIN
 from nano3.token_store import (
     DTYPES,
     FILES,
@@ -33,6 +34,8 @@ from nano3.token_store import (
     mapped,
     part_name,
 )
+
+COUNTED = ("documents", "tokens", "supervised_tokens")
 
 
 def join(work: Work, seq_length: int, **packing: Any) -> tuple[TokenStore, dict[str, Any]]:
@@ -48,7 +51,7 @@ def join(work: Work, seq_length: int, **packing: Any) -> tuple[TokenStore, dict[
         rows = sum(marker["finds"]["empty_rows"] for marker in markers)
         raise UserError(f"nothing is left to train on: all {rows} rows have empty answers only")
     for number in filled:
-        _check_files(work.part(number), markers[number])
+        _check_files(work.part(number), markers[number], markers[0]["order"])
     store = work.folder / "store"
     shutil.rmtree(store, ignore_errors=True)
     store.mkdir()
@@ -85,8 +88,11 @@ def _markers(work: Work) -> list[Any]:
     return markers
 
 
-def _check_files(part: Path, marker: Any) -> None:
-    """Every array of a part is what was written."""
+def _check_files(part: Path, marker: Any, order: str | None) -> None:
+    """Every array of a part is there, and what was written; `order` is the row key that the parts keep."""
+    expected = {*FILES, *([ORDER] if order else [])}
+    if set(marker["files"]) != expected or marker["order"] != order:
+        raise UserError(f"{part}/part.json is damaged or of another job: its arrays are others; {PREPARE_AGAIN}")
     digests = remembered_sha256(part / name for name in marker["files"])
     for path, digest in digests.items():
         if digest != marker["files"][path.name]["sha256"]:
@@ -95,17 +101,15 @@ def _check_files(part: Path, marker: Any) -> None:
 
 def _write_store(work: Work, store: Path, markers: Sequence[Any], filled: Sequence[int]) -> None:
     """Arrays and manifest of the store."""
-    turns, finds = Turns(), Finds()
+    turns, finds, job = Turns(), Finds(), work.facts()
     for marker in markers:
         turns.merge(marker["turns"])
         finds.merge(marker["finds"])
     parts = [(work.part(number), markers[number]) for number in filled]
     content = _merged([marker for _, marker in parts])
     facts: dict[str, Any] = {
-        "tokenizer_folder": (job := work.job() or {})["tokenizer_folder"],
+        **{key: job[key] for key in ("tokenizer_folder", "thinking", "no_loss")},
         "template": markers[0]["template"],
-        "thinking": job["thinking"],
-        "no_loss": job["no_loss"],
         "turns": vars(turns),
         "finds": finds.facts(),
         "inputs": markers[-1]["inputs"],
@@ -131,10 +135,10 @@ def _merged(markers: Sequence[Any]) -> dict[str, Any]:
     sources: dict[str, dict[str, int]] = {}
     for marker in markers:
         for name, counts in marker["sources"].items():
-            sums = sources.setdefault(name, dict.fromkeys(counts, 0))
-            for key, value in counts.items():
-                sums[key] += value
-    totals = {key: sum(marker[key] for marker in markers) for key in ("documents", "tokens", "supervised_tokens")}
+            sums = sources.setdefault(name, dict.fromkeys(COUNTED, 0))
+            for key in COUNTED:
+                sums[key] += counts[key]
+    totals = {key: sum(marker[key] for marker in markers) for key in COUNTED}
     most = {key: max(marker[key] for marker in markers) for key in ("longest_document", "max_token_id")}
     names = {
         key: list(dict.fromkeys(one for marker in markers for one in marker[key])) for key in ("weights", "origins")
@@ -154,8 +158,11 @@ def _document_files(store: Path, parts: Sequence[tuple[Path, Any]], content: Map
         arrays["documents.idx"] = before + arrays["documents.idx"][1:]
         before += marker["tokens"]
         here = {key: np.array([number_of[key][name] for name in marker[key]]) for key in number_of}
-        arrays["sources.bin"] = here["sources"][arrays["sources.bin"]]
         origins = arrays["origins.bin"].reshape(-1, 2)
+        for key, numbers in (("sources", arrays["sources.bin"]), ("origins", origins[:, 0])):
+            if numbers.size and numbers.max() >= len(here[key]):
+                raise UserError(f"{part}/part.json is damaged: it names {len(here[key])} {key} only; {PREPARE_AGAIN}")
+        arrays["sources.bin"] = here["sources"][arrays["sources.bin"]]
         arrays["origins.bin"] = np.stack([here["origins"][origins[:, 0]], origins[:, 1]], axis=1)
         for name, values in arrays.items():
             files[name].write(np.ascontiguousarray(values.astype(DTYPES[name], copy=False)).data)

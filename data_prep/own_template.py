@@ -181,7 +181,9 @@ def _own_template(folder: Path) -> tuple[Path, str | None, dict[str, str]]:
             raise UserError(f"{file} is not UTF-8 text ({error.reason}); download it again") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
+        template = next(
+            (one.get("template") for one in template if isinstance(one, dict) and one.get("name") == "default"), None
+        )
     if template is not None and not isinstance(template, str):
         raise UserError(f"{config_file}: 'chat_template' is no text; download the file again")
     return config_file, template, marks

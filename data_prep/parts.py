@@ -28,9 +28,10 @@ from data_prep.chat_rows import ChatRows, form_named
 from data_prep.documents import Options
 from data_prep.drops import Drops
 from data_prep.own_template import TemplateCheck
+from data_prep.summary import FindFacts, TurnFacts
 from nano3.cli import UserError
 from nano3.conversations import Conversation, conversation
-from nano3.documents import Count, FileName, Name, as_json, read_json
+from nano3.documents import AboveZero, Count, FileName, Name, Text, as_json, read_json
 from nano3.file_digests import file_sha256
 from nano3.rows import Row, files_of
 from nano3.store_parts import MARKER, PREPARE_AGAIN, finished_parts
@@ -52,25 +53,23 @@ class Marker(Counts):
     longest_document: Count
     max_token_id: Count
     sources: dict[Name, Counts]
-    weights: list[float]
+    weights: list[AboveZero]
     origins: list[Name]
     order: Name | None
     tokenizer: dict[Name, Any]
     template: dict[Name, Any]
-    turns: dict[Name, Count]
-    finds: dict[Name, Any]
+    turns: TurnFacts
+    finds: FindFacts
     inputs: list[dict[Name, Any]]
     files: dict[FileName, FileFacts]
 
 
 class JobFile(TypedDict):
-    """job.json, as far as the join reads it; `identity` is compared whole."""
+    """job.json, as far as the join reads it."""
 
-    identity: dict[Name, Any]
-    tokenizer_folder: Name
+    tokenizer_folder: Text
     thinking: bool
     no_loss: list[Name]
-    shards: Name
 
 
 @dataclass(frozen=True)
@@ -216,6 +215,10 @@ class Work:
             return read_json(self.folder / JOB, dict[str, Any])
         except UserError:
             return None
+
+    def facts(self) -> JobFile:
+        """What job.json says for the manifest. Raises `UserError` when it cannot be read."""
+        return read_json(self.folder / JOB, JobFile, PREPARE_AGAIN)
 
     def _write_job(self, content: dict[str, Any]) -> None:
         new = self.folder / f"{JOB}.{os.getpid()}-{uuid.uuid4().hex[:8]}"

@@ -6,14 +6,43 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MaxLen, MinLen
+from typing_extensions import TypedDict
 
 from data_prep.chat import Segment, is_empty
 from data_prep.chat_rows import ChatRows
-from data_prep.drops import Drops
+from data_prep.drops import Dropped, Drops
 from nano3.conversations import Conversation
+from nano3.documents import Count, Text, closed
 from nano3.row_keys import FACTS
 from nano3.token_store import TokenStore
+
+
+@closed
+class TurnFacts(TypedDict):
+    """`vars` of `Turns`, as a part's file holds them."""
+
+    answered: Count
+    thought: Count
+    context_only: Count
+
+
+class FindFacts(TypedDict):
+    """`vars` of `Finds`, as a part's file holds them."""
+
+    split_rows: Count
+    split_documents: Count
+    empty_turns: Count
+    empty_rows: Count
+    empty_examples: list[Text]
+    other_keys: dict[Text, Count]
+    nulls: dict[Text, Annotated[list[Count], MinLen(2), MaxLen(2)]]
+    forms: list[Text]
+    left_out: dict[Text, list[Dropped]]
+    evaluation_only: dict[Text, Count]
+
 
 SHOWN = 3
 """Rows that a line of the summary names."""

@@ -9,7 +9,7 @@ it is alone. Your lines come from the terminal or a pipe. `/new` begins another 
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, run
+    from nano3.cli import UserError, require_counts, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -82,8 +82,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads; 1 is best for small models")
     args = parser.parse_args()
-    if args.max_new_tokens < 1 or args.threads < 1:
-        raise UserError("--max-new-tokens and --threads must be at least 1")
+    require_counts(args, "max_new_tokens", "threads")
     sampling = Sampling(args.temperature)
     sampling.check()
     names = [args.model, *([args.beside] if args.beside else [])]

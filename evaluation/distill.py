@@ -13,7 +13,7 @@ It stands here and not in data_prep/, which knows no judges.
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, run
+    from nano3.cli import UserError, fresh_file, require_counts, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -203,10 +203,7 @@ def parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises `UserError` for numbers and files that cannot be."""
-    for name in ("limit", "samples", "keep", "max_new_tokens", "concurrency"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    require_counts(args, "limit", "samples", "keep", "max_new_tokens", "concurrency")
     for name in ("per_minute", "price_in", "price_out"):
         value = getattr(args, name)
         if value is not None and not 0 < value < 1e9:

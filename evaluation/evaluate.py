@@ -14,7 +14,7 @@ are put side by side by evaluation/compare.py, and shown by evaluation/report.py
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, run
+    from nano3.cli import UserError, fresh_file, require_counts, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -264,10 +264,7 @@ def _questions(args: argparse.Namespace, task: Task) -> list[Question]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for name in ("limit", "max_new_tokens", "batch_size", "threads", "concurrency"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    require_counts(args, "limit", "max_new_tokens", "batch_size", "threads", "concurrency")
     if args.bias and args.plain:
         raise UserError("--bias moves options and letters in the chat format; leave out --plain, or --bias")
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, run
+    from nano3.cli import UserError, fresh_file, require_counts, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -86,8 +86,9 @@ def main() -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences at a time (default: 32)")
     args = parser.parse_args()
-    if args.out.is_dir() or args.batch_size < 1:
-        raise UserError("--out must be a file name, and --batch-size at least 1")
+    require_counts(args, "limit", "batch_size")
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out} is a folder; give a file name")
     if args.adapter is not None and not args.adapter.is_dir():
         raise UserError(f"--adapter {args.adapter} is no folder; give OUT/adapter of a run, or a PEFT adapter")
     folder = resolve_model(args.model)

@@ -34,7 +34,7 @@ from evaluation.result_file import Result, results_in
 from nano3.arch import is_nemo_checkpoint
 from nano3.checkpoints.base_identity import FILE as BASE_FILE
 from nano3.checkpoints.base_identity import read_base
-from nano3.documents import Count, Sha256, Text, read_json
+from nano3.documents import AnyPath, Count, Sha256, read_json
 from nano3.file_digests import file_sha256
 from nano3.store_contents import check_store
 from nano3.token_store import MANIFEST, TokenStore
@@ -45,9 +45,9 @@ RUN_FILE = "run.json"
 class RunPaths(TypedDict):
     """What the chain needs of run.json; finetune/settings.py has all of it."""
 
-    model: NotRequired[Text]
-    base: NotRequired[Text]
-    data: NotRequired[Text]
+    model: NotRequired[AnyPath]
+    base: NotRequired[AnyPath]
+    data: NotRequired[AnyPath]
 
 
 class Trained(TypedDict):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
+from annotated_types import Ge, Le
 from typing_extensions import TypedDict
 
 from nano3.cli import UserError, fresh_file
-from nano3.documents import Name, Sha256, check, read_json
+from nano3.documents import Name, Positive, Sha256, check, read_json, shown
 
 Result = Mapping[str, Any]
 
@@ -30,13 +31,17 @@ class Row(TypedDict):
     answer: str
     correct: bool
     finished: bool
+    outcome: NotRequired[Name]
+    letter_correct: NotRequired[bool]
+    samples: NotRequired[list[Any]]
+    share: NotRequired[Annotated[float, Ge(0), Le(1)]]
 
 
 class ResultFile(TypedDict):
     """What every result has. The two hashes are those of the model's files (`evaluation.models.identity_of`)."""
 
     kind: Name
-    n: int
+    n: Positive
     answers: list[Row]
     model: Name
     hashes: NotRequired[dict[Name, Any]]
@@ -70,6 +75,11 @@ def _checked(content: Any, path: Path) -> Result:
     check(content, ResultFile, str(path), _REMEDY)
     if not content["answers"]:
         raise UserError(f"{path} has no answers; {_REMEDY}")
+    ids = [row["id"] for row in content["answers"]]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{path}: the id {shown(next(one for one in ids if ids.count(one) > 1))} twice; {_REMEDY}")
+    if any("samples" in row and "share" not in row for row in content["answers"]):
+        raise UserError(f"{path}: answers with samples lack the share of right ones; {_REMEDY}")
     return content
 
 

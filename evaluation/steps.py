@@ -11,7 +11,7 @@ EXECUTE after one value of its own was replaced. docs/step_aware.md says what ea
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, run
+    from nano3.cli import UserError, fresh_file, require_counts, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -186,9 +186,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = _parser().parse_args()
-    for name in ("batch_size", "threads"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    require_counts(args, "limit", "batch_size", "threads")
     folder = resolve_model(args.model)
     questions = load_questions(args.questions, args.limit)
     with ExitStack() as stack:

@@ -14,6 +14,7 @@ import sys
 import threading
 import uuid
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,14 @@ def _nobody_reads() -> bool:
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in watch.poll(0))
+
+
+def require_counts(options: Namespace, *names: str) -> None:
+    """Raises `UserError` for one of these options that is below 1; None is one that was left out."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 def free_disk(path: Path) -> tuple[Path, int]:

@@ -71,6 +71,12 @@ def is_file_name(text: str) -> bool:
     return 0 < len(text) <= 255 and text not in (".", "..") and "/" not in text and text.isprintable()
 
 
+def is_path(text: str) -> bool:
+    """What a file system may be asked for: a path of at most 4,095 bytes, its names of at most 255, without NUL."""
+    names = text.encode().split(b"/")
+    return sum(map(len, names)) + len(names) <= 4096 and max(map(len, names)) <= 255 and "\0" not in text
+
+
 Count = Annotated[int, Ge(0), Le(LARGEST)]
 Positive = Annotated[int, Ge(1), Le(LARGEST)]
 Finite = Annotated[float, Ge(-1e300), Le(1e300)]
@@ -81,12 +87,14 @@ Name = Annotated[str, MaxLen(1000)]
 Sha256 = Annotated[str, Predicate(is_sha256)]
 FileName = Annotated[str, Predicate(is_file_name)]
 InnerPath = Annotated[str, Predicate(is_inner_path)]
+AnyPath = Annotated[str, Predicate(is_path)]
 Shape = Annotated[list[Count], MaxLen(16)]
 
 _SAYS = {
     is_sha256: "a SHA-256 in 64 hexadecimal digits",
     is_file_name: "the name of a file in the same folder",
     is_inner_path: "the path of a file inside the folder",
+    is_path: "a path that a file system can hold",
 }
 """What a predicate asks for, in words."""
 

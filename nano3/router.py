@@ -10,19 +10,23 @@ training. Selection then differs from the base's, so the bias belongs to the ada
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from annotated_types import MaxLen, MinLen
 from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel
 from megatron.core.ssm.mamba_block import MambaStack
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
+from typing_extensions import TypedDict
 
 from nano3.digest import combine, layer_digest
+from nano3.documents import Sha256, check
+from nano3.pickles import REMEDY
 
 BALANCE_RATE = 1e-3
 """Step of the bias: up for experts with fewer tokens than the average of the global batch, down for those with more.
@@ -77,6 +81,13 @@ def whole_digest(router: TopKRouter) -> str:
     return layer_digest(router.weight, router.expert_bias)
 
 
+class RouterState(TypedDict):
+    """What a checkpoint holds of the guard: `layers` is number -> hashes of weight and bias."""
+
+    digest: Sha256 | None
+    layers: dict[int, Annotated[list[Sha256], MinLen(2), MaxLen(2)]]
+
+
 class RouterGuard(pl.Callback):
     """Hashes the routers before the first step, at every save and after the last step; a difference ends the run.
 
@@ -97,6 +108,8 @@ class RouterGuard(pl.Callback):
         return {"digest": self.digest, "layers": {number: list(digests) for number, digests in self.layers.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`. Raises `UserError` for what is none."""
+        check(state_dict, RouterState, "the checkpoint's hashes of the routers", REMEDY)
         self.digest = state_dict["digest"]
         self.layers = {number: (weight, bias) for number, (weight, bias) in state_dict["layers"].items()}
 

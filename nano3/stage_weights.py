@@ -13,9 +13,14 @@ For the first 20 steps they are 1. No gradient goes through them. The formula is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import MaxLen, MinLen
+from typing_extensions import TypedDict
+
+from nano3.documents import Count, NotNegative, check
+from nano3.pickles import REMEDY
 
 NAMES = ("none", "understand", "plan", "execute", "verify", "answer", "other")
 """Stages by number; the last stands for all above."""
@@ -26,6 +31,19 @@ FLOOR = 0.01
 LEAST, MOST = 0.25, 4.0
 UNTIL = 20
 """Steps in which dynamic weights are 1."""
+
+
+Stages = Annotated[list[NotNegative], MinLen(len(NAMES)), MaxLen(len(NAMES))]
+
+
+class StageState(TypedDict):
+    """What a checkpoint holds of the weights."""
+
+    weights: Stages
+    errors: Stages
+    shares: Stages
+    step: Count
+    seen: bool
 
 
 class StageWeights:
@@ -89,7 +107,8 @@ class StageWeights:
         return {**lists, "step": self.step, "seen": self.seen}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`. Raises `UserError` for what is none."""
+        check(state, StageState, "the checkpoint's weights of stages", REMEDY)
         for name in ("weights", "errors", "shares"):
             setattr(self, name, torch.tensor(state[name], dtype=torch.float64))
         self.step, self.seen = state["step"], state["seen"]

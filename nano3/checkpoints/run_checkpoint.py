@@ -29,6 +29,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
+from typing_extensions import TypedDict
 
 from nano3.checkpoints import checkpoint_folder as folders
 from nano3.checkpoints.adapter_checkpoint import (
@@ -53,11 +54,26 @@ from nano3.checkpoints.training_state import (
     set_schedules,
 )
 from nano3.cli import free_disk
-from nano3.pickles import load_state
+from nano3.documents import Count, Name, check
+from nano3.pickles import REMEDY, load_state
 from nano3.router import require_router
 
 SPARE_BYTES = 4 << 20
 """Of a checkpoint beside its tensors: headers, random numbers, JSON."""
+
+
+class Schedule(TypedDict):
+    """State of a learning rate's schedule (`nano3.training.rates.GroupRates`)."""
+
+    step: Count
+
+
+class RunState(TypedDict):
+    """run.pt. Each callback holds its own state to a schema."""
+
+    adam_step: Count
+    schedules: list[Schedule]
+    callbacks: dict[Name, dict[str, Any]]
 
 
 class RunCheckpoints(pl.Callback):
@@ -117,7 +133,8 @@ class RunCheckpoints(pl.Callback):
         sampler = trainer.datamodule.data_sampler  # type: ignore[attr-defined]
         sampler.init_consumed_samples = sampler.prev_consumed_samples = state["samples"]
         sampler.init_global_step = state["step"]
-        self._saved = {**_read(self.source, "run.pt"), **state}
+        path = self.source / folders.TRAINING / "run.pt"
+        self._saved = {**check(_read(self.source, path.name), RunState, str(path), REMEDY), **state}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sets Lightning's counters and the other callbacks' states."""

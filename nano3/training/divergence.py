@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MaxLen
+from typing_extensions import TypedDict
 
 from nano3.cli import UserError
+from nano3.documents import Count, check
+from nano3.pickles import REMEDY
 
 PATIENCE = 20
 """Steps in a row that must be bad: one hard batch, or a spike from which the optimizer recovers, is no divergence."""
@@ -17,6 +22,15 @@ SMOOTH = 5
 
 DIVERGED = "the run diverged"
 """In the message of every run that ends here, and of no other."""
+
+
+class DivergenceState(TypedDict):
+    """What a checkpoint holds of it; levels are infinite in the first steps."""
+
+    bad: Count
+    first: float
+    lowest: float
+    recent: Annotated[list[float], MaxLen(SMOOTH)]
 
 
 class Divergence:
@@ -60,6 +74,7 @@ class Divergence:
         return {"bad": self.bad, "first": self.first, "lowest": self.lowest, "recent": list(self.recent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`. Raises `UserError` for what is none."""
+        check(state, DivergenceState, "the checkpoint's levels of the loss", REMEDY)
         self.bad, self.first, self.lowest = state["bad"], state["first"], state["lowest"]
         self.recent = deque(state["recent"], maxlen=SMOOTH)

@@ -8,8 +8,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from typing_extensions import TypedDict
 
 from nano3.checkpoints.adapter_checkpoint import adapter_facts, save_trained
+from nano3.documents import Count, check
+from nano3.pickles import REMEDY
+
+
+class ValidationState(TypedDict):
+    """What a checkpoint holds of it; losses are infinite before the first validation."""
+
+    best: float
+    best_step: Count
+    reference: float
+    waited: Count
 
 
 class Validation(pl.Callback):
@@ -28,12 +40,13 @@ class Validation(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on must know: the best loss and its step, and how long it has not improved."""
-        names = ("best", "best_step", "reference", "waited")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ValidationState.__annotations__}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():
-            setattr(self, name, value)
+        """The inverse of `state_dict`. Raises `UserError` for what is none."""
+        check(state_dict, ValidationState, "the checkpoint's state of validation", REMEDY)
+        for name in ValidationState.__annotations__:
+            setattr(self, name, state_dict[name])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loss = _of_rank_0(trainer.callback_metrics["validation_loss"])

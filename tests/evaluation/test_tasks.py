@@ -78,8 +78,8 @@ def test_letters_are_those_of_lm_evaluation_harness(tmp_path):
     ours = model.letters(questions)
     for size in (1, 7):
         model.batch_size = size
-        again = model.letters(questions[:60])
-        assert torch.allclose(torch.tensor(again), torch.tensor(ours[:60]), rtol=0, atol=1e-4)
+        again = model.letters(questions)
+        assert torch.allclose(torch.tensor(again), torch.tensor(ours), rtol=0, atol=1e-4)
     theirs = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=16)
     asked = [(task.completion(question), f" {letter}") for question in questions for letter in "ABCD"]
     requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(asked)]

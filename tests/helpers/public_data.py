@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 
-import pytest
+from tests.helpers.fetched import not_here
 
 PACKAGES = Path(__file__).parents[2] / "build" / "reference" / "data"
 
@@ -15,8 +14,7 @@ def package(name: str) -> zipfile.ZipFile:
     """A package's wheel as an archive; without it the test is skipped, and fails in CI."""
     found = sorted(PACKAGES.glob(f"{name}-*.whl"))
     if not found:
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing(f"no {name} in {PACKAGES}: run `make build/reference/data`")
+        not_here(f"no {name} in {PACKAGES}: run `make build/reference/data`")
     return zipfile.ZipFile(found[-1])
 
 

@@ -28,9 +28,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pytest
-
 from launch.local import die_with_parent
+from tests.helpers.fetched import not_here
 
 PACKAGES = "slurmctld slurmd slurm-client munge"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -82,8 +81,7 @@ def require_slurm() -> None:
     """Skips the test where there is no Slurm; fails it in CI, which installs one."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     if missing:
-        say = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        say(f"no {', '.join(missing)}: {INSTALL}")
+        not_here(f"no {', '.join(missing)}: {INSTALL}")
 
 
 class Slurm:

@@ -125,6 +125,13 @@ def test_a_resumed_run_judges_as_the_uninterrupted_one(make):
         second.divergence.check(25, 4.0, 1.0, 1e-3)
 
 
+@pytest.mark.parametrize("change", [{"recent": [1.0] * 6}, {"first": "high"}, {"bad": -1}])
+def test_other_levels_than_a_run_writes_are_refused(change):
+    levels = Divergence(2.0)
+    with pytest.raises(UserError, match="levels of the loss"):
+        levels.load_state_dict(levels.state_dict() | change)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("Tried to allocate 2.00 GiB.\nmore"),
                                    MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip

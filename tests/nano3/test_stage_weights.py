@@ -13,7 +13,7 @@ from data_prep.packing import build_packs
 from data_prep.store import StoreWriter
 from finetune.settings import CheckpointSettings, LogSettings, LoraSettings, Settings, StageSettings, TrainSettings
 from launch.plan.layout import Layout
-from nano3.cli import fresh_output
+from nano3.cli import UserError, fresh_output
 from nano3.stage_weights import FLOOR, LEAST, NAMES, UNTIL, StageWeights
 from nano3.token_store import KIND, TokenStore, tokenizer_sha256
 from tests.helpers.rank_server import RankServer
@@ -67,6 +67,23 @@ def test_fixed_weights_never_move():
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weights": [1.0] * 6}, "weights"),
+        ({"errors": [float("nan")] * 7}, "errors"),
+        ({"step": True}, "step"),
+        ({"seen": 1}, "seen"),
+    ],
+)
+def test_a_checkpoint_with_other_weights_is_refused(change, says):
+    weights = StageWeights([1.0] * 5, 0.5)
+    state = weights.state()
+    with pytest.raises(UserError, match=f"weights of stages: {says}"):
+        weights.restore(state | change)
+    assert weights.state() == state
+
+
 def test_the_gradient_is_that_of_the_stages_losses_summed_by_hand():
     """FP64: one micro batch of 40 tokens of all stages, two sources and weights of the data besides."""
     from nano3.loss import LOSS, TOKENS, WEIGHT, TokenLoss

@@ -203,3 +203,13 @@ def test_patience_by_hand(kept, losses, least, stops, best):
             break
     assert kept[-1] == ("best", best)
     assert (stops is None) == (step == len(losses) and not now.should_stop)
+
+
+def test_a_checkpoint_sets_nothing_else_of_the_validation():
+    from nano3.training.validation import Validation
+
+    callback = Validation("best", patience=2, min_improvement=0.0)
+    callback.load_state_dict(callback.state_dict() | {"patience": 0})
+    assert callback.patience == 2
+    with pytest.raises(UserError, match="waited is -1"):
+        callback.load_state_dict(callback.state_dict() | {"waited": -1})
