@@ -17,7 +17,7 @@ from nano3.sealed_folder import check_seal
 NOT_IN_THE_MODEL = ("dropout", "plus_ratio")
 """Facts of `lora.json` that decide how an adapter was trained, and not what it computes."""
 
-UNRECORDED = {"mark": []}
+UNRECORDED: dict[str, Any] = {"mark": []}
 """What adapters are that say nothing of it: those of versions that did not know it."""
 
 
