@@ -46,19 +46,26 @@ def fresh_folder(out: Path, kind: str) -> Path:
 
 
 def train(
-    out: Path, ranks: int, defaults: Callable[[], Settings], recipe: Callable[[Run], Any], data: str = "train"
+    out: Path,
+    ranks: int,
+    defaults: Callable[[], Settings],
+    recipe: Callable[[Run], Any],
+    data: str = "train",
+    model: str = "pico",
+    into: str = "lora",
 ) -> dict[str, Any]:
-    """Trains pico with a recipe on CPU ranks, from OUT/DATA into OUT/lora; returns what the report says about it."""
+    """Trains pico, or a `model` made of it, with a recipe on CPU ranks, from OUT/DATA into a folder of OUT; returns
+    what the report says about it."""
     from finetune import command
     from nano3.training.journal import read_rows
 
-    flags = ["--model", "pico", "--local", "--ranks", str(ranks), "--out", str(out / "lora")]
+    flags = ["--model", model, "--local", "--ranks", str(ranks), "--out", str(out / into)]
     flags += ["--data", str(out / data), "--validation", str(out / "validation")]
     run, arch = command.resolve(command.parser().parse_args(flags), defaults, recipe_of(recipe))
     code = command.train(run, arch)
     if code:
         raise SystemExit(code)
-    metrics = read_rows(out / "lora" / "metrics.jsonl")
+    metrics = read_rows(out / into / "metrics.jsonl")
     layout, plain = run.settings.layout, flatten(Settings())
     chosen = {key: text_of(value) for key, value in flatten(defaults()).items() if value != plain[key]}
     return {

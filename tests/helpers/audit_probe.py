@@ -134,6 +134,9 @@ COMMANDS = {
     "a medical run": Command(
         "recipes/medical_lora.py", "--model @hf --data @mixture.yaml --out @out/run --local --dry-run", True
     ),
+    "a step-aware run": Command(
+        "recipes/step_aware_lora.py", "--model @hf --data @mixture.yaml --out @out/run --local --dry-run", True
+    ),
     "a challenge run": Command(
         "recipes/challenge_lora.py", "--model @hf --data @mixture.yaml --out @out/run --local --dry-run", True
     ),

@@ -26,6 +26,7 @@ RECIPES = {
     "medical_lora": "medical_lora",
     "challenge_lora": "challenge_lora",
     "reasoning_lora": "reasoning_lora",
+    "step_aware_lora": "step_aware_lora",
     "nemotron_qlora": "nemotron_3_nano_qlora",
 }
 """File -> the function in it."""
