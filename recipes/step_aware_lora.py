@@ -33,8 +33,7 @@ from finetune.whole_path import fresh_folder, git_commit, train
 from launch.plan.layout import Layout
 from nano3.arch import resolve_model
 
-KIND, MARK, SEQ_LENGTH = "step-aware-run", "[VERIFY]", 2048
-HELD_SEED, TRAINING_SEED = 1, 2
+KIND, MARK, SEQ_LENGTH, HELD_SEED, TRAINING_SEED = "step-aware-run", "[VERIFY]", 2048, 1, 2
 
 
 def settings() -> Settings:
@@ -106,9 +105,8 @@ def main() -> int:
     train(out, args.ranks, partial(pico_reasoning, args.steps), step_aware_lora, into="reasoning")
     merged, adapter = out / "merged", out / "verify" / "adapter"
     print(merge(pico, out / "reasoning" / "adapter", merged))
-    train(
-        out, args.ranks, partial(pico_verification, args.steps // 2), step_aware_lora, model=str(merged), into="verify"
-    )
+    later = partial(pico_verification, args.steps // 2)
+    train(out, args.ranks, later, step_aware_lora, model=str(merged), into="verify")
     questions, found = load_questions(out / "held.jsonl"), dict[str, Any]()
     for name, folder, second in (("pico", pico, None), ("merged", merged, None), ("verifying", merged, adapter)):
         found[name] = measure_model(HFModel(folder, thinking=True, prepare=beside(second, folder)), questions)
