@@ -28,6 +28,8 @@ _LOOK_AHEAD = 10_000
 _PLAIN = "question opa opb opc opd cop exp subject_name"
 _FORMATTED = "data explanation subject_name"
 _EVALS = "input ideal"
+_NO_ANSWER = (None, "", -1)
+"""What stands in `cop` of the test split, by its copy."""
 _TEXT = re.compile(r"Subject: (.+?)\n\n(.+?)\n\s*a\) (.+?)\nb\) (.+?)\nc\) (.+?)\nd\) (.+)", re.DOTALL)
 
 
@@ -39,7 +41,7 @@ def read(source: Path | str, facts: Facts) -> Iterator[Row]:
     first = None
     for row in rows:
         seen.append(row)
-        if "cop" not in row.fields or row.fields["cop"] in (None, ""):
+        if "cop" not in row.fields or row.fields["cop"] in _NO_ANSWER:
             break  # another form, or the test split: nothing to decide
         cop = _at(row, 0, 4)
         if cop in (0, 4):
@@ -47,13 +49,13 @@ def read(source: Path | str, facts: Facts) -> Iterator[Row]:
             break
         if len(seen) == _LOOK_AHEAD:
             break
-    if first is None and "cop" in seen[-1].fields and seen[-1].fields["cop"] not in (None, ""):
+    if first is None and "cop" in seen[-1].fields and seen[-1].fields["cop"] not in _NO_ANSWER:
         raise UserError(
             f"{seen[-1].where}: 'cop' was 1, 2 or 3 in all {len(seen)} rows so far, so that nobody can tell whether it "
             "counts from 0 or from 1; give more rows of the file, or the options and the letter with --map"
         )
     for row in chain(seen, rows):
-        if first is None or row.fields.get("cop") in (None, ""):
+        if first is None or row.fields.get("cop") in _NO_ANSWER:
             yield row
         else:
             yield Row({**row.fields, "cop": _at(row, first, first + 3) - first}, row.where)
@@ -74,7 +76,7 @@ def chat(fields: Fields) -> dict[str, Any]:
     if "data" in fields:
         return _formatted(fields)
     options = [text_of(fields, key) for key in _OPTIONS]
-    if fields.get("cop") in (None, "", -1):
+    if fields.get("cop") in _NO_ANSWER:
         raise UserError(f"'cop' is {short(fields.get('cop'))}: no answer, as in the test split; score validation")
     row = chosen(text_of(fields, "question"), options, number_of(fields, "cop", 0, 3), _explanation(fields, "exp"))
     return row | {"subject": text_of(fields, "subject_name")}
@@ -115,7 +117,7 @@ SOURCE = Source(
     "medmcqa",
     "MedMCQA, as published, formatted, or in OpenAI's evals",
     all_keys(_PLAIN, _FORMATTED, _EVALS),
-    keys("question opa opb opc opd cop", "data subject_name"),
+    keys("question opa opb opc opd", "data subject_name"),  # without `cop`: the test split is known, and refused
     chat,
     harmless=all_keys("choice_type topic_name"),
     terms="Apache-2.0",

@@ -54,8 +54,14 @@ def test_rows_without_choices_are_refused_by_name(tmp_path: Path) -> None:
         convert(ChatRows(source, say="letter"), tmp_path / "out.jsonl")
 
 
-def test_the_test_split_is_refused(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "test.jsonl", [{**ROW, "cop": None}])
-    with pytest.raises(UserError, match=r"test\.jsonl:1: 'cop' is missing: no answer, as in the test split"):
+@pytest.mark.parametrize(("cop", "shown"), [(None, "missing"), (-1, "-1"), ("", "''")])
+def test_the_test_split_is_refused(tmp_path: Path, cop: int | str | None, shown: str) -> None:
+    """By its name in both scripts that read rows, also where nobody said which data set it is."""
+    source = write_jsonl(tmp_path / "test.jsonl", [{**ROW, "cop": cop}])
+    refused = rf"test\.jsonl:1: 'cop' is {shown}: no answer, as in the test split; score validation"
+    with pytest.raises(UserError, match=refused):
         convert(ChatRows(source, form_named("medmcqa"), say="letter"), tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+    with pytest.raises(UserError, match=refused):
+        prepare([source], resolve_model("pico"), tmp_path / "store", 256)
+    assert not (tmp_path / "store").exists()

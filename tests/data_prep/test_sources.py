@@ -97,7 +97,7 @@ def test_where_cop_counts_from_is_decided_from_the_file(tmp_path: Path, cops: li
         ([4, 0], r"rows\.jsonl:2: 'cop' is 0; it must be a whole number from 1 to 4, as in the rows before it"),
         ([0, 7], r"rows\.jsonl:2: 'cop' is 7"),
         ([None], r"rows\.jsonl:1: 'cop' is missing: no answer, as in the test split"),
-        ([0, -1], r"rows\.jsonl:2: 'cop' is -1"),
+        ([0, -1], r"rows\.jsonl:2: 'cop' is -1: no answer, as in the test split"),
     ],
 )
 def test_a_cop_that_cannot_be_decided_is_refused(tmp_path: Path, cops: list, reason: str) -> None:
