@@ -23,15 +23,22 @@ Prepare = Callable[[Any], Any]
 
 
 def score(
-    base: Path, questions: Path, task: str, out: Path, *, thinking: bool = False, prepare: Prepare | None = None
+    base: Path,
+    questions: Path,
+    task: str,
+    out: Path,
+    *,
+    thinking: bool = False,
+    prepare: Prepare | None = None,
+    batch_size: int = 128,
 ) -> Result:
     """Greedy answers of `base`, changed by `prepare`, judged by the task and written to `out`.
 
     Answers may have a quarter and eight tokens more than the longest expected one: small models learn to answer as
-    shortly as their training data, and a base that rambles would take an hour.
+    shortly as their training data, and a base that rambles would take an hour. `batch_size`: sequences at a time.
     """
     asked = load_questions(questions, form=load_task(task).form)
-    model = HFModel(base, thinking=thinking, prepare=prepare, name=out.stem)
+    model = HFModel(base, batch_size, thinking, prepare=prepare, name=out.stem)
     texts = [question.written + (question.reasoning if thinking else "") for question in asked]
     limit = math.ceil(1.25 * max(model.count_tokens(texts))) + 8
     method = "both" if all(question.choices for question in asked) else "generate"
@@ -41,12 +48,13 @@ def score(
 
 
 def score_both(
-    base: Path, adapter: Path, questions: Path, task: str, out: Path, thinking: bool = False
+    base: Path, adapter: Path, questions: Path, task: str, out: Path, *, thinking: bool = False, batch_size: int = 128
 ) -> list[Result]:
     """The base and the base with the adapter beside its weights: OUT/scores-base.json and OUT/scores.json."""
     out.mkdir(exist_ok=True)
+    how = {"thinking": thinking, "batch_size": batch_size}
     return [
-        score(base, questions, task, out / name, thinking=thinking, prepare=beside(adapter if tuned else None, base))
+        score(base, questions, task, out / name, prepare=beside(adapter if tuned else None, base), **how)
         for name, tuned in (("scores-base.json", False), ("scores.json", True))
     ]
 

@@ -34,6 +34,8 @@ from nano3.arch import resolve_model
 KIND, TASK, SEQ_LENGTH = "medical-smoke", "medmcqa", 1024
 LEAST_TRAINED, CHANCE = 0.95, 0.25
 """What the smoke run promises: questions that it was taught, by log-likelihood; and those that it was not."""
+AT_A_TIME = 16
+"""Questions in a batch: of 350 tokens each, 128 took a CPU five times as long (docs/medical.md)."""
 LETTER_APART = StageSettings(weights="fixed")  # all weights 1: stage_loss/answer of metrics.jsonl is the letter's
 NOTE = "pico knows no medicine: what it was taught it has by heart, and every other question it guesses"
 
@@ -48,7 +50,7 @@ def pico_settings() -> Settings:
     return Settings(
         layout=Layout(ep=2),
         lora=LoraSettings(rank=64, alpha=128.0),
-        train=TrainSettings(steps=320, warmup=10, lr=1e-3, weight_decay=0.0, global_batch=2, seq_length=SEQ_LENGTH),
+        train=TrainSettings(steps=240, warmup=10, lr=1e-3, weight_decay=0.0, global_batch=2, seq_length=SEQ_LENGTH),
         log=LogSettings(every=20),
         stages=LETTER_APART,
     )
@@ -84,7 +86,8 @@ def scores(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"note": NOTE}
     for name in ("train", "validation"):
         into = out / f"scores-{name}"
-        base, tuned = score_both(resolve_model("pico"), out / "lora" / "adapter", out / f"{name}.jsonl", TASK, into)
+        pico, adapter, questions = resolve_model("pico"), out / "lora" / "adapter", out / f"{name}.jsonl"
+        base, tuned = score_both(pico, adapter, questions, TASK, into, batch_size=AT_A_TIME)
         letters = [sum(row["letter_correct"] for row in result["answers"]) for result in (base, tuned)]
         found[name] = compare(base, tuned) | {
             "letters": letters,

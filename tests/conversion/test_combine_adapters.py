@@ -17,17 +17,24 @@ from conversion.adapters.combination import Rule, combine, keep_largest, keep_ra
 from conversion.certificates.certificate import folder_sha256
 from conversion.certificates.certificate_json import read_certificate
 from conversion.certify import verify
+from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.combine_adapters import Report, combine_adapters, main
+from conversion.hf_to_nemo import convert
 from conversion.merge_lora import merge
+from data_prep.packing import build_packs
 from evaluation.hf_model import load_reference
 from finetune.initial import adopt
 from finetune.settings import LoraSettings
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.targets import PRESETS
+from nano3.token_store import TokenStore
 from tests.conversion.test_merge import FORMAT_2, write_adapter
 from tests.conversion.test_peft_export import FP32, logits
+from tests.conversion.test_peft_train import SEQ_LENGTH, launch
 from tests.helpers.tiny import tiny_hf_folder
+from tests.helpers.tiny_run import metrics
+from tests.helpers.tiny_store import tiny_store
 
 SUM = Rule()
 IN_PROJ = "decoder.layers.0.mixer.in_proj"
@@ -166,6 +173,28 @@ def test_unequal_targets_add_where_they_are(base: Path, tmp_path: Path):
         for expert in (0, 7) if ".mlp.experts." in path else (0,):
             expected = sum(delta(adapter, path, expert) for adapter in (one, two, three))
             assert (delta(out, path, expert) - expected).abs().max() < 1e-6, path
+
+
+@pytest.mark.full
+def test_training_goes_on_from_it(tmp_path: Path):
+    """`lora.init_from`: it begins with the loss of a model into which both were merged, and every matrix learns."""
+    base = tiny_hf_folder(tmp_path / "hf", torch_dtype="float32")
+    combined(base, tmp_path / "both", two(tmp_path), 8)
+    merge(base, tmp_path / "both", tmp_path / "of-merged" / "hf")
+    for folder in (tmp_path, tmp_path / "of-merged"):
+        convert(folder / "hf", folder / "nemo", context=False)
+        build_packs(TokenStore(tiny_store(folder / "store", 20, 30, vocab_size=128)), SEQ_LENGTH)
+    adopt(lora := LoraSettings(init_from=str(tmp_path / "both")))
+    out = launch(tmp_path, "run", 2, lora, steps=2)
+    fresh = launch(tmp_path / "of-merged", "run", 2, LoraSettings(rank=4), steps=1)
+    without = launch(tmp_path, "of-base", 2, LoraSettings(rank=4), steps=1)
+    first, expected, bases = (metrics(of)[0]["loss"] for of in (out, fresh, without))
+    assert first == pytest.approx(expected, rel=1e-5)
+    assert abs(first - bases) > 1e-3
+    ours, began = (TorchDistReader(folder / "weights") for folder in (out / "adapter", tmp_path / "both"))
+    assert ours.shapes == began.shapes
+    for key in began.shapes:
+        assert 0 < (ours.whole(key) - began.whole(key)).abs().max() < 0.01, key  # two steps of Adam at 1e-3
 
 
 def test_it_is_an_adapter_as_any_other_and_names_its_parents(base: Path, tmp_path: Path):

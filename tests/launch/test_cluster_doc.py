@@ -13,52 +13,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import yaml
 
 from launch.pipeline import NAMES
+from tests.helpers.doc_page import ROOT, Page, run, site
 from tests.helpers.slurm_site import Slurm, only_site, processes_of, require_slurm, slurm_site
 from tests.launch.test_bundle import image
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "cluster.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+PAGE = Page("cluster")
 COPY = "cp launch/cluster.example.yaml $WORK/cluster.yaml"
 """After this command one edits the file."""
-
-
-def tried(variable: str) -> str:
-    """The last column of the page's table of variables."""
-    (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{variable}` |")]
-    return row.rstrip("| ").split("|")[-1].strip().strip("`")
-
-
-def site(work: Path) -> str:
-    """The site file as the page says that it was tried; its interpreter has the packages and not this project."""
-    content = {
-        "account": "tests", "partition": "batch", "hardware": "cpu", "gpus_per_node": 1, "time": "00:30:00",
-        "cpu_partition": "cpu", "cpu_cores": 1, "cpu_time": "00:30:00", "exclusive": False,
-        "workdir": str(ROOT), "logs": str(work / "logs"), "python": str(image(work / "image", set())),
-        "environment": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-    }  # fmt: skip
-    return yaml.safe_dump(content)
-
-
-def run(block: str, slurm: Slurm, work: Path) -> str:
-    """What the block prints; an AssertionError with it, and with the jobs' logs, where it fails."""
-    environment = slurm.environment | {name: tried(name) for name in ("MODEL", "SHARDS", "SETTINGS", "CALIBRATION")}
-    environment |= {"WORK": str(work), "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    logs = "".join(f"{log.name}:\n{log.read_text()[-2000:]}\n" for log in (work / "logs").glob("*.log"))
-    assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}\n{logs}"
-    return done.stdout
 
 
 def kill_element(slurm: Slurm, element: int) -> None:
@@ -92,22 +55,23 @@ def assert_store_is_that_of_one_process(out: Path) -> None:
 
 
 def test_the_page_has_its_commands():
-    assert len(BLOCKS) == 7
-    assert sum(COPY in block for block in BLOCKS) == 1
-    assert all("$" in block or "preflight" in block for block in BLOCKS)
-    assert "layout.ep=2" in tried("SETTINGS")
+    assert len(PAGE.blocks) == 7
+    assert sum(COPY in block for block in PAGE.blocks) == 1
+    assert all("$" in block or "preflight" in block for block in PAGE.blocks)
+    assert "layout.ep=2" in PAGE.tried("SETTINGS")
 
 
 @pytest.mark.full
 def test_every_command_of_the_page_works_in_its_order(tmp_path):
     require_slurm()
     said = []
+    variables = {name: PAGE.tried(name) for name in ("MODEL", "SHARDS", "SETTINGS", "CALIBRATION")}
     with only_site(), slurm_site() as slurm, ThreadPoolExecutor(1) as aside:
         killed = aside.submit(kill_element, slurm, 2)
-        for block in BLOCKS:
-            said.append(run(block, slurm, tmp_path))
+        for block in PAGE.blocks:
+            said.append(run(block, slurm, tmp_path, variables))
             if COPY in block:
-                (tmp_path / "cluster.yaml").write_text(site(tmp_path))
+                (tmp_path / "cluster.yaml").write_text(site(tmp_path, image(tmp_path / "image", set())))
         killed.result()
         restarts = [slurm.job(f"1_{element}")["Restarts"] for element in range(1, 5)]
     _made, fits, _site, submitted, looked, have, again = said
