@@ -82,7 +82,7 @@ def _rows(task: str, size: int, seed: int, params: dict[str, Any]) -> Iterator[d
     if not task.startswith(PREFIX):
         return reasoning_gym_rows(task, size, seed, **params)
     if unknown := set(params) - {"level"}:
-        raise UserError(f"puzzles have no parameter {unknown.pop()!r}; they have level, from 1 to 3")
+        raise UserError(f"puzzles have no parameter {unknown.pop()!r}; they have level, from 1 to 3 (numerals from 0)")
     return puzzle_rows(task.removeprefix(PREFIX), size, seed, **params)
 
 

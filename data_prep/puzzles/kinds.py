@@ -18,7 +18,7 @@ KINDS = {
     for kind in (
         Kind(bits.KIND, "bit manipulation", bits.draw),
         Kind(ciphers.KIND, "text encryption", ciphers.draw),
-        Kind(numerals.KIND, "numeral systems", numerals.draw),
+        Kind(numerals.KIND, "numeral systems", numerals.draw, least=0),
         Kind("units", "unit conversion with a hidden factor", measures.draw_units),
         Kind("gravity", "altered gravity", measures.draw_gravity),
         Kind(equations.KIND, "equation transformation", equations.draw),
@@ -38,13 +38,14 @@ def checked(kind: str, seed: int, number: int, level: int) -> Puzzle:
 
 
 def puzzle_rows(kind: str, size: int, seed: int, level: int | None = None) -> Iterator[dict[str, Any]]:
-    """`size` rows of a kind with the reasoning as `reasoning_content`; without a level the three take turns."""
+    """`size` rows of a kind with the reasoning as `reasoning_content`; without a level 1, 2 and 3 take turns."""
     if kind not in KINDS:
         raise UserError(f"there is no puzzle kind {kind!r}; there are {', '.join(KINDS)}")
-    if level is not None and level not in LEVELS:
-        raise UserError(f"level={level} is none of {', '.join(map(str, LEVELS))}")
+    levels = range(KINDS[kind].least, LEVELS[-1] + 1)
+    if level is not None and level not in levels:
+        raise UserError(f"level={level} is none of {kind}'s: {', '.join(map(str, levels))}")
     for number in range(size):
-        puzzle = checked(kind, seed, number, level or LEVELS[number % len(LEVELS)])
+        puzzle = checked(kind, seed, number, LEVELS[number % len(LEVELS)] if level is None else level)
         yield {
             "id": f"{kind}-{seed}-{number}",
             "source": PREFIX + kind,

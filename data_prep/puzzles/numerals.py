@@ -1,7 +1,8 @@
 """Numeral systems: numbers written in a hidden system; one more number to write.
 
 Level 1 is Roman or a base from 2 to 16 with the usual digits; level 2 writes the digits of a base backwards; level 3
-has symbols of its own for the digits of a base from 3 to 6, and shows all that the answer needs.
+has symbols of its own for the digits of a base from 3 to 6, and shows all that the answer needs. Level 0 is what fits a
+model of pico's size: the first four systems and small numbers.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ DIGITS = "0123456789ABCDEF"
 BASES = range(2, 17)
 SYMBOL_BASES = range(3, 7)
 SYMBOLS = "@#%&*+=<>?~^"
-EXAMPLES = {1: 4, 2: 4, 3: 7}
-LARGEST = {1: 400, 2: 400, 3: 200}
+EXAMPLES = {0: 4, 1: 4, 2: 4, 3: 7}
+LARGEST = {0: 64, 1: 400, 2: 400, 3: 200}
+FEW = 4
+"""Systems of level 0: Roman and the bases 2, 3 and 4."""
 ROMAN = ((1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"), (50, "L"), (40, "XL"),
          (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"))  # fmt: skip
 Writer = Callable[[int], str]
@@ -48,7 +51,7 @@ def _backwards(number: int, base: int) -> str:
 
 
 def _family() -> Iterator[tuple[str, Writer]]:
-    """The systems of levels 1 and 2 with a name, in the order in which the reasoning tries them."""
+    """The systems of levels 0 to 2 with a name, in the order in which the reasoning tries them."""
     yield "Roman numerals", roman
     for base in BASES:
         if base != 10:
@@ -73,7 +76,8 @@ def draw(source: random.Random, level: int) -> Puzzle | None:
             return None
         return Puzzle(KIND, level, question(RULE, pairs, ask), _by_symbols(pairs, query, base, read[base]), answer)
     family = list(_family())
-    secret = source.choice(family[-len(BASES) :] if level == 2 else family[: -len(BASES)])[1]
+    drawn = {0: family[:FEW], 1: family[: -len(BASES)], 2: family[-len(BASES) :]}[level]
+    secret = source.choice(drawn)[1]
     pairs = [(str(n), secret(n)) for n in examples]
     fits = [(name, write(query)) for name, write in family if all(write(int(n)) == text for n, text in pairs)]
     answer = only([text for _, text in fits])

@@ -1,7 +1,8 @@
 """What a puzzle is, in every kind: a question with worked examples, one answer, and the reasoning that finds it.
 
 A kind declares a family of rules. A puzzle is kept only when every rule of the family that fits its examples gives the
-same answer, so the answer follows from the question. Level 1 is the easiest, 3 the hardest.
+same answer, so the answer follows from the question. Level 1 is the easiest, 3 the hardest; a kind may have a level 0
+for very small models.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ class Puzzle:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of puzzle: `draw` makes a candidate of a level, or None when its examples leave two answers open."""
+    """One kind of puzzle: `draw` makes a candidate of a level, or None when its examples leave two answers open.
+
+    Its levels are those from `least` to 3.
+    """
 
     name: str
     says: str
     draw: Callable[[random.Random, int], Puzzle | None]
+    least: int = LEVELS[0]
 
 
 def question(rule: str, pairs: Pairs, ask: str, arrow: str = ARROW) -> str:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ THIRD = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_solvers_find_the_same_single_answer(kind):
-    for level in LEVELS:
+    for level in range(KINDS[kind].least, LEVELS[-1] + 1):
         for number in range(12):
             puzzle = checked(kind, SEED, number, level)
             assert THIRD[kind](puzzle.question) == {puzzle.answer}, puzzle.question
@@ -232,5 +233,18 @@ def test_generate_writes_puzzles_and_refuses_other_parameters():
 def test_unknown_kinds_and_levels_are_refused():
     with pytest.raises(UserError, match="no puzzle kind 'chess'; there are bits"):
         next(puzzle_rows("chess", 1, 1))
-    with pytest.raises(UserError, match="level=4 is none of 1, 2, 3"):
+    with pytest.raises(UserError, match="level=4 is none of bits's: 1, 2, 3"):
         next(puzzle_rows("bits", 1, 1, 4))
+    with pytest.raises(UserError, match="level=0 is none of bits's: 1, 2, 3"):
+        next(puzzle_rows("bits", 1, 1, 0))
+
+
+def test_numerals_have_a_level_for_a_model_of_picos_size():
+    """Numbers below 64 in Roman numerals and in the bases 2, 3 and 4, whatever else a number could be read as."""
+    rows = list(puzzle_rows("numerals", 60, SEED, 0))
+    assert {row["level"] for row in rows} == {0}
+    for row in rows:
+        pairs = shown(row["messages"][0]["content"])
+        assert max(int(number) for number, _ in pairs) < 64
+        systems = {"Roman": numerals.roman} | {str(b): partial(numerals.in_base, base=b) for b in (2, 3, 4)}
+        assert any(all(write(int(number)) == text for number, text in pairs) for write in systems.values())

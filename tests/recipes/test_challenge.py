@@ -19,7 +19,7 @@ from tests.conversion.test_merge import FORMAT_2
 
 
 def test_no_held_out_puzzle_is_trained_on_and_the_reasoning_is(tmp_path: Path):
-    prepare_data(tmp_path, "equations", held_out=12, training=24)
+    prepare_data(tmp_path, "numerals", level=0, held_out=12, training=24)
     rows = {name: list(map(json.loads, (tmp_path / f"{name}.jsonl").open())) for name in ("held_out", "train")}
     questions = {name: {row["messages"][0]["content"] for row in part} for name, part in rows.items()}
     assert (len(questions["held_out"]), len(questions["train"])) == (12, 24)
@@ -27,7 +27,7 @@ def test_no_held_out_puzzle_is_trained_on_and_the_reasoning_is(tmp_path: Path):
     for row in rows["train"]:
         said = row["messages"][1]
         assert said["content"] == f"\\boxed{{{row['answer']}}}"
-        assert said["reasoning_content"].endswith(f" gives {row['answer']}")
+        assert said["reasoning_content"].endswith(f" is {row['answer']}")
     store = TokenStore(tmp_path / "train")
     assert store.manifest["supervised_tokens"] > 24 * 60  # the reasoning counts, not the box alone
 
