@@ -20,7 +20,7 @@ BASES = range(2, 17)
 SYMBOL_BASES = range(3, 7)
 SYMBOLS = "@#%&*+=<>?~^"
 EXAMPLES = {0: 4, 1: 4, 2: 4, 3: 7}
-LARGEST = {0: 64, 1: 400, 2: 400, 3: 200}
+LARGEST = {0: 32, 1: 400, 2: 400, 3: 200}
 FEW = 4
 """Systems of level 0: Roman and the bases 2, 3 and 4."""
 ROMAN = ((1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"), (50, "L"), (40, "XL"),

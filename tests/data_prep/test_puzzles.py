@@ -240,11 +240,11 @@ def test_unknown_kinds_and_levels_are_refused():
 
 
 def test_numerals_have_a_level_for_a_model_of_picos_size():
-    """Numbers below 64 in Roman numerals and in the bases 2, 3 and 4, whatever else a number could be read as."""
+    """Numbers below 32 in Roman numerals and in the bases 2, 3 and 4, whatever else a number could be read as."""
     rows = list(puzzle_rows("numerals", 60, SEED, 0))
     assert {row["level"] for row in rows} == {0}
     for row in rows:
         pairs = shown(row["messages"][0]["content"])
-        assert max(int(number) for number, _ in pairs) < 64
+        assert max(int(number) for number, _ in pairs) < 32
         systems = {"Roman": numerals.roman} | {str(b): partial(numerals.in_base, base=b) for b in (2, 3, 4)}
         assert any(all(write(int(number)) == text for number, text in pairs) for write in systems.values())
