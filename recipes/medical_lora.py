@@ -50,7 +50,7 @@ def pico_settings() -> Settings:
     return Settings(
         layout=Layout(ep=2),
         lora=LoraSettings(rank=64, alpha=128.0),
-        train=TrainSettings(steps=240, warmup=10, lr=1e-3, weight_decay=0.0, global_batch=2, seq_length=SEQ_LENGTH),
+        train=TrainSettings(steps=320, warmup=10, lr=1e-3, weight_decay=0.0, global_batch=2, seq_length=SEQ_LENGTH),
         log=LogSettings(every=20),
         stages=LETTER_APART,
     )
