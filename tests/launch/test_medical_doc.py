@@ -6,6 +6,7 @@ The hub is a stand-in on loopback that has pico under Nano's name, and questions
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -61,9 +62,9 @@ def test_from_a_hub_name_to_the_folder_that_is_served(tmp_path):
         fetched, trained, found = (run(block, slurm, tmp_path, variables | address) for block in PAGE.blocks)
     assert f"{SET}@{COMMIT[:8]}" in fetched
     assert len((tmp_path / "clean.jsonl").read_text().splitlines()) == TRAINING - IN_BOTH
-    assert [line.split()[0] for line in trained.splitlines() if " finished" in line][-6:] == list(NAMES)
+    assert re.findall(r"^(\w+) +finished", trained, re.MULTILINE)[-6:] == list(NAMES)
     rows = [json.loads(line) for line in (tmp_path / "out" / "lora" / "metrics.jsonl").read_text().splitlines()]
-    assert "stage_loss/answer" in rows[-1]
+    assert any("stage_loss/answer" in row for row in rows)
     assert "published 37.7 -> 62.3" in found  # ENT
-    assert (tmp_path / "out" / "report.html").is_file()
+    assert (tmp_path / "out" / "report-run.html").is_file()
     assert lint(tmp_path / "out" / "fp8") == []
