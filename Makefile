@@ -10,13 +10,14 @@ WORKERS ?= 2
 TESTS := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 REFERENCE := build/reference
+VLLM := build/vllm
 PACKAGES := nano3 finetune recipes pico data_prep conversion evaluation launch tests benchmarks
 
 # The models are tiny: one thread per process is fastest, and ranks do not fight over cores.
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install demo medical-smoke challenge-demo reasoning-demo test test-full check gpu-check clean
+.PHONY: help install demo medical-smoke challenge-demo reasoning-demo test test-full check check-vllm gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -52,6 +53,9 @@ check: $(INSTALLED) ## format, lint, types, and that imports go one way
 
 gpu-check: ## what can be checked on GPUs, in tiers; uses GPU_PYTHON (python3), as in the NeMo container, not .venv
 	@$(GPU_PYTHON) -m tests.gpu_check $(GPU_ARGS)
+
+check-vllm: $(INSTALLED) $(VLLM)/.done ## vLLM on a CPU reads the merged, FP8 and LoRA folders (build/vllm, 0.7 GB to fetch)
+	$(PY) -m tests.check_vllm
 
 clean: ## removes caches and what can be fetched again; keeps runs/ and .venv
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache lightning_logs nemo_experiments
@@ -98,6 +102,13 @@ $(REFERENCE)/mlx-lm/.done: tests/helpers/mlx_packages.txt $(REFERENCE)/.done
 	rm -rf $(REFERENCE)/mlx-lm
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
 		--target $(REFERENCE)/mlx-lm --requirement $<
+	touch $@
+
+# vLLM, in an environment of its own: its pins are not ours. Minutes, 2.5 GB, then kept.
+$(VLLM)/.done: tests/helpers/vllm_packages.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --requirement $<
 	touch $@
 
 # The names that the tests' messages give.

@@ -1,0 +1,1 @@
+"""vLLM on a CPU as an independent reader of what we export: `make check-vllm`."""
