@@ -3,12 +3,13 @@ nearest code. Read in csrc/cpu/cpu_attn_fp8.hpp of vLLM (main branch of November
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
-from nano3.fp8_emulation import LARGEST, ActivationScales
+from nano3.fp8_emulation import LARGEST
 from nano3.reference_linears import tap_model
 
 
@@ -19,10 +20,10 @@ def toward_zero(value: torch.Tensor, scale: float) -> torch.Tensor:
     return (torch.ldexp(torch.ldexp(inside, -exponent).trunc(), exponent) * scale).to(value.dtype)
 
 
-def cut_off(model: Any, scales: ActivationScales) -> None:
-    """Makes a transformers model do that to what its attention layers put into the cache."""
+def into_cache(model: Any, scales: Mapping[str, float], how: Callable[[torch.Tensor, float], torch.Tensor]) -> None:
+    """Makes a transformers model do `how` to what its key and value projections, by name, put into the cache."""
 
     def cached(_value: torch.Tensor, output: torch.Tensor, scale: float) -> torch.Tensor:
-        return toward_zero(output, scale)
+        return how(output, scale)
 
-    tap_model(model, {}, {name: partial(cached, scale=scale) for name, scale in scales.cache.items()})
+    tap_model(model, {}, {name: partial(cached, scale=scale) for name, scale in scales.items()})

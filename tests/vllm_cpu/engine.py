@@ -46,22 +46,22 @@ def _environment(plugins: Path) -> dict[str, str]:
 
 
 def probe(
-    folder: Path,
+    model: Path,
     engine: dict[str, Any],
     rows: list[list[int]],
     prompts: list[list[int]] | None = None,
     longest: int = 1,
     adapters: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What tests/vllm_cpu/probe.py finds; its log lies in `folder`. Raises `RuntimeError` when vLLM fails."""
-    engine = {"dtype": "float32", "max_model_len": 512, **engine}
+    """What tests/vllm_cpu/probe.py finds for a folder, whose log lies beside it. `RuntimeError` when vLLM fails."""
+    engine = {"model": str(model), "dtype": "float32", "max_model_len": 512, **engine}
     job = {"engine": engine, "rows": rows, "prompts": prompts or [], "longest": longest, "adapters": adapters or {}}
-    given, out, log = (folder / f"probe.{ending}" for ending in ("json", "out.json", "log"))
+    given, out, log = (model.with_suffix(f".{ending}") for ending in ("json", "out.json", "log"))
     given.write_text(json.dumps(job))
     out.unlink(missing_ok=True)
     with log.open("w") as told:
         command = [str(PYTHON), "-m", "tests.vllm_cpu.probe", str(given), str(out)]
-        environment = _environment(folder / "plugins")
+        environment = _environment(model.parent / "plugins")
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=told, stderr=told, timeout=SECONDS)
     if done.returncode:
         raise RuntimeError(f"vLLM ended with {done.returncode}:\n{log.read_text()[-3000:]}")

@@ -3,7 +3,8 @@
 `base`: pico in FP32. `adapter`: a small random LoRA of every matrix, one for each expert; `vllm`: the same for vLLM.
 `merged`: both in one folder. `challenge`: a LoRA of the layers that PEFT and vLLM both load; `submission.zip`: what
 conversion/submission.py makes of it, unpacked in `unpacked`. `fp8`: pico in FP8, calibrated on its own tasks;
-`fp8-plain`: read back by us; `fp8-no-cache`: the same with a cache that is not in FP8. `merged.golden.safetensors`.
+`fp8-bare`: the same without a cache in FP8; `fp8-plain`: read back by us, code * scale in FP32, and what
+is rounded beside it, of the cache nothing. `cache.json`: its scales. `merged.golden.safetensors`: golden answers.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ def questions(each: int, seed: int) -> list[dict[str, Any]]:
 
 
 def small_values(tensors: dict[str, torch.Tensor]) -> None:
-    """An adapter that changes every module a little, so that pico still answers."""
+    """An adapter that changes every module, and many of pico's answers, but leaves it answering."""
     generator = torch.Generator().manual_seed(1)
     for key, tensor in tensors.items():
-        tensors[key] = 0.03 * torch.randn(tensor.shape, generator=generator)
+        tensors[key] = 0.06 * torch.randn(tensor.shape, generator=generator)
 
 
 def make(folder: Path) -> None:
@@ -64,10 +65,34 @@ def make(folder: Path) -> None:
     asked = [row for task in TASKS for row in rows(PRETRAINING[task][0], 4, 7)]
     _, tokens = encode(pico, asked)
     quantize(pico, folder / "fp8", Selection.published(Arch.load(pico)), tokens)
-    dequantize(folder / "fp8", folder / "fp8-plain")
-    shutil.copytree(folder / "fp8-plain", folder / "fp8-no-cache")
-    scales = ActivationScales.read(folder / "fp8-plain")
-    assert scales is not None
-    ActivationScales(scales.inputs, {}).write(folder / "fp8-no-cache")
-    seal(folder / "fp8-no-cache")
+    _bare(folder / "fp8", folder / "fp8-bare")
+    _plain(folder)
     golden(folder / "merged", asked, folder / "beside").write(folder / "merged.golden.safetensors")
+
+
+def _bare(fp8: Path, out: Path) -> None:
+    """The same folder, whose two configurations leave the cache as it is."""
+    shutil.copytree(fp8, out)
+    for name, part, key in (
+        ("config.json", "quantization_config", "kv_cache_scheme"),
+        ("hf_quant_config.json", "quantization", "kv_cache_quant_algo"),
+    ):
+        config = json.loads((out / name).read_text())
+        del config[part][key]
+        (out / name).write_text(json.dumps(config))
+
+
+def _plain(folder: Path) -> None:
+    """`dequantize` writes BF16, as a checkpoint for others should be. vLLM multiplies with the scales in FP32."""
+    plain = folder / "fp8-plain"
+    dequantize(folder / "fp8", plain)
+    codes, tensors = load_file(folder / "fp8" / "model.safetensors"), load_file(plain / "model.safetensors")
+    for name, code in codes.items():
+        if code.dtype == torch.float8_e4m3fn:
+            tensors[name] = code.float() * codes[f"{name}_scale"].float()
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    scales = ActivationScales.read(plain)
+    assert scales is not None
+    ActivationScales(scales.inputs, {}).write(plain)
+    (folder / "cache.json").write_text(json.dumps(scales.cache))
+    seal(plain)

@@ -3,9 +3,10 @@
     build/vllm/bin/python -m tests.vllm_cpu.probe JOB.json OUT.json
 
 JOB (`Job`): `engine`, arguments of vllm.LLM; `rows`, token ids whose log-probabilities are wanted; `prompts` to answer
-greedily, in `longest` tokens at most, once with each of `adapters`, name -> PEFT folder. OUT (`Found`): `logprobs`, of
-each token of a row but the first; `answers`, adapter -> token ids for each prompt, without the stop token; `coded`,
-modules of vLLM whose weights are FP8; `cache`, attention layer -> scales of its keys and values.
+greedily, in `longest` tokens at most; both with each of `adapters`, name -> PEFT folder, or once without any, under
+the name "". OUT (`Found`): `logprobs`, of each token of a row but the first; `answers`, token ids for each prompt,
+without the stop token; `coded`, modules of vLLM whose weights are FP8; `cache`, attention layer -> scales of its keys
+and values.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ class Job(TypedDict):
 
 
 class Found(TypedDict):
-    logprobs: list[list[float]]
+    logprobs: dict[str, list[list[float]]]
     answers: dict[str, list[list[int]]]
     coded: list[str]
     cache: dict[str, list[float]]
 
 
-def logprobs(llm: Any, rows: list[list[int]]) -> list[list[float]]:
+def logprobs(llm: Any, rows: list[list[int]], adapter: Any) -> list[list[float]]:
     """Natural logarithms, a list for each row."""
     asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=row) for row in rows], asked, use_tqdm=False)
+    given = [TokensPrompt(prompt_token_ids=row) for row in rows]
+    outputs = llm.generate(given, asked, lora_request=adapter, use_tqdm=False)
     return [
         [entry[token].logprob for token, entry in zip(row[1:], output.prompt_logprobs[1:], strict=True)]
         for row, output in zip(rows, outputs, strict=True)
@@ -77,10 +79,16 @@ def main(job: Job) -> Found:
     register()
     llm = LLM(enforce_eager=True, disable_log_stats=True, seed=0, **job["engine"])
     coded, cache = llm.apply_model(reading)[0]
-    requests = {name: LoRARequest(name, n, path) for n, (name, path) in enumerate(job["adapters"].items(), 1)}
-    given = requests if "enable_lora" in job["engine"] else {"": None}
-    answered = {name: answers(llm, job["prompts"], job["longest"], request) for name, request in given.items()}
-    return {"logprobs": logprobs(llm, job["rows"]), "answers": answered, "coded": coded, "cache": cache}
+    requests: dict[str, Any] = {
+        name: LoRARequest(name, n, job["adapters"][name]) for n, name in enumerate(job["adapters"], 1)
+    }
+    requests = requests or {"": None}
+    return {
+        "logprobs": {name: logprobs(llm, job["rows"], request) for name, request in requests.items()},
+        "answers": {name: answers(llm, job["prompts"], job["longest"], request) for name, request in requests.items()},
+        "coded": coded,
+        "cache": cache,
+    }
 
 
 if __name__ == "__main__":
