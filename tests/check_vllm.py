@@ -101,7 +101,7 @@ def check_fp8(check: Checks, folder: Path, rows: list[list[int]]) -> None:
     found = probe(folder / "fp8-bare", {}, rows)
     coded, pairs = vllm_modules(folder / "fp8")
     check("FP8, modules that vLLM reads as codes", found["coded"] == coded, f"{len(found['coded'])} of {len(coded)}")
-    distance = off(found["logprobs"][""], logprobs(load_reference(plain, torch.float32), rows))
+    distance = off(found["logprobs"], logprobs(load_reference(plain, torch.float32), rows))
     figure = f"mean difference {distance.mean():.4f} nats, largest {distance.max():.4f}"
     check("FP8, cache in FP32, against our emulation", distance.mean() < FLIPPED, figure)
     if not has_fp8_cache():
@@ -114,29 +114,35 @@ def check_fp8(check: Checks, folder: Path, rows: list[list[int]]) -> None:
     for name, how in (("toward zero", toward_zero), ("to nearest", rounded)):
         model = load_reference(plain, torch.float32)
         into_cache(model, scales, how)
-        means[name] = off(found["logprobs"][""], logprobs(model, rows)).mean()
+        means[name] = off(found["logprobs"], logprobs(model, rows)).mean()
     figure = f"mean difference {means['toward zero']:.4f} nats; from one rounded to nearest {means['to nearest']:.4f}"
     check("FP8, cache in FP8, against a cache rounded toward zero", means["toward zero"] < FLIPPED, figure)
 
 
-def check_adapters(check: Checks, folder: Path, rows: list[list[int]]) -> None:
-    """In process: with each adapter, log-probabilities and greedy answers, against the adapter beside the weights."""
-    prompts = encode_prompts(load_tokenizer(str(folder / "merged")), [row["messages"][:1] for row in questions(8, 5)])
-    prompts = prompts[:ANSWERS]
-    engine = {"enable_lora": True, "max_lora_rank": 8}
-    files = {"adapter": folder / "vllm", "challenge": folder / "unpacked"}
-    found = probe(folder / "base", engine, rows, prompts, LONGEST, {name: str(path) for name, path in files.items()})
-    base = logprobs(load_reference(folder / "base", torch.float32), rows)
+def check_adapters(check: Checks, folder: Path) -> None:
+    """In process: greedy answers with each adapter and their log-probabilities, against it beside the weights."""
+    tokenizer, asked = load_tokenizer(str(folder / "merged")), questions(8, 5)
+    prompts = encode_prompts(tokenizer, [row["messages"][:1] for row in asked])[:ANSWERS]
+    files = {"adapter": str(folder / "vllm"), "challenge": str(folder / "unpacked")}
+    found = probe(folder / "base", {"enable_lora": True, "max_lora_rank": 8}, [], prompts, LONGEST, files)
+    bare = load_reference(folder / "base", torch.float32)
     for name, what in (("adapter", "LoRA of every matrix, each expert's too"), ("challenge", "the submission's zip")):
         model = load_reference(folder / "base", torch.float32)
         with_adapter(folder / name, folder / "base")(model)
-        ours, given = _answers(model, prompts), logprobs(model, rows)
+        ours = _answers(model, prompts)
         equal = sum(a == b for a, b in zip(found["answers"][name], ours, strict=True))
-        largest, moved = off(found["logprobs"][name], given).max(), np.abs(given - base).mean()
-        figure = (
-            f"{equal} of {len(ours)} answers equal, largest difference {largest:.1e} nats; it moves them by {moved:.2f}"
-        )
-        check(f"{what}, against the unmerged model", equal == len(ours) and largest < EXACT < moved / 10, figure)
+        rows = [prompt + answer for prompt, answer in zip(prompts, found["answers"][name], strict=True)]
+        lengths = [len(row) for row in found["said"][name]]
+        with_it, without = (_ends(logprobs(one, rows), rows, lengths) for one in (model, bare))
+        largest, moved = off(found["said"][name], with_it).max(), np.abs(without - with_it).mean()
+        figure = f"{equal} of {len(ours)} answers equal, tokens within {largest:.1e} nats; it moves them by {moved:.3f}"
+        check(f"{what}, against the unmerged model", equal == len(ours) and largest < EXACT < moved / 5, figure)
+
+
+def _ends(values: np.ndarray, rows: list[list[int]], lengths: list[int]) -> np.ndarray:
+    """Of the log-probabilities of every token but the first of each row, those of its last `lengths` tokens."""
+    ends = np.cumsum([len(row) - 1 for row in rows])
+    return np.concatenate([values[end - length : end] for end, length in zip(ends, lengths, strict=True)])
 
 
 def _answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:
@@ -168,8 +174,9 @@ def main() -> int:
         print(f"making pico's folders in {folder}", flush=True)
         make(folder)
         rows = _rows(folder)
-        for part in (check_merged, check_fp8, check_adapters):
-            part(check, folder, rows)
+        check_merged(check, folder, rows)
+        check_fp8(check, folder, rows)
+        check_adapters(check, folder)
     print(f"{check.failed} FAILED" if check.failed else "all hold")
     return 1 if check.failed else 0
 

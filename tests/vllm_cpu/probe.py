@@ -2,11 +2,11 @@
 
     build/vllm/bin/python -m tests.vllm_cpu.probe JOB.json OUT.json
 
-JOB (`Job`): `engine`, arguments of vllm.LLM; `rows`, token ids whose log-probabilities are wanted; `prompts` to answer
-greedily, in `longest` tokens at most; both with each of `adapters`, name -> PEFT folder, or once without any, under
-the name "". OUT (`Found`): `logprobs`, of each token of a row but the first; `answers`, token ids for each prompt,
-without the stop token; `coded`, modules of vLLM whose weights are FP8; `cache`, attention layer -> scales of its keys
-and values.
+JOB (`Job`): `engine`, arguments of vllm.LLM; `rows`, token ids whose log-probabilities are wanted, where there are no
+adapters; `prompts` to answer greedily, in `longest` tokens at most, once with each of `adapters`, name -> PEFT folder.
+OUT (`Found`): `logprobs`, of each token of a row but the first; `answers`, name of the adapter -> token ids for each
+prompt, without the stop token; `said`, the log-probability of each of those; `coded`, modules of vLLM whose weights are
+FP8; `cache`, attention layer -> scales of its keys and values.
 """
 
 from __future__ import annotations
@@ -38,29 +38,35 @@ class Job(TypedDict):
 
 
 class Found(TypedDict):
-    logprobs: dict[str, list[list[float]]]
+    logprobs: list[list[float]]
     answers: dict[str, list[list[int]]]
+    said: dict[str, list[list[float]]]
     coded: list[str]
     cache: dict[str, list[float]]
 
 
-def logprobs(llm: Any, rows: list[list[int]], adapter: Any) -> list[list[float]]:
-    """Natural logarithms, a list for each row."""
+def logprobs(llm: Any, rows: list[list[int]]) -> list[list[float]]:
+    """Natural logarithms, a list for each row. vLLM on a CPU has none for prompts where an adapter is loaded."""
     asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-    given = [TokensPrompt(prompt_token_ids=row) for row in rows]
-    outputs = llm.generate(given, asked, lora_request=adapter, use_tqdm=False)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=row) for row in rows], asked, use_tqdm=False)
     return [
         [entry[token].logprob for token, entry in zip(row[1:], output.prompt_logprobs[1:], strict=True)]
         for row, output in zip(rows, outputs, strict=True)
     ]
 
 
-def answers(llm: Any, prompts: list[list[int]], longest: int, adapter: Any) -> list[list[int]]:
-    """Greedy tokens for each prompt, until a stop token."""
-    asked = SamplingParams(max_tokens=longest, temperature=0, stop_token_ids=list(STOP_IDS), detokenize=False)
-    given = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-    outputs = llm.generate(given, asked, lora_request=adapter, use_tqdm=False)
-    return [list(takewhile(lambda token: token not in STOP_IDS, output.outputs[0].token_ids)) for output in outputs]
+def answers(llm: Any, job: Job, adapter: Any) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy tokens for each prompt, until a stop token, and their log-probabilities."""
+    stop = list(STOP_IDS)
+    asked = SamplingParams(max_tokens=job["longest"], temperature=0, stop_token_ids=stop, detokenize=False, logprobs=0)
+    given = [TokensPrompt(prompt_token_ids=prompt) for prompt in job["prompts"]]
+    written = [output.outputs[0] for output in llm.generate(given, asked, lora_request=adapter, use_tqdm=False)]
+    tokens = [list(takewhile(lambda token: token not in STOP_IDS, one.token_ids)) for one in written]
+    said = [
+        [entry[token].logprob for token, entry in zip(row, one.logprobs, strict=False)]
+        for row, one in zip(tokens, written, strict=True)
+    ]
+    return tokens, said
 
 
 def reading(model: torch.nn.Module) -> tuple[list[str], dict[str, list[float]]]:
@@ -79,13 +85,12 @@ def main(job: Job) -> Found:
     register()
     llm = LLM(enforce_eager=True, disable_log_stats=True, seed=0, **job["engine"])
     coded, cache = llm.apply_model(reading)[0]
-    requests: dict[str, Any] = {
-        name: LoRARequest(name, n, job["adapters"][name]) for n, name in enumerate(job["adapters"], 1)
-    }
-    requests = requests or {"": None}
+    requests = [LoRARequest(name, number, path) for number, (name, path) in enumerate(job["adapters"].items(), 1)]
+    written = {request.lora_name: answers(llm, job, request) for request in requests}
     return {
-        "logprobs": {name: logprobs(llm, job["rows"], request) for name, request in requests.items()},
-        "answers": {name: answers(llm, job["prompts"], job["longest"], request) for name, request in requests.items()},
+        "logprobs": logprobs(llm, job["rows"]) if job["rows"] else [],
+        "answers": {name: tokens for name, (tokens, _) in written.items()},
+        "said": {name: said for name, (_, said) in written.items()},
         "coded": coded,
         "cache": cache,
     }
