@@ -102,7 +102,7 @@ def check_fp8(check: Checks, folder: Path, rows: list[list[int]]) -> None:
     coded, pairs = vllm_modules(folder / "fp8")
     check("FP8, modules that vLLM reads as codes", found["coded"] == coded, f"{len(found['coded'])} of {len(coded)}")
     distance = off(found["logprobs"], logprobs(load_reference(plain, torch.float32), rows))
-    figure = f"mean difference {distance.mean():.4f} nats, largest {distance.max():.4f}"
+    figure = f"mean difference {distance.mean():.1e} nats, largest {distance.max():.1e}"
     check("FP8, cache in FP32, against our emulation", distance.mean() < FLIPPED, figure)
     if not has_fp8_cache():
         print("not checked: FP8 cache; vLLM requires AVX-512 for it on a CPU")
