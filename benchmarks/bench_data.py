@@ -32,15 +32,23 @@ from results import conditions, save
 from tokenizers import Tokenizer
 
 from data_prep.chat import render, text_of
+from data_prep.documents import Options
 from data_prep.packing import PackedDataset
 from data_prep.prepare import prepare
+from data_prep.tokens import BACKENDS, TOKENIZERS
 from nano3.cli import run
 from nano3.conversations import Conversations
 from nano3.rows import write_rows
 
-KINDS = {"a MedMCQA question and its letter": (1, 0), "four questions, three as the answer": (4, 3)}
+KINDS = {
+    "a MedMCQA question and its letter": (1, 0),
+    "four questions, three as the answer": (4, 3),
+    "thirty questions, thirty as the answer": (30, 30),
+}
 """Rows by the number of questions that are asked and that are the answer."""
 START_ROWS = 10
+LONG = 16_384
+"""Positions of a pack, which the longest rows need."""
 
 
 def cpu(work: Callable[[], Any]) -> float:
@@ -58,24 +66,27 @@ def bare(rows: Path, tokenizer: Path) -> float:
     return cpu(lambda: [encoder.encode_batch_fast(batch, add_special_tokens=False) for batch in batches])
 
 
-def preparing(folder: Path, tokenizer: Path, rows: int, rounds: int) -> list[dict[str, Any]]:
+def preparing(folder: Path, tokenizer: Path, rows: int, rounds: int, options: Options) -> list[dict[str, Any]]:
     """For each kind of rows, what a preparation costs in parts of what bare encoding costs."""
     results = []
     for name, questions in KINDS.items():
         few, many = folder / "few.jsonl", folder / "many.jsonl"
         write_rows(few, chat_rows(START_ROWS, *questions))
         write_rows(many, chat_rows(rows, *questions))
-        store, _ = prepare([many], tokenizer, folder / "store", SEQ)  # compiles, and warms the caches of the disk
+        store, _ = prepare(
+            [many], tokenizer, folder / "store", LONG, options
+        )  # compiles, and warms the caches of the disk
         ratios, costs = [], []
         for _ in range(rounds):
             alone = bare(many, tokenizer)
-            start = cpu(partial(prepare, [few], tokenizer, folder / "few", SEQ))
-            ours = cpu(partial(prepare, [many], tokenizer, folder / "store", SEQ)) - start
+            start = cpu(partial(prepare, [few], tokenizer, folder / "few", LONG, options))
+            ours = cpu(partial(prepare, [many], tokenizer, folder / "store", LONG, options)) - start
             ratios.append(alone / ours)
             costs.append(ours / rows)
         results.append(
             {
                 "what": f"prepare, {name}",
+                "backend": options.backend,
                 "tokens a document": round(store.manifest["tokens"] / len(store), 1),
                 "of bare encoding": round(statistics.median(ratios), 3),
                 "from": round(min(ratios), 3),
@@ -84,6 +95,8 @@ def preparing(folder: Path, tokenizer: Path, rows: int, rounds: int) -> list[dic
             }
         )
         print(results[-1], flush=True)
+    write_rows(folder / "many.jsonl", chat_rows(rows, 4, 3))
+    prepare([folder / "many.jsonl"], tokenizer, folder / "store", SEQ)
     packs = PackedDataset(folder / "store", SEQ)
     order = np.random.default_rng(0).permutation(len(packs)).tolist()
     each = [cpu(lambda: [packs[number] for number in order]) / len(order) for _ in range(rounds)]
@@ -105,10 +118,10 @@ def alone(*arguments: str) -> dict[str, Any]:
     return row
 
 
-def memory(folder: Path, tokenizer: Path, rows: int) -> dict[str, Any]:
+def memory(folder: Path, tokenizer: Path, rows: int, options: Options) -> dict[str, Any]:
     """Peak of a process that prepares so many short documents."""
     write_rows(folder / "rows.jsonl", chat_rows(rows, 1, 0))
-    prepare([folder / "rows.jsonl"], tokenizer, folder / "store", SEQ)
+    prepare([folder / "rows.jsonl"], tokenizer, folder / "store", SEQ, options)
     return {"what": f"prepare, {rows:,} short documents", "peak MB": peak()}
 
 
@@ -122,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json of a byte-pair tokenizer")
     parser.add_argument("--rows", type=int, default=10_000, help="of each kind (default: 10000)")
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds (default: 5)")
+    parser.add_argument("--backend", choices=BACKENDS, default=TOKENIZERS, help="what encodes (default: tokenizers)")
     parser.add_argument("--others", action="store_true", help="pack with NeMo 2 and Megatron-Bridge too: a minute")
     parser.add_argument("--only", choices=("prepare", "packing", "memory"), help="only this part")
     parser.add_argument("--plot", type=Path, help="draw what packing costs into this SVG file")
@@ -134,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args, facts = _parser().parse_args(), conditions()
+    options = Options(backend=args.backend)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.pack:
@@ -141,12 +156,12 @@ def main() -> int:
             return 0
         tokenizer = with_control_tokens(args.tokenizer, folder / "tokenizer")
         if args.memory:
-            print(json.dumps(memory(folder, tokenizer, args.memory)))
+            print(json.dumps(memory(folder, tokenizer, args.memory, options)))
             return 0
         print(facts, flush=True)
         parts = [args.only] if args.only else ["prepare", "packing", "memory"]
-        results = preparing(folder, tokenizer, args.rows, args.rounds) if "prepare" in parts else []
-        given = ("--tokenizer", str(args.tokenizer))
+        results = preparing(folder, tokenizer, args.rows, args.rounds, options) if "prepare" in parts else []
+        given = ("--tokenizer", str(args.tokenizer), "--backend", args.backend)
         for packer in PACKERS if "packing" in parts else ():
             if packer == OURS or args.others:
                 results += [alone(*given, "--pack", str(n), "--packer", packer) for n in SIZES[packer]]

@@ -15,7 +15,7 @@ from data_prep.forms.form import Form
 from data_prep.own_template import TemplateCheck
 from data_prep.store import StoreWriter
 from data_prep.summary import Finds, Turns
-from data_prep.tokens import ChatTokenizer
+from data_prep.tokens import TOKENIZERS, ChatTokenizer
 from nano3.cli import UserError
 from nano3.conversations import Conversation
 
@@ -36,6 +36,7 @@ class Options:
         ignored: keys that are left out of every row.
         evaluation_data: whether rows may be used whose publishers allow evaluation only. The store says so, and nothing
             trains on it.
+        backend: what encodes, one of `data_prep.tokens.BACKENDS`.
         order: a row key whose number each document keeps, for packs in that order; `length` needs no keeping.
     """
 
@@ -47,6 +48,7 @@ class Options:
     form: Form | None = None
     ignored: tuple[str, ...] = ()
     evaluation_data: bool = False
+    backend: str = TOKENIZERS
 
     @property
     def kept(self) -> str | None:

@@ -36,6 +36,7 @@ from data_prep.parts import SHARD_ROWS, Job, Work
 from data_prep.shards import write_parts
 from data_prep.store_view import Viewer
 from data_prep.summary import print_summary
+from data_prep.tokens import BACKENDS, TOKENIZERS
 from data_prep.xray import print_documents, some_rows
 from nano3.file_system import locked
 from nano3.pack_index import Curriculum
@@ -187,6 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evaluation-data", action="store_true", help="take rows that are for evaluation only, for a validation store"
     )
+    parser.add_argument(
+        "--backend", default=TOKENIZERS, choices=BACKENDS, help="what encodes; gigatoken is compared with tokenizers"
+    )
     parser.add_argument("--drop-null-arguments", action="store_true", help="leave null arguments out of tool calls")
     _add_sharing_options(parser)
     add_packing_options(parser)
@@ -231,6 +235,7 @@ def _job(args: argparse.Namespace) -> Job:
         form_named(args.form),
         tuple(args.ignore),
         args.evaluation_data,
+        args.backend,
     )
     return Job.of(args.input, args.tokenizer, options, args.shard_rows)
 

@@ -65,7 +65,7 @@ class _PartWriter:
     def __init__(self, job: Job, work: Work) -> None:
         self.job, self.work = job, work
         self.reader = ShardReader(job.chats(), job.shard_rows)
-        self.encoder = ChatTokenizer(job.tokenizer)
+        self.encoder = ChatTokenizer(job.tokenizer, job.options.backend)
         self.template = TemplateCheck(job.tokenizer, self.encoder.format)
 
     def write(self, number: int, report: Callable[[int], Any]) -> None:
@@ -85,7 +85,7 @@ class _PartWriter:
                 "version": VERSION,
                 "last": ended,
                 **writer.facts(),
-                "tokenizer": identity(self.encoder),
+                "tokenizer": identity(self.encoder) | self.encoder.backend_facts(),
                 "template": self.template.facts(),
                 "turns": vars(turns),
                 "finds": vars(finds),

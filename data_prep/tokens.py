@@ -22,9 +22,13 @@ from tokenizers import Encoding
 
 from data_prep.chat import Segment, Span, text_of
 from data_prep.chat_formats import format_of
+from data_prep.gigatokens import NAME, Gigatoken, Ids, version
 from nano3.cli import UserError
 from nano3.token_store import TokenStore, meaning_sha256, open_tokenizer, tokenizer_file
 
+TOKENIZERS = "tokenizers"
+BACKENDS = (TOKENIZERS, NAME)
+"""What may encode."""
 _HEAD = 32
 """Characters after a boundary that settle how text splits there: pre-tokenizers look at one word or blank run."""
 
@@ -64,10 +68,11 @@ class ChatTokenizer:
     """A tokenizer that is known to fit its chat format, `format`.
 
     Raises `UserError` when the file cannot be read, when a control token of the format is missing or has another id
-    than the model's, or when text next to a control token is not encoded as it is alone.
+    than the model's, or when text next to a control token is not encoded as it is alone. `backend` is what encodes:
+    `tokenizers`, or `gigatoken` (data_prep/gigatokens.py), which must give the same ids.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, backend: str = TOKENIZERS) -> None:
         self.path = tokenizer_file(folder)
         self._tokenizer = open_tokenizer(folder)
         self._tokenizer.no_truncation()
@@ -78,6 +83,10 @@ class ChatTokenizer:
         self._added = self._tokenizer.get_added_tokens_decoder()
         added = sorted((token.content for token in self._added.values()), key=len, reverse=True)
         self._reserved = re.compile("|".join(map(re.escape, added)))
+        self.backend = backend
+        self._ids: Ids = self._plain_ids
+        if backend == NAME:
+            self._ids = Gigatoken(self.path, self._plain_ids).ids
         self._check_control_tokens()
         self._check_boundaries()
 
@@ -104,6 +113,10 @@ class ChatTokenizer:
                     f"{text[max(0, found.start() - 20) : found.end() + 20]!r} contains {found.group()}, "
                     "which this tokenizer reads as a token of its own kind; remove it or write it differently"
                 )
+
+    def backend_facts(self) -> dict[str, str]:
+        """What a manifest says of the backend: nothing of `tokenizers`."""
+        return {"backend": version()} if self.backend == NAME else {}
 
     def is_added(self, token: int) -> bool:
         """Whether it is one of the added tokens, control tokens among them."""
@@ -161,7 +174,7 @@ class ChatTokenizer:
                     if span.stage:
                         stages[first:last] = span.stage
 
-    def _ids(self, texts: Iterable[str]) -> list[list[int]]:
+    def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _check_control_tokens(self) -> None:
@@ -189,7 +202,7 @@ class ChatTokenizer:
                 thinking=True,
             )
             (whole,) = self._ids([text_of(segments)])
-            if [token for part in self._ids(segment.text for segment in segments) for token in part] != whole:
+            if [token for part in self._ids([segment.text for segment in segments]) for token in part] != whole:
                 raise UserError(
                     f"{self.path} encodes a chat turn differently in one piece and in parts (turn text {text!r}), "
                     "so the loss mask would be wrong; use the tokenizer of the model that you tune"
@@ -208,8 +221,8 @@ class ChatTokenizer:
         }
         if not heads:
             return
-        joined = self._ids(before + head for before, head in heads)
-        first, alone = self._ids(before for before, _ in heads), self._ids(head for _, head in heads)
+        joined = self._ids([before + head for before, head in heads])
+        first, alone = self._ids([before for before, _ in heads]), self._ids([head for _, head in heads])
         for ((before, head), number), together, left, right in zip(heads.items(), joined, first, alone, strict=True):
             if together != left + right:
                 with _placed(places, number):
