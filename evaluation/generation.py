@@ -67,8 +67,8 @@ def encode_prompts(
             raise UserError(
                 f"the model's chat template refuses question {number + 1} ({error}); remove it, or change the template"
             ) from error
-    # The template has written every special token that belongs there.
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    # The template has written every special token that belongs there. Of no text transformers' tokenizers raise.
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 @dataclass(frozen=True)

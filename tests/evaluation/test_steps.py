@@ -9,10 +9,12 @@ from data_prep.steps.grammar import parse, write
 from data_prep.steps.graph import Step, Trace, canonical_edges, recomputed, show
 from data_prep.steps.programs import draw_problem, with_an_error
 from data_prep.steps.rows import step_rows
+from evaluation.generation import encode_prompts, load_tokenizer
 from evaluation.judging.questions import load_questions
 from evaluation.significance import difference_interval
 from evaluation.step_measures import Judged, fidelity, first_wrong, judged, summary
 from evaluation.steps import lines, measure, split
+from nano3.arch import resolve_model
 from nano3.cli import UserError
 from nano3.rows import write_rows
 
@@ -198,3 +200,8 @@ def test_the_interval_of_a_difference_is_newcombes():
     """Newcombe 1998, table II, method 10: (a) 56/70 - 48/80 and (h) 0/10 - 0/10."""
     assert difference_interval(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)
     assert difference_interval(0, 10, 0, 10) == pytest.approx((-0.2775, 0.2775), abs=5e-5)
+
+
+def test_no_conversation_has_no_prompt():
+    """A model none of whose answers is a trace leaves nothing to intervene in."""
+    assert encode_prompts(load_tokenizer(str(resolve_model("pico"))), [], thinking=True) == []
