@@ -52,11 +52,13 @@ def score_both(
 ) -> list[Result]:
     """The base and the base with the adapter beside its weights: OUT/scores-base.json and OUT/scores.json."""
     out.mkdir(exist_ok=True)
-    how = {"thinking": thinking, "batch_size": batch_size}
-    return [
-        score(base, questions, task, out / name, prepare=beside(adapter if tuned else None, base), **how)
-        for name, tuned in (("scores-base.json", False), ("scores.json", True))
-    ]
+    results = []
+    for name, chosen in (("scores-base.json", None), ("scores.json", adapter)):
+        prepare = beside(chosen, base)
+        results.append(
+            score(base, questions, task, out / name, thinking=thinking, prepare=prepare, batch_size=batch_size)
+        )
+    return results
 
 
 @contextmanager
