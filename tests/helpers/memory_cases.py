@@ -40,6 +40,11 @@ RUNS: dict[str, tuple[str, str, dict[str, Any] | None, tuple[str, ...]]] = {
     },
     "tp2 moe": ("tp2", "float32", {}, ("moe", "layernorm")),
     "dense tp2": ("tp2@M-MM*-M-", "float32", {}, ()),
+    "nf4": ("one", "float32", {"nf4": True}, ()),
+    "nf4 dora": ("one", "float32", {"nf4": True, "dora": True}, ()),
+    "nf4 tp2": ("tp2", "float32", {"nf4": True}, ()),
+    "nf4 ep2 bf16": ("ep2", "bfloat16", {"nf4": True, "experts": "each"}, ()),
+    "nf4 full": ("one", "float32", {"nf4": True}, ("full",)),
 }
-"""On CPU ranks: layout with the layer pattern where it is another, dtype, adapters (None: every weight is trained),
-recomputation."""
+"""On CPU ranks: layout with the layer pattern where it is another, dtype, adapters (None: every weight is trained; with
+`nf4` on a base in 4 bits, which is wider), recomputation."""

@@ -36,7 +36,7 @@ from nano3.cpu.cuda import redirected_to
 from nano3.lora.lora import Nano3LoRA
 from nano3.nf4_base import quantize_linears
 from nano3.parity.case import PACK, PATTERN, Case
-from nano3.parity.shards import fill
+from nano3.parity.shards import fill, hf_reader
 from nano3.recompute import install_recompute, recompute_kwargs
 from nano3.targets import PRESETS, VOCABULARY, select
 from tests.helpers.mcore_model import build
@@ -204,6 +204,8 @@ def tiny_model(
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
+    if case.nf4:
+        quantize_linears(model, case.arch, hf_reader(case))
     install_recompute(model, recompute)
     model = model if settings is None else lora(case.arch, **TINY | settings)(model)
     fill(model, case)
@@ -214,9 +216,10 @@ def main() -> None:
     result: dict[str, Any] = {"measured": {}, "meta": {}}
     for name, (layout, dtype, settings, recompute) in RUNS.items():
         text, _, pattern = layout.partition("@")
-        case = Case(dtype=getattr(torch, dtype), pattern=pattern or PATTERN)
+        adapters = None if settings is None else {name: value for name, value in settings.items() if name != "nf4"}
+        case = Case(dtype=getattr(torch, dtype), pattern=pattern or PATTERN, nf4=bool(settings and "nf4" in settings))
         sizes = worker.Sizes.parse(text)
-        result["measured"][name] = on_ranks(sizes, measured, case, sizes, settings, recompute)
+        result["measured"][name] = on_ranks(sizes, measured, case, sizes, adapters, recompute)
     arch = Arch.load(resolve_model("nano"))
     for name in [*LAYOUTS, *(name for name in VARIANT_LAYOUTS if name not in LAYOUTS)]:
         result["meta"][name] = meta_bytes(arch, name)

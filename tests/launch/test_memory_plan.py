@@ -16,7 +16,7 @@ from launch.plan.memory import Workload, gradient_bytes, optimizer_bytes, parame
 from launch.plan.weights import Adapters, adapter_weights, linears, stage_layers, weights
 from nano3.arch import Arch, resolve_model
 from nano3.cli import UserError
-from nano3.parity.case import ARCH, PACK
+from nano3.parity.case import ARCH, NF4_WIDTHS, PACK
 from nano3.targets import PRESETS, VOCABULARY, select, sizes
 from tests.helpers.memory_cases import DENSE_LAYOUTS, LAYOUTS, NF4_LAYOUTS, RUNS, VARIANT_LAYOUTS, VARIANTS
 from tests.helpers.probes import made_afresh_by
@@ -96,7 +96,8 @@ def standins_keep_more(work: Workload, stage: int) -> int:
 def test_cpu_ranks_measure_what_is_predicted(found, name):
     text, dtype, settings, recompute = RUNS[name]
     layout_name, _, pattern = text.partition("@")
-    arch = replace(ARCH, pattern=pattern) if pattern else ARCH
+    nf4 = bool(settings and settings.get("nf4"))
+    arch = replace(ARCH, pattern=pattern or ARCH.pattern, **(NF4_WIDTHS if nf4 else {}))
     layout, ranks = layout_of(layout_name), ranks_of(layout_name)
     for rank, measured in enumerate(found["measured"][name]):
         stage = rank // (ranks // layout.pp)
@@ -114,7 +115,7 @@ def test_cpu_ranks_measure_what_is_predicted(found, name):
         assert here + standins_keep_more(work, stage) == pytest.approx(measured["activations"], rel=near)
         if settings is not None and not settings.get("dropout"):
             assert here == pytest.approx(measured["activations"], rel=0.1)
-            frozen = sum(item.nbytes for item in weights(arch, layout, stage, work.value))
+            frozen = sum(item.nbytes for item in weights(arch, layout, stage, work.value, nf4))
             assert frozen == measured["weights"]
 
 
