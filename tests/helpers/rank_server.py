@@ -20,11 +20,14 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from finetune.settings import Run
 from launch.local import die_with_parent, rendezvous_store, world_of
@@ -127,11 +130,11 @@ def done_by(module: str, *arguments: object, **environment: str) -> str:
     return said
 
 
-def run_job(job: Job) -> None:
-    """The fork: becomes the job; never returns."""
+def run_job(job: Job, separate: Callable[[], Any] = os.setsid) -> None:
+    """The fork: becomes the job, in a session of its own, or a group with `os.setpgrp`; never returns."""
     code = 1
     try:
-        os.setsid()  # a group of its own, as a rank has
+        separate()
         die_with_parent()
         with open(job.log, "ab", buffering=0) as log, open(os.devnull, "rb") as nothing:
             for number, file in enumerate((nothing, log, log)):
@@ -173,9 +176,16 @@ def serve(answers: Any) -> None:
         print(json.dumps({"pids": pids}), file=answers, flush=True)
         for _ in pids:
             pid, status = os.wait()
-            with suppress(ProcessLookupError):  # what it started: Megatron-Core's saving keeps a process of its own
-                os.killpg(pid, signal.SIGKILL)
+            _kill_session(pid)
             print(json.dumps({"pid": pid, "code": os.waitstatus_to_exitcode(status)}), file=answers, flush=True)
+
+
+def _kill_session(leader: int) -> None:
+    """Ends what a job left: Megatron-Core's saving keeps a process of its own, which outlives a rank that is killed."""
+    for pid in psutil.pids():
+        with suppress(ProcessLookupError):
+            if os.getsid(pid) == leader:
+                os.kill(pid, signal.SIGKILL)
 
 
 def main() -> None:

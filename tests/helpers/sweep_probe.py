@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from launch import local
@@ -29,9 +30,13 @@ def ranks_here(argv: list[str], ranks: int, log_dir: Path, _env: dict[str, str])
     for rank in range(ranks):
         environment = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         if (pid := os.fork()) == 0:
-            run_job(Job(argv[1], argv[2:], environment, str(log_dir / f"rank{rank}.log")))
+            run_job(Job(argv[1], argv[2:], environment, str(log_dir / f"rank{rank}.log")), os.setpgrp)
         pids.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    codes = []
+    for pid in pids:
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        with suppress(ProcessLookupError):  # the process that saving keeps
+            os.killpg(pid, signal.SIGKILL)
     return max(codes, key=abs)
 
 
