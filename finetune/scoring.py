@@ -15,6 +15,7 @@ from evaluation.evaluate import evaluate
 from evaluation.judging.questions import load_questions
 from evaluation.models import HFModel, beside
 from evaluation.result_file import Result, write_result
+from evaluation.significance import Group, holm
 from evaluation.tasks import load_task
 from nano3.cli import scratch_folder
 
@@ -84,8 +85,9 @@ def reasoning_report(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     better = max(("thinking", thinking), ("plain", plain), key=lambda one: accuracy(one[1]))
     pair = paired(better[1], tuned)
     before, after = score_both(base, adapter, out / "old_tasks.jsonl", "own", out / "old")
-    tasks, old = by_groups(thinking, tuned, "source"), by_groups(before, after, "source")
-    print(f"\nheld out, with thinking:\n{table(tasks)}\n\nold tasks, what was forgotten:\n{table(old)}\n")
+    tasks, old = _by_task(better[1], tuned), by_groups(before, after, "source")
+    print(f"\nheld out, the base in its better form ({better[0]}), tuned with thinking:\n{table(tasks)}")
+    print(f"\nold tasks, what was forgotten:\n{table(old)}\n")
     report = {
         "n": pair.n,
         "base_thinking": accuracy(thinking),
@@ -99,6 +101,18 @@ def reasoning_report(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _by_task(before: Result, after: Result) -> list[Line]:
+    """`by_groups` by source, for results whose prompts differ: thinking on in one of them."""
+
+    def part(result: Result, source: str) -> dict[str, Any]:
+        return {**result, "answers": [row for row in result["answers"] if row["source"] == source]}
+
+    names = sorted({str(row["source"]) for row in after["answers"]})
+    pairs = {name: paired(part(before, name), part(after, name)) for name in names}
+    adjusted = holm({name: pair.p_value for name, pair in pairs.items()})
+    return [Line(name, Group(one.before), Group(one.after), one, adjusted[name]) for name, one in pairs.items()]
 
 
 def _gain_of(line: Line) -> dict[str, Any]:
