@@ -1,7 +1,7 @@
 """Reasoning in four parts, and a second adapter that acts from [VERIFY] on (docs/step_aware.md).
 
     python recipes/step_aware_lora.py --model MODEL --data STORE --out runs/reasoning
-    python conversion/merge_lora.py --base MODEL --adapter runs/reasoning/adapter --out runs/merged
+    python conversion/merge_lora.py MODEL runs/reasoning/adapter runs/merged
     python recipes/step_aware_lora.py --model runs/merged --data STORE --out runs/verify \\
         lora.mark=[VERIFY] lora.preset=peft stages.weights=dynamic stages.verify=1
     python recipes/step_aware_lora.py                                   # all of it on pico, two CPU ranks
