@@ -26,8 +26,11 @@ LONGEST = (
     "nano3/test_relayout.py",
     "launch/test_pipeline.py",
     "launch/test_cluster_doc.py",
+    "nano3/test_gate.py",
+    "finetune/test_sweep_killed.py",
+    "launch/test_medical_doc.py",
 )
-"""Files that take minutes: begun last, one of them would keep one worker busy and no other. The two with a Slurm of
+"""Files that take minutes: begun last, one of them would keep one worker busy and no other. The three with a Slurm of
 their own are apart: one waits for the other."""
 
 
