@@ -154,7 +154,7 @@ def csv_rows(stream: Any, name: str) -> Numbered:
     """The records of a CSV file by its header; the separator is that of comma, tab and semicolon which the header has.
 
     Raises `UserError` for a record with more or fewer cells than the header, a quote that is not closed, or a header
-    with an empty name or one name twice.
+    that is empty, or has an empty name or one name twice.
     """
     csv.field_size_limit(LARGEST_CELL)
     lines = _lines(stream, name)
@@ -185,6 +185,8 @@ def _texts(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[
 
 def _header(cells: list[str], name: str) -> list[str]:
     names = [cell.strip() for cell in cells]
+    if not names:
+        raise UserError(f"{name}:1: the line is empty; it must name the columns")
     if names[0] == "":
         names[0] = "index"  # as pandas writes it
     twice = sorted({cell for cell in names if names.count(cell) > 1})

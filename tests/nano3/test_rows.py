@@ -98,6 +98,7 @@ def test_standard_input_gives_them_too(monkeypatch: pytest.MonkeyPatch, data: by
         ("x.csv", CSV + b'"open,1\n', r"x\.csv:5: not valid CSV .* quote left open"),
         ("x.csv", b"a,a\n1,2\n", r"x\.csv:1: the header has the name 'a' twice"),
         ("x.csv", b"a,\n1,2\n", r"x\.csv:1: the header has an empty name"),
+        ("x.csv", b"\na,b\n1,2\n", r"x\.csv:1: the line is empty; it must name the columns"),
         ("x.parquet", parquet(ROWS)[:-20], "not readable as parquet"),
         ("x.parquet", LINES, "does not begin as a parquet file"),
         ("x.parquet.gz", gzip.compress(parquet(ROWS), mtime=0), "give the plain file"),
