@@ -7,8 +7,7 @@ r"""LoRA for the public reasoning challenge: puzzles by hidden rules, the answer
 Teaches the six kinds of data_prep/puzzles with the reasoning of their solvers, on layers that vLLM and PEFT both load;
 a rank above the challenge's 32 is refused before anything starts. Data: a token store of puzzles (docs/challenge.md).
 Cost: not measured on a GPU. Result: OUT/adapter, of which conversion/submission.py makes the zip. Without --model and
---data it is a demo: one kind that fits pico, two CPU ranks, the zip, and the boxed answers of the base, of the tuned
-model and of what PEFT makes of the zip, in OUT/report.json. Exit code 1 for a broken promise.
+--data a demo on pico: the zip, and what base, tuned model and zip answer. Exit code 1 for a broken promise.
 """
 
 from __future__ import annotations
@@ -33,10 +32,8 @@ from launch.plan.layout import Layout
 from nano3.arch import resolve_model
 
 KIND, TASK, SEQ_LENGTH = "challenge-run", "reasoning-challenge", 1024
-VALIDATED = 48
-"""Of the held-out puzzles, the first, for a loss at the end of the training."""
-LEAST_GAIN, LEAST_EQUAL = 0.30, 0.99
-"""What the demo promises: the gain, and the share of answers that PEFT writes from the zip letter for letter."""
+VALIDATED = 48  # of the held-out puzzles, the first, for a loss at the end of the training
+LEAST_GAIN, LEAST_EQUAL = 0.30, 0.99  # promised: the gain, and answers that PEFT writes from the zip to the letter
 
 
 def settings() -> Settings:
@@ -64,15 +61,14 @@ def challenge_lora(run: Run) -> Any:
     return lora_recipe(run)
 
 
-def prepare_data(out: Path, kind: str, level: int, held_out: int, training: int) -> None:
-    """Writes held-out and training puzzles of one kind and level, none of them alike, and their packed stores."""
+def prepare_data(out: Path, task: str, level: int, held_out: int, training: int) -> None:
+    """Writes held-out and training puzzles of one task and level, none of them alike, and their packed stores."""
     from data_prep.chat_rows import read_conversations
     from data_prep.generate import fresh_rows
     from data_prep.overlap import HeldOut
     from data_prep.prepare import prepare
     from nano3.rows import write_rows
 
-    task = f"challenge/{kind}"
     write_rows(out / "held_out.jsonl", fresh_rows(task, held_out, 101, level=level))
     held = HeldOut(read_conversations(out / "held_out.jsonl"))
     write_rows(out / "train.jsonl", fresh_rows(task, training, 202, held, level=level))
@@ -102,14 +98,12 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/challenge"), help="folder to write")
     parser.add_argument("--kind", default="numerals", help="kind of puzzle (default: numerals)")
-    parser.add_argument(
-        "--level", type=int, default=0, metavar="N", help="how hard, 0 (numerals alone) to 3 (default: 0)"
-    )
+    parser.add_argument("--level", type=int, default=0, metavar="N", help="0 (numerals alone) to 3 (default: 0)")
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="puzzles to score (default: 500)")
     parser.add_argument("--training", type=int, default=1800, metavar="N", help="puzzles to train on")
     args = parser.parse_args()
     out = fresh_folder(args.out, KIND)
-    prepare_data(out, args.kind, args.level, args.held_out, args.training)
+    prepare_data(out, f"challenge/{args.kind}", args.level, args.held_out, args.training)
     train(out, 2, pico_settings, challenge_lora)
     found = scores(out)
     (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -34,8 +34,7 @@ from nano3.arch import resolve_model
 KIND, TASK, SEQ_LENGTH = "medical-smoke", "medmcqa", 1024
 LEAST_TRAINED, CHANCE = 0.95, 0.25
 """What the smoke run promises: questions that it was taught, by log-likelihood; and those that it was not."""
-AT_A_TIME = 16
-"""Questions in a batch: of 350 tokens each, 128 took a CPU five times as long (docs/medical.md)."""
+AT_A_TIME = 16  # questions in a batch: of 350 tokens each, 128 took a CPU five times as long (docs/medical.md)
 LETTER_APART = StageSettings(weights="fixed")  # all weights 1: stage_loss/answer of metrics.jsonl is the letter's
 NOTE = "pico knows no medicine: what it was taught it has by heart, and every other question it guesses"
 
@@ -89,10 +88,8 @@ def scores(out: Path) -> dict[str, Any]:
         pico, adapter, questions = resolve_model("pico"), out / "lora" / "adapter", out / f"{name}.jsonl"
         base, tuned = score_both(pico, adapter, questions, TASK, into, batch_size=AT_A_TIME)
         letters = [sum(row["letter_correct"] for row in result["answers"]) for result in (base, tuned)]
-        found[name] = compare(base, tuned) | {
-            "letters": letters,
-            "ci95_letters": wilson_interval(letters[1], tuned["n"]),
-        }
+        interval = wilson_interval(letters[1], tuned["n"])
+        found[name] = compare(base, tuned) | {"letters": letters, "ci95_letters": interval}
         print(f"\n{name}, written answers by subject:\n{table(by_groups(base, tuned))}")
     return found
 

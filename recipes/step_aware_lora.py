@@ -7,8 +7,8 @@
     python recipes/step_aware_lora.py                                   # all of it on pico, two CPU ranks
 
 Teaches to write UNDERSTAND, PLAN and EXECUTE, and then, with those weights frozen, to check them. Data: traces with
-stages (data_prep/generate.py --task steps/lists). Cost: on pico see the page; not measured on a GPU. Result:
-OUT/adapter; on pico both adapters, the merged model, and OUT/report.json with every measure of three models.
+stages (data_prep/generate.py --task steps/lists). Cost: on pico see the page; not measured on a GPU.
+Result: OUT/adapter; on pico both adapters, the merged model, and OUT/report.json with every measure of three models.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from tests.conversion.test_merge import FORMAT_2
 
 
 def test_no_held_out_puzzle_is_trained_on_and_the_reasoning_is(tmp_path: Path):
-    prepare_data(tmp_path, "numerals", level=0, held_out=12, training=24)
+    prepare_data(tmp_path, "challenge/numerals", level=0, held_out=12, training=24)
     rows = {name: list(map(json.loads, (tmp_path / f"{name}.jsonl").open())) for name in ("held_out", "train")}
     questions = {name: {row["messages"][0]["content"] for row in part} for name, part in rows.items()}
     assert (len(questions["held_out"]), len(questions["train"])) == (12, 24)
