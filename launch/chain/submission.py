@@ -43,8 +43,9 @@ def submit_all(
         elif stage.name == TRAIN:
             number = _submit_training(stage, site, before)
         else:
-            behind = before if stage.shards is None else submit_shards(stage.shards, records, cluster, queued)
-            number = hand_in(*job_of(stage, cluster, records.out, behind))
+            if stage.shards is not None:
+                before = submit_shards(stage.shards, records, cluster, queued)
+            number = hand_in(*job_of(stage, cluster, records.out, before))
         if number not in alive:
             fresh = True
             records.submitted(stage, number)
