@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep import chat, qwen3
-from nano3.conversations import CONTROL_TOKENS, Message
+from nano3.conversations import CONTROL_TOKENS, TURN_ENDS, Message
 
 
 class ChatFormat(NamedTuple):
@@ -25,7 +25,7 @@ class ChatFormat(NamedTuple):
     """Tokens that end the model's turn."""
 
 
-NEMOTRON = ChatFormat("Nemotron-3-Nano", CONTROL_TOKENS, chat.TEMPLATE_FILE, chat.render, chat.split_turns, (2, 11))
+NEMOTRON = ChatFormat("Nemotron-3-Nano", CONTROL_TOKENS, chat.TEMPLATE_FILE, chat.render, chat.split_turns, TURN_ENDS)
 QWEN3 = ChatFormat(
     "Qwen3", qwen3.CONTROL_TOKENS, qwen3.TEMPLATE_FILE, qwen3.render, qwen3.split_turns, (151643, 151645)
 )

@@ -31,6 +31,8 @@ CONTROL_TOKENS = {
     "</tool_call>": 15,
 }
 """The tokens that the chat format is made of, with their ids in Nemotron-3-Nano's tokenizer and in pico's."""
+TURN_ENDS = (CONTROL_TOKENS["</s>"], CONTROL_TOKENS["<|im_end|>"])
+"""Those that end the model's turn."""
 
 AFTER_REASONING = "\n</think>\n"
 """What the format puts between the reasoning of a turn and its answer."""

@@ -10,15 +10,13 @@ need not compute anything again. This is Activated LoRA (arXiv 2504.12397), for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from nano3.cli import UserError
-
-TURN_ENDS = (2, 11)
-"""`</s>` and `<|im_end|>`, which end a turn of Nemotron-3-Nano and of pico, and close the gate."""
+from nano3.conversations import TURN_ENDS
 
 
 def mark_ids(folder: Path | str, mark: str) -> list[int]:
@@ -74,6 +72,13 @@ class Gate:
         mine = self._now
         if output.requires_grad:
             output.register_hook(lambda _gradient: self._again(mine))
+
+    def through(self, positions: torch.Tensor, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A whole forward pass of a micro batch, with all that its backward pass needs: `enter`, `forward`, `leave`."""
+        self.enter(positions)
+        output = forward()
+        self.leave(output)
+        return output
 
     def _again(self, positions: torch.Tensor | None) -> None:
         self._now = positions

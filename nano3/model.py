@@ -66,10 +66,8 @@ def packed_forward_step(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """
     core = next(module for module in model.modules() if isinstance(module, MambaModel))
     balanced = core.config.moe_router_bias_update_rate > 0
-    gate: Gate | None = getattr(core, "gate", None)
-    if gate is not None:
-        gate.enter(batch["gate"])
-    output = model(
+    forward = partial(
+        model,
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
         attention_mask=None,
@@ -77,8 +75,8 @@ def packed_forward_step(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         packed_seq_params=packed_seq_params(batch, core.config.context_parallel_size),
         **({"padding_mask": batch["source"] < 0} if balanced else {}),
     )
-    if gate is not None:
-        gate.leave(output)
+    gate: Gate | None = getattr(core, "gate", None)
+    output = forward() if gate is None else gate.through(batch["gate"], forward)
     if core.post_process and judges(core):
         batch["correct"] = core.correct
     return output

@@ -103,19 +103,17 @@ def adapted(model: torch.nn.Module, case: Case) -> torch.nn.Module:
 def forward_step(losses: list[torch.Tensor], data: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple:
     """Megatron-Core's contract: the output, and what makes (sum, number, report) of it."""
     batch = next(data)
-    core = next(module for module in model.modules() if isinstance(module, MambaModel))
-    gate: Gate | None = getattr(core, "gate", None)
-    if gate is not None:
-        gate.enter(batch["gate"])
-    output = model(
+    forward = partial(
+        model,
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
         attention_mask=None,
         labels=batch["labels"],
         packed_seq_params=packed_seq_params(batch, parallel_state.get_context_parallel_world_size()),
     )
-    if gate is not None:
-        gate.leave(output)
+    core = next(module for module in model.modules() if isinstance(module, MambaModel))
+    gate: Gate | None = getattr(core, "gate", None)
+    output = forward() if gate is None else gate.through(batch["gate"], forward)
 
     def loss(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
         total = (per_token * batch["loss_mask"]).sum()
