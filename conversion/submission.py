@@ -83,12 +83,7 @@ def check_submission(file: Path, base: Path, max_rank: int = MAX_RANK) -> str:
     if not file.is_file():
         raise UserError(f"{file} is no file; give a zip such as submission.zip")
     with scratch_folder(file) as scratch:
-        try:
-            _unpack(file, scratch)
-        except _BROKEN as error:
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:
-                raise  # such as a full disk, which says nothing about the zip
-            raise UserError(f"{file} cannot be read as a zip file ({error}); write it again") from None
+        unpack(file, scratch)
         return check_folder(scratch, Arch.load(base), max_rank)
 
 
@@ -96,8 +91,17 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, Valu
 """What `zipfile` raises for damaged, encrypted and foreign zips; OSError is a place before the file's beginning."""
 
 
-def _unpack(file: Path, folder: Path) -> None:
-    """The two files of a zip. Raises `UserError` for other files, and `_BROKEN`."""
+def unpack(file: Path, folder: Path) -> None:
+    """Writes the two files of a zip into `folder`. Raises `UserError` for other files, and for a damaged zip."""
+    try:
+        _copy_files(file, folder)
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # such as a full disk, which says nothing about the zip
+        raise UserError(f"{file} cannot be read as a zip file ({error}); write it again") from None
+
+
+def _copy_files(file: Path, folder: Path) -> None:
     with zipfile.ZipFile(file) as packed:
         found = sorted(packed.namelist())
         if found != sorted(NAMES):

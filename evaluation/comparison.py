@@ -170,6 +170,11 @@ class Line:
 def by_groups(before: Result, after: Result, key: str = "subject") -> list[Line]:
     """Gains by subject, source or another field of the rows, the largest group first."""
     check_comparable({"before": before, "after": after})
+    return grouped(before, after, key)
+
+
+def grouped(before: Result, after: Result, key: str) -> list[Line]:
+    """The same for results of one set of questions, however they were asked: with thinking and without, say."""
     there = {row["id"]: row for row in after["answers"]}
     names = [str(row.get(key) or NO_SUBJECT) for row in before["answers"]]
     first = by_group(names, [share(row) for row in before["answers"]])

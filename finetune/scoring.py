@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from evaluation.comparison import Line, accuracy, by_groups, paired, table
+from evaluation.comparison import Line, accuracy, by_groups, grouped, paired, table
 from evaluation.evaluate import evaluate
 from evaluation.judging.questions import load_questions
 from evaluation.models import HFModel, beside
 from evaluation.result_file import Result, write_result
-from evaluation.significance import Group, holm
 from evaluation.tasks import load_task
 from nano3.cli import scratch_folder
 
@@ -67,8 +65,10 @@ def peft_of(submission: Path) -> Iterator[Prepare]:
     """What makes PEFT put the adapter of a submission's zip into a loaded model, while its files are unpacked."""
     from peft import PeftModel
 
-    with scratch_folder(submission.with_suffix("")) as folder, zipfile.ZipFile(submission) as packed:
-        packed.extractall(folder)
+    from conversion.submission import unpack
+
+    with scratch_folder(submission.with_suffix("")) as folder:
+        unpack(submission, folder)
         yield lambda model: PeftModel.from_pretrained(model, str(folder))
 
 
@@ -85,7 +85,7 @@ def reasoning_report(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     better = max(("thinking", thinking), ("plain", plain), key=lambda one: accuracy(one[1]))
     pair = paired(better[1], tuned)
     before, after = score_both(base, adapter, out / "old_tasks.jsonl", "own", out / "old")
-    tasks, old = _by_task(better[1], tuned), by_groups(before, after, "source")
+    tasks, old = grouped(better[1], tuned, "source"), by_groups(before, after, "source")
     print(f"\nheld out, the base in its better form ({better[0]}), tuned with thinking:\n{table(tasks)}")
     print(f"\nold tasks, what was forgotten:\n{table(old)}\n")
     report = {
@@ -101,18 +101,6 @@ def reasoning_report(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
-
-
-def _by_task(before: Result, after: Result) -> list[Line]:
-    """`by_groups` by source, for results whose prompts differ: thinking on in one of them."""
-
-    def part(result: Result, source: str) -> dict[str, Any]:
-        return {**result, "answers": [row for row in result["answers"] if row["source"] == source]}
-
-    names = sorted({str(row["source"]) for row in after["answers"]})
-    pairs = {name: paired(part(before, name), part(after, name)) for name in names}
-    adjusted = holm({name: pair.p_value for name, pair in pairs.items()})
-    return [Line(name, Group(one.before), Group(one.after), one, adjusted[name]) for name, one in pairs.items()]
 
 
 def _gain_of(line: Line) -> dict[str, Any]:

@@ -61,12 +61,16 @@ class LoraInfo(AdapterKind):
 
     def refuse_other_base(self, where: Path, found: str, adapter: Path) -> None:
         """Raises `UserError` when the base in `where`, of content hash `found`, is not the one that is recorded."""
-        recorded = self.base_sha256
-        if recorded is not None and found != recorded:
-            raise UserError(
-                f"adapter {adapter} was trained on another base than {where}: that one's content hash begins with "
-                f"{recorded[:16]}, this one's with {found[:16]}; give the base that was tuned"
-            )
+        refuse_other_base(self.base_sha256, where, found, adapter)
+
+
+def refuse_other_base(recorded: str | None, where: Path, found: str, adapter: Path) -> None:
+    """Raises `UserError` when the base in `where`, of content hash `found`, is not the one that `adapter` recorded."""
+    if recorded is not None and found != recorded:
+        raise UserError(
+            f"adapter {adapter} was trained on another base than {where}: that one's content hash begins with "
+            f"{recorded[:16]}, this one's with {found[:16]}; give the base that was tuned"
+        )
 
 
 _OPTIONAL: dict[str, Any] = {"router": "frozen", "router_sha256": None, "base_sha256": None, "combined": None}

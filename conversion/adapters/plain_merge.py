@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from conversion.adapters.lora_json import training_facts
+from conversion.adapters.lora_json import refuse_other_base, training_facts
 from conversion.adapters.peft_config import read_peft_config
 from conversion.adapters.peft_file import open_weights
 from conversion.adapters.peft_names import PREFIX, WEIGHTS
@@ -102,11 +102,7 @@ class PlainAdapter:
 
     def refuse_other_base(self, base: Path, found: str) -> None:
         """Raises `UserError` when `base`, of content hash `found`, is not what the adapter was trained on."""
-        if self.trained is not None and self.trained["base_sha256"] != found:
-            raise UserError(
-                f"adapter {self.folder} was trained on another base than {base}: that one's content hash begins with "
-                f"{self.trained['base_sha256'][:16]}, this one's with {found[:16]}; give the base that was tuned"
-            )
+        refuse_other_base(self.trained["base_sha256"] if self.trained else None, base, found, self.folder)
 
 
 def merge_plain(base: Path, adapter_folder: Path, out: Path) -> dict[str, Any]:
