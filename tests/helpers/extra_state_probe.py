@@ -13,16 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.mcore_model import build, sharded_parts  # first: it switches the CPU backend on
+from tests.helpers.mcore_model import build, join_alone, sharded_parts  # first: it switches the CPU backend on
 
 # isort: split
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from nano3.arch import Arch
 from nano3.cpu.te.base import TransformerEngineBaseModule
@@ -50,9 +48,7 @@ def digest(model: Any) -> float:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(0)
+    join_alone()
     arch = Arch.load(folder / "hf")
     model, second = (build(arch, 128, torch.float32) for _ in range(2))
     plain = torch.nn.Module.get_extra_state

@@ -6,7 +6,6 @@ python -m tests.helpers.gate_probe NEMO_FOLDER ADAPTER OUT.safetensors
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,15 +14,13 @@ from tests.helpers.model_probe import load, packed  # first: it switches the CPU
 # isort: split
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from safetensors.torch import save_file
 
 from nano3.checkpoints.adapter_checkpoint import save_adapter
 from nano3.gate import open_positions
 from nano3.lora.lora import Nano3LoRA
 from nano3.targets import PRESETS, select
+from tests.helpers.mcore_model import join_alone
 
 LENGTHS = (37, 52, 1, 40)
 """Documents of the pack; the mark stands in the first, in the second and, twice, in the last."""
@@ -63,10 +60,7 @@ def gradients(model: torch.nn.Module, tokens: torch.Tensor, gate: torch.Tensor, 
 
 def main() -> None:
     nemo, adapter, out = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(0)
+    join_alone()
     model, arch = load(nemo)
     targets = [*PRESETS["peft"], "out_proj"]
     model = Nano3LoRA(modules=select(arch, targets, "none"), rank=4, alpha=8.0, mark=list(MARK))(model)

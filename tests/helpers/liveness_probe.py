@@ -6,7 +6,6 @@ python -m tests.helpers.liveness_probe OUT.json
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,6 @@ from nano3 import cpu
 cpu.enable()
 
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
 from nano3.arch import Arch  # noqa: E402
@@ -29,7 +26,7 @@ from nano3.lora.liveness import AdapterLiveness  # noqa: E402
 from nano3.lora.lora import Nano3LoRA  # noqa: E402
 from nano3.targets import PRESETS, select  # noqa: E402
 from nano3.training.expert_load import ExpertLoad  # noqa: E402
-from tests.helpers.mcore_model import build  # noqa: E402
+from tests.helpers.mcore_model import build, join_alone  # noqa: E402
 from tests.helpers.tiny import TINY_CONFIG  # noqa: E402
 
 ROUTED = "decoder.layers.1.mlp.experts.linear_fc1"
@@ -112,9 +109,7 @@ def three_steps(
 
 
 def main() -> None:
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    join_alone()
     healthy = three_steps("each")
     busy = max(range(8), key=healthy["load"].__getitem__)
     idle = healthy["load"].index(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,13 +11,23 @@ from nano3 import cpu
 cpu.enable()
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from nano3.arch import Arch  # noqa: E402
 from nano3.core import build_mcore_model, transformer_kwargs  # noqa: E402
 from nano3.pipeline_parallel import pipeline_kwargs  # noqa: E402
+
+
+def join_alone() -> None:
+    """A process group of one rank, its parallel state, and seeds: what a model's modules ask for."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
 
 
 def build(

@@ -6,7 +6,6 @@ python -m tests.helpers.model_probe NEMO_FOLDER ADAPTER OUT.safetensors
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from nano3 import cpu
 cpu.enable()
 
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from nano3.arch import Arch  # noqa: E402
@@ -26,7 +23,7 @@ from nano3.checkpoints.adapter_checkpoint import adapter_state, save_adapter  # 
 from nano3.lora.lora import Nano3LoRA  # noqa: E402
 from nano3.router import RouterGuard  # noqa: E402
 from nano3.targets import PRESETS, select  # noqa: E402
-from tests.helpers.mcore_model import build  # noqa: E402
+from tests.helpers.mcore_model import build, join_alone  # noqa: E402
 
 LENGTHS = (7, 1, 12, 20)
 """Documents of the pack: a short one, one of a single token, and two that cross a chunk of the scan."""
@@ -72,10 +69,7 @@ def leak(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor
 
 def main() -> None:
     nemo, adapter, out = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(0)
+    join_alone()
     model, arch = load(nemo)
     tokens = torch.randint(0, 100, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
     results = {"tokens": tokens, **leak(model, tokens)}
