@@ -73,9 +73,8 @@ def preparing(folder: Path, tokenizer: Path, rows: int, rounds: int, options: Op
         few, many = folder / "few.jsonl", folder / "many.jsonl"
         write_rows(few, chat_rows(START_ROWS, *questions))
         write_rows(many, chat_rows(rows, *questions))
-        store, _ = prepare(
-            [many], tokenizer, folder / "store", LONG, options
-        )  # compiles, and warms the caches of the disk
+        # Compiles, and warms the caches of the disk.
+        store, _ = prepare([many], tokenizer, folder / "store", LONG, options)
         ratios, costs = [], []
         for _ in range(rounds):
             alone = bare(many, tokenizer)

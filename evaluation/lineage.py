@@ -124,15 +124,13 @@ def _training(folder: Path) -> Iterator[Link]:
         return
     recorded, lora_file = read_run(folder), folder / "adapter" / "lora.json"
     lora: Trained = read_json(lora_file, Trained, "copy the adapter again") if lora_file.exists() else {}
-    expected = lora.get("base_sha256")
-    base = Path(recorded.get("base", ""))
-    if not (base / BASE_FILE).exists():
-        yield Link("source", base, expected or "", "base of the adapter", "it is not there any more")
-    else:
+    base, expected = Path(recorded.get("base", "")), lora.get("base_sha256")
+    if (base / BASE_FILE).exists():
         # Of a run with lora.base=nf4 there is no copy: base.json says which weights MODEL had.
-        found = model_sha256(base if is_nemo_checkpoint(base) else Path(recorded.get("model", "")))
-        problem = "" if expected in (None, found) else f"the adapter was trained on {str(expected)[:16]}"
-        yield Link("source", base, found, f"base of the adapter, {_revision(base)}", problem)
+        weights = base if is_nemo_checkpoint(base) else Path(recorded.get("model", ""))
+        yield _source(base, weights, expected, f", {_revision(base)}")
+    else:
+        yield _source(base, None, expected)
     yield _store(Path(recorded.get("data", "")))
     if lora_file.exists():
         steps = f"{lora['steps']} steps" if lora.get("steps") else "trained"
@@ -143,16 +141,20 @@ def _training(folder: Path) -> Iterator[Link]:
 def _trained_plain(folder: Path, trained: PlainTrained) -> Iterator[Link]:
     """The same of recipes/qwen3_qlora.py, whose base is the Hugging Face folder itself."""
     recorded = read_run(folder)
-    base, expected = Path(recorded.get("model", "")), trained["base_sha256"]
-    if not (base / "config.json").exists():
-        yield Link("source", base, expected, "base of the adapter", "it is not there any more")
-    else:
-        found = model_sha256(base)
-        problem = "" if expected == found else f"the adapter was trained on {expected[:16]}"
-        yield Link("source", base, found, "base of the adapter", problem)
+    base = Path(recorded.get("model", ""))
+    yield _source(base, base if (base / "config.json").exists() else None, trained["base_sha256"])
     yield _store(Path(recorded.get("data", "")))
     adapter = folder / "adapter"
     yield Link("adapter", adapter, folder_sha256(adapter), f"{trained.get('steps')} steps")
+
+
+def _source(base: Path, weights: Path | None, expected: str | None, more: str = "") -> Link:
+    """The base of an adapter, which lies in `weights`, or nowhere any more. `expected`: the hash that was recorded."""
+    if weights is None:
+        return Link("source", base, expected or "", "base of the adapter", "it is not there any more")
+    found = model_sha256(weights)
+    problem = "" if expected in (None, found) else f"the adapter was trained on {str(expected)[:16]}"
+    return Link("source", base, found, f"base of the adapter{more}", problem)
 
 
 def _revision(base: Path) -> str:

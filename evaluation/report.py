@@ -207,10 +207,10 @@ def _forms(pair: Pair, names: Sequence[str]) -> str:
     parts = []
     for title, side in (("Before", pair.before), ("After", pair.after)):
         if forms := by_form(side["answers"]):
-            low, high = wilson_interval(sum(forms.get(KEPT, {}).values()), side["n"])
+            kept = sum(forms.get(KEPT, {}).values())
+            low, high = wilson_interval(kept, side["n"])
             rows = [[escape(form), *(f"{counts[name]:,}" for name in names)] for form, counts in forms.items()]
-            kept = sum(forms.get(KEPT, {}).values()) / side["n"]
-            parts.append(f"<h3>{title}, form of the reasoning: kept {kept:.1%} ({low:.0%}–{high:.0%})</h3>")
+            parts.append(f"<h3>{title}, form of the reasoning: kept {kept / side['n']:.1%} ({low:.0%}–{high:.0%})</h3>")
             parts.append(table(("form", *names), rows))
     return "".join(parts)
 

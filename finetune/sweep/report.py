@@ -58,13 +58,8 @@ def as_lines(lines: Sequence[Line]) -> str:
     """The table as plain text."""
     rows = [f"{'rank':>4} {'trial':>5}  {'loss':>8}  {'':<13}settings"]
     for place, one in enumerate(lines, 1):
-        rows.append(f"{place:>4} {one.number:>5}  {_loss(one):>8}  {one.state:<13}{settings_of(one)}")
+        rows.append(f"{place:>4} {one.number:>5}  {_loss(one):>8}  {one.state:<13}{words_of(one.params)}")
     return "\n".join(rows)
-
-
-def settings_of(line: Line) -> str:
-    """A trial's settings as the command line takes them."""
-    return words_of(line.params)
 
 
 def write_report(study: Study, command: str) -> list[Line]:
@@ -79,7 +74,7 @@ def write_report(study: Study, command: str) -> list[Line]:
 
 def _page(study: Study, lines: Sequence[Line], command: str) -> str:
     rows = [
-        [str(place), str(one.number), _loss(one), escape(one.state), escape(settings_of(one))]
+        [str(place), str(one.number), _loss(one), escape(one.state), escape(words_of(one.params))]
         for place, one in enumerate(lines, 1)
     ]
     curves: dict[str, Series] = {f"trial {one.number}": one.curve for one in lines[:SHOWN] if one.curve}
@@ -98,8 +93,8 @@ def _page(study: Study, lines: Sequence[Line], command: str) -> str:
 def _by_setting(tries: Mapping[str, str], lines: Sequence[Line]) -> dict[str, str]:
     """A chart for every setting that is a number: a dot for each finished trial."""
     charts = {}
+    finished = [one for one in lines if one.loss is not None and one.state == WORDS["COMPLETE"]]
     for key, text in tries.items():
-        finished = [one for one in lines if one.loss is not None and one.state == WORDS["COMPLETE"]]
         values = [_number(one.params[key]) for one in finished]
         if not finished or any(value is None for value in values):
             continue

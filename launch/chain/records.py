@@ -168,16 +168,18 @@ class Records:
 
     def submitted(self, stage: Stage, job: int) -> None:
         """Remembers the job of a stage."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{stage.name}.json").unlink(missing_ok=True)
         if stage.name == TRAIN:
             self._begun(stage, _states(stage))
-        (self.folder / f"{stage.name}.job").write_text(f"{job}\n")
+        self._remember(stage.name, job)
 
     def submitted_shards(self, job: int) -> None:
         """Remembers the array that prepares the data."""
+        self._remember(shards.NAME, job)
+
+    def _remember(self, name: str, job: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{shards.NAME}.job").write_text(f"{job}\n")
+        (self.folder / f"{name}.job").write_text(f"{job}\n")
 
     def shards_job(self) -> int | None:
         """The array that was last given the data; None where it was prepared by one process."""
