@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from nano3.cli import UserError, fresh_file
@@ -89,15 +90,23 @@ def open_recipe(file: Path) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
         raise UserError(
             f"{file} does not end in run(lambda: main(__doc__, settings, my_recipe)); see recipes/README.md"
         )
-    name = _module(file)
-    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), file)
+    module = _opened(_module(file).removesuffix(".py"), file)
+    defaults, recipe = (getattr(module, one) for one in named[0])
+    return defaults, recipe
+
+
+def _opened(name: str, file: Path) -> ModuleType:
+    """The module of `file`. One that is imported already stays what it is: functions of it are in use elsewhere."""
+    module = sys.modules.get(name)
+    if module is not None and Path(module.__file__ or "").resolve() == file:
+        return module
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
-    defaults, recipe = (getattr(module, one) for one in named[0])
-    return defaults, recipe
+    return module
 
 
 def _is_main(call: ast.Call) -> bool:

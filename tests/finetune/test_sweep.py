@@ -260,6 +260,8 @@ def test_the_report_ranks_finished_trials_before_those_given_up(tmp_path: Path):
 def test_a_recipe_is_opened_by_its_file(tmp_path: Path):
     settings, recipe = open_recipe(ROOT / "recipes" / "reasoning_lora.py")
     assert (settings().lora.max_rank, recipe_of(recipe).name) == (64, "recipes.reasoning_lora:reasoning_lora")
+    again = open_recipe(ROOT / "recipes" / "nemotron_lora.py")[1]
+    assert again is nemotron_3_nano_lora  # whoever imported it before still holds the recipe's function
     other = tmp_path / "none.py"
     other.write_text("print('no recipe')\n")
     with pytest.raises(UserError, match=r"none\.py does not end in run\(lambda: main"):
