@@ -49,8 +49,8 @@ def pico_settings() -> Settings:
     return Settings(
         layout=Layout(ep=2),
         lora=LoraSettings(preset="peft", rank=32, alpha=64.0, max_rank=32),
-        train=TrainSettings(steps=300, warmup=10, lr=3e-3, weight_decay=0.0, global_batch=2, seq_length=SEQ_LENGTH),
-        log=LogSettings(every=20),
+        train=TrainSettings(steps=1000, warmup=10, lr=3e-3, weight_decay=0.0, global_batch=2, seq_length=SEQ_LENGTH),
+        log=LogSettings(every=50),
     )
 
 
@@ -100,7 +100,7 @@ def main() -> int:
     parser.add_argument("--kind", default="numerals", help="kind of puzzle (default: numerals)")
     parser.add_argument("--level", type=int, default=0, metavar="N", help="0 (numerals alone) to 3 (default: 0)")
     parser.add_argument("--held-out", type=int, default=500, metavar="N", help="puzzles to score (default: 500)")
-    parser.add_argument("--training", type=int, default=1800, metavar="N", help="puzzles to train on")
+    parser.add_argument("--training", type=int, default=4000, metavar="N", help="puzzles to train on")
     args = parser.parse_args()
     out = fresh_folder(args.out, KIND)
     prepare_data(out, f"challenge/{args.kind}", args.level, args.held_out, args.training)
