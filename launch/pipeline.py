@@ -5,7 +5,8 @@
     python launch/pipeline.py status OUT
 
 The stages are prepare, import, train, merge, quantize, evaluate.
-A dense model of the family has no quantize: no FP8 selection of it is known.
+A dense model of the family has no quantize: no FP8 selection of it is known. With lora.base=nf4 there is no import: the
+ranks read FOLDER, and `--with merge="--base dequantized"` merges onto the weights that they saw.
 On Slurm every stage is a job that waits for the one before (afterok), on CPU nodes where no GPU is needed; the site is
 in cluster.yaml. `--shards 16` prepares large data in an array of 16 jobs. Key=value are the recipe's.
 The same command again resumes: finished stages are not repeated, a training that was interrupted resumes. Stages are
@@ -89,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar='STAGE="FLAGS"',
-        help='more flags of prepare, quantize or evaluate, such as quantize="--samples 256"; repeatable',
+        help='more flags of prepare, merge, quantize or evaluate, such as quantize="--samples 256"; repeatable',
     )
     parse.add_argument("--again", choices=NAMES, help="do this stage and what follows it over; old adapters are kept")
     parse.add_argument("--dry-run", action="store_true", help="print what would run, start nothing")

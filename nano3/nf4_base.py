@@ -118,9 +118,11 @@ def _frozen_keys(arch: Arch) -> set[str]:
 def _fill(tensor: MegatronTensor, part: ShardedTensor, read: Read) -> None:
     """Copies a part's rows; those behind the vocabulary are zeros."""
     start, count, _ = _region(tensor, part)
-    rows = [read(block.name)[block.start : block.start + block.count] for block in tensor.rows(start, count)]
-    part.data[:count] = torch.cat(rows)
-    part.data[count:] = 0
+    part.data[count:] = 0  # of a rank with padding alone, all of them
+    filled = 0
+    for block in tensor.rows(start, count):
+        part.data[filled : filled + block.count] = read(block.name)[block.start : block.start + block.count]
+        filled += block.count
 
 
 def _materialize(model: nn.Module) -> None:

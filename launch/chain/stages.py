@@ -17,13 +17,15 @@ from nano3.cli import UserError
 from nano3.overrides import apply_overrides
 
 NAMES = ("prepare", "import", "train", "merge", "quantize", "evaluate")
-EXTENDABLE = ("prepare", "quantize", "evaluate")
+EXTENDABLE = ("prepare", "merge", "quantize", "evaluate")
 """Stages whose script takes more flags than paths; those of training are key=value."""
 TRAIN = "train"
+DEQUANTIZED = "--base dequantized"
+"""The merge's flag for an adapter of a base in 4 bits."""
 RECIPE = "recipes/nemotron_lora.py"
 """The recipe that trains unless another is given."""
-_PACKS = ("layout.", "train.seq_length=", "train.pad_multiple=")
-"""The recipe's settings on which the packs of its data depend."""
+_PLANNED = ("layout.", "train.seq_length=", "train.pad_multiple=", "lora.base=")
+"""The recipe's settings on which the other stages depend: the packs of its data, and whether a base is imported."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,15 @@ class Chain:
             raise UserError(
                 f"--with quantize=...: {self.model} is dense, and no FP8 selection of it is known; remove it"
             )
+        self._check_merge()
+
+    def _check_merge(self) -> None:
+        """Raises `UserError` for flags of the merge with which what comes of it is no Hugging Face folder of the run."""
+        flags = shlex.join(self._more("merge"))
+        if flags not in ("", "--base original", DEQUANTIZED):
+            raise UserError(f"--with merge={flags!r}: write {DEQUANTIZED!r} or leave it out")
+        if flags == DEQUANTIZED and self.asked and not self.plan.nf4:
+            raise UserError(f"--with merge={flags!r} is of a base in 4 bits: give lora.base=nf4, or leave it out")
 
     @property
     def quantizes(self) -> bool:
@@ -90,42 +101,33 @@ class Chain:
 
     @property
     def plan(self) -> Plan:
-        """Layout and packs of the settings; the recipe itself checks the others."""
+        """Layout, packs and base of the settings; the recipe itself checks the others."""
         plan = Plan()
         for settings in (self.asked, self.settings):
-            apply_overrides(plan, [item for item in settings if item.startswith(_PACKS)])
+            apply_overrides(plan, [item for item in settings if item.startswith(_PLANNED)])
         return plan
 
     def recipe(self, stored: bool = True) -> tuple[str, ...]:
         """The training's command line; without `stored` it names no store, which need not be there then."""
-        paths = ["--model", self.model, "--base", self.out / "base", "--out", self.out / "lora"]
+        paths = ["--model", self.model, *self._base(), "--out", self.out / "lora"]
         paths += ["--data", self.out / "data"] if stored else []
         return (self.script, *map(str, paths), *self.resources, *self.settings)
 
+    def _base(self) -> tuple[str | Path, ...]:
+        """What the recipe is told of an imported base. With lora.base=nf4 its ranks read the Hugging Face folder."""
+        return () if self.plan.nf4 else ("--base", self.out / "base")
+
     def stages(self) -> tuple[Stage, ...]:
-        """All of them, in order; `quantize` where the model has a published FP8 recipe."""
+        """All of them, in order; `import` unless the base is in NF4, `quantize` where there is a published FP8 recipe."""
         out, model = self.out, str(self.model)
-        config = self.model / "config.json"
         own = () if self.script == RECIPE else (Path(self.script),)
         merged, scored = str(out / "merged"), out / "scores.json"
         fp8 = (self._score(str(out / "fp8"), out / "scores-fp8.json"),) if self.quantizes else ()
         return (
             self._prepare(),
-            Stage(
-                "import",
-                (("conversion/hf_to_nemo.py", model, str(out / "base"), "--no-context"),),
-                out / "base",
-                (config,),
-            ),
+            *(() if self.plan.nf4 else (self._import(),)),
             Stage(TRAIN, (self.recipe(),), out / "lora" / "adapter", own, gpu=True),
-            Stage(
-                "merge",
-                (
-                    ("conversion/merge_lora.py", model, str(out / "lora" / "adapter"), merged),
-                    ("conversion/certify.py", "verify", merged, "--against", model),
-                ),
-                out / "merged",
-            ),
+            self._merge(merged),
             *((self._quantize(merged),) if self.quantizes else ()),
             Stage(
                 "evaluate",
@@ -150,6 +152,19 @@ class Chain:
             return Stage("prepare", (*overlap, prepare), output, inputs)
         shards = Shards(prepare, output, self.shards, self.at_once).fitted()
         return Stage("prepare", (*overlap, (*prepare, "--join")), output, inputs, shards=shards)
+
+    def _import(self) -> Stage:
+        """The NeMo checkpoint of the base."""
+        base = self.out / "base"
+        command = ("conversion/hf_to_nemo.py", str(self.model), str(base), "--no-context")
+        return Stage("import", (command,), base, (self.model / "config.json",))
+
+    def _merge(self, merged: str) -> Stage:
+        """The Hugging Face folder with the adapter in it, and its certificate verified."""
+        model, adapter = str(self.model), str(self.out / "lora" / "adapter")
+        command = ("conversion/merge_lora.py", model, adapter, merged, *self._more("merge"))
+        verified = ("conversion/certify.py", "verify", merged, "--against", model)
+        return Stage("merge", (command, verified), Path(merged))
 
     def _quantize(self, merged: str) -> Stage:
         """The FP8 checkpoint of the merged model, calibrated on the training's data, and how its readers see it."""

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -287,7 +288,9 @@ def test_refused_with_the_remedy(tmp_path, asked):
         ([], "write run, status or stage"),
         (["status", str(tmp_path)], "holds no pipeline"),
         ([*asked, "--local"], "leave one of them out"),
-        (["run", *local, "--local", "--with", "train=--x"], "only prepare, quantize, evaluate"),
+        (["run", *local, "--local", "--with", "train=--x"], "only prepare, merge, quantize, evaluate"),
+        (["run", *local, "--local", "--with", "merge=--nemo"], "write '--base dequantized' or leave it out"),
+        (["run", *local, "--local", "--with", "merge=--base dequantized"], "give lora.base=nf4, or leave it out"),
         (["run", *local, "--local", "--with", "quantize"], "write STAGE=FLAGS"),
         (["run", *local, "--local", "--input", "/nowhere.jsonl"], "/nowhere.jsonl is not there"),
         (["run", *local[:-1], str(ROOT), "--local"], "exists and holds files that are not a pipeline"),
@@ -317,6 +320,25 @@ def test_a_dense_model_is_not_quantized(tmp_path):
     assert [stage.name for stage in again] == [name for name in NAMES if name != "quantize"]  # nothing ran yet
     with pytest.raises(UserError, match="is dense, and no FP8 selection of it is known; remove it"):
         Chain(chain.model, chain.inputs, chain.questions, tmp_path, extra={"quantize": "--samples 4"})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"settings": ("lora.base=nf4",)}, {"asked": ("lora.base=nf4",)}], ids=["given", "of the recipe"]
+)
+def test_no_copy_of_a_base_in_4_bits_is_imported(tmp_path, settings):
+    """The ranks read the Hugging Face folder, and the merge is onto its weights unless one asks for others."""
+    (tmp_path / "a").write_text("")
+    pico = resolve_model("pico")
+    chain = Chain(pico, (tmp_path / "a",), tmp_path / "a", tmp_path, **settings)
+    stages = {stage.name: stage for stage in chain.stages()}
+    assert list(stages) == [name for name in NAMES if name != "import"]
+    assert "--base" not in stages["train"].commands[0]
+    assert "--base" not in stages["merge"].commands[0]
+    assert [stage.name for stage in Records(tmp_path).unfinished(chain.stages(), "import")] == list(stages)
+    onto = replace(chain, extra={"merge": "--base dequantized"}).stages()
+    assert next(stage for stage in onto if stage.name == "merge").commands[0][-2:] == ("--base", "dequantized")
+    original = replace(chain, settings=("lora.base=original",))
+    assert [stage.name for stage in original.stages()] == list(NAMES)
 
 
 def test_one_process_goes_where_its_stage_belongs():
@@ -379,6 +401,27 @@ def test_the_whole_chain_on_pico_and_on_from_where_it_failed(tmp_path):
     assert "What changed: scores to scores-fp8" in report(out).read_text()
     look = script("status", str(out)).stdout.splitlines()
     assert [line.split()[:2] for line in look] == [[name, "finished"] for name in NAMES]
+
+
+@pytest.mark.full
+def test_the_chain_of_a_base_in_4_bits_with_routers_that_balance(tmp_path):
+    """Merged onto the weights that it saw, the moved biases with it; nothing but their hash was imported."""
+    chain = ["run", "--recipe", "recipes.nemotron_qlora", "--model", "pico", *questions(tmp_path), "--local"]
+    chain += ["--out", str(tmp_path / "out"), "--ranks", "2", "--with", "merge=--base dequantized"]
+    done = script(*chain, *SMALL, "router=balance", "--with", "quantize=--samples 4 --tokens 64")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert not (out / "base").exists()
+    assert [path.name for path in (out / "lora" / "base").iterdir()] == ["base.json"]
+    certificate = json.loads((out / "merged" / "certificate.json").read_text())
+    assert (certificate["merged_onto"], certificate["router"]) == ("dequantized", "balance")
+    moved = [name for name, line in certificate["tensors"].items() if line.get("by") == ["router=balance"]]
+    assert len(moved) == 4  # pico's routers
+    links = {link.path.name: link.problem for link in lineage(parts_of(out))}
+    assert links == dict.fromkeys(links, "")
+    assert {"base", "adapter", "merged", "fp8", "scores.json", "scores-fp8.json"} <= set(links)
+    look = script("status", str(out)).stdout.splitlines()
+    assert [line.split()[:2] for line in look] == [[name, "finished"] for name in NAMES if name != "import"]
 
 
 def test_the_recipe_that_is_not_named_is_ours_wherever_you_stand(tmp_path, monkeypatch):

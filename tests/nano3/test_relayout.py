@@ -25,6 +25,7 @@ from finetune.settings import CheckpointSettings, LogSettings, LoraSettings, Set
 from launch.plan.layout import Layout
 from nano3.checkpoints.checkpoint_folder import checkpoints, step_of
 from nano3.overrides import flatten
+from nano3.parity.case import NF4_WIDTHS
 from nano3.token_store import TokenStore, tokenizer_sha256
 from tests.helpers.rank_server import RankServer
 from tests.helpers.tiny import tiny_hf_folder
@@ -49,8 +50,9 @@ KINDS = {
     "shared": ("fp32", LoraSettings(rank=4, alpha=8.0), "frozen"),
     "everything": ("fp32", EVERYTHING, "balance"),
     "bf16": ("bf16", replace(EVERYTHING, dora=False), "frozen"),
+    "nf4": ("fp32", replace(EVERYTHING, base="nf4"), "balance"),
 }
-"""Precision, adapters and routers. BF16 brings the distributed optimizer."""
+"""Precision, adapters and routers. BF16 brings the distributed optimizer. NF4's base is wider: what NF4 can cut."""
 
 
 def settings(kind: str, layout: Layout) -> Settings:
@@ -72,12 +74,25 @@ def settings(kind: str, layout: Layout) -> Settings:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Base model and store."""
-    folder = tmp_path_factory.mktemp("relayout")
-    source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"}, hybrid_override_pattern="MEM*E", vocab_size=VOCABULARY)
+    return prepared(tmp_path_factory.mktemp("relayout"))
+
+
+def prepared(folder: Path, **widths: int) -> Path:
+    """Base model with these widths and store, in `folder`."""
+    config = {"hybrid_override_pattern": "MEM*E", "vocab_size": VOCABULARY} | widths
+    source = tiny_hf_folder(folder / "hf", dtypes={"": "F32"}, **config)
     convert(source, folder / "nemo", context=False)
     tiny_store(folder / "store", documents=60, longest=30, vocab_size=VOCABULARY, tokenizer=tokenizer_sha256(source))
     build_packs(TokenStore(folder / "store"), 64, pad_multiple=4)
     return folder
+
+
+def place(folder: Path, kind: str) -> Path:
+    """Where base and store of this kind are."""
+    wide = folder / "wide"
+    if kind != "nf4":
+        return folder
+    return wide if wide.exists() else prepared(wide, **NF4_WIDTHS)
 
 
 def untouched(folder: Path, ranks: RankServer, kind: str) -> Path:
@@ -149,10 +164,13 @@ def largest_error(out: Path, reference: Path) -> float:
         ("everything", 2, Layout(pp=2)),
         ("bf16", 2, Layout(ep=2)),
         ("bf16", 4, Layout(tp=2, pp=2)),
+        ("nf4", 2, Layout(etp=2)),
+        ("nf4", 4, Layout(tp=2, pp=2)),
     ],
     ids=lambda value: value.settings(Layout()).replace("layout.", "") if isinstance(value, Layout) else str(value),
 )
 def test_any_layout_goes_on(folder, ranks, kind, world, layout):
+    folder = place(folder, kind)
     source, out = untouched(folder, ranks, kind), moved(folder, ranks, kind, world, layout)
     assert f"resumed at step {SAVED} from" in log(out)
     assert f"written by 4 ranks (tp=2 ep=2), on {world} rank" in log(out)
@@ -171,9 +189,12 @@ def test_any_layout_goes_on(folder, ranks, kind, world, layout):
         assert largest_error(out, source) < CLOSE
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("everything", Layout(pp=2)), ("bf16", Layout(ep=2))])
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("everything", Layout(pp=2)), ("bf16", Layout(ep=2)), ("nf4", Layout(etp=2))]
+)
 def test_there_and_back_again_changes_no_bit(folder, ranks, kind, layout):
     """Also where the vocabulary has less padding on the way: its rows start as they would have been."""
+    folder = place(folder, kind)
     source, between = untouched(folder, ranks, kind), moved(folder, ranks, kind, 2, layout) / "again"
     out = go_on(folder, ranks, between, f"{kind}-back", 4, settings(kind, FOUR))
     assert "written by 2 ranks" in log(out)
