@@ -87,7 +87,7 @@ class Chain:
         self._check_merge()
 
     def _check_merge(self) -> None:
-        """Raises `UserError` for flags of the merge with which what comes of it is no Hugging Face folder of the run."""
+        """Raises `UserError` for flags of the merge other than which weights it is onto."""
         flags = shlex.join(self._more("merge"))
         if flags not in ("", "--base original", DEQUANTIZED):
             raise UserError(f"--with merge={flags!r}: write {DEQUANTIZED!r} or leave it out")
@@ -118,7 +118,7 @@ class Chain:
         return () if self.plan.nf4 else ("--base", self.out / "base")
 
     def stages(self) -> tuple[Stage, ...]:
-        """All of them, in order; `import` unless the base is in NF4, `quantize` where there is a published FP8 recipe."""
+        """All of them, in order: `import` unless the base is in NF4, `quantize` where FP8 has a published recipe."""
         out, model = self.out, str(self.model)
         own = () if self.script == RECIPE else (Path(self.script),)
         merged, scored = str(out / "merged"), out / "scores.json"

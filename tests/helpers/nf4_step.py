@@ -3,9 +3,9 @@
 python -m tests.helpers.nf4_step FOLDER/reference.pt  -> {"loss", "gradients"}: transformers, PEFT, bitsandbytes
 python -m tests.helpers.nf4_step FOLDER/ours.pt       -> the same by Megatron-Core under the stand-ins, and what is kept
 
-Adapters are on what PEFT takes: q, k, v and o, in_proj, the shared expert's. The frozen weights of both are
-python -m tests.helpers.nf4_step FOLDER/ours.pt       -> the same by Megatron-Core on stand-ins, and what is kept
-for them; PEFT refuses out_proj.
+Adapters are on what PEFT takes: q, k, v and o, in_proj, the shared expert's; PEFT refuses out_proj. The frozen weights
+of both are in NF4 with bitsandbytes' rounding of scales; transformers leaves routed experts as they are, so these get
+the values that NF4 has for them.
 """
 
 from __future__ import annotations
