@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -20,6 +21,11 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(made_afresh_by("nf4_step", tmp_path_factory.mktemp("theirs") / "reference.pt"))
+
+
+@pytest.fixture(scope="module")
+def peak(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    return json.loads(made_by("nf4_peak", tmp_path_factory.mktemp("peak") / "peak.json").read_text())
 
 
 def test_the_loss_is_that_of_transformers_peft_and_bitsandbytes(ours, theirs):
@@ -51,6 +57,17 @@ def test_backward_is_given_the_activations_of_a_16_bit_base(ours):
     """So the plan of kept activations, within 10 % of what CPU ranks measure, is the same."""
     original, nf4 = ours["kept"]
     assert nf4 == pytest.approx(original, rel=0.01)
+
+
+def test_loading_has_one_weight_in_16_bits_at_a_time(peak):
+    """At its peak a rank holds its part of the model in NF4 and, beside it, less than one weight has in the making."""
+    assert peak["loading"] <= peak["held"] + peak["largest"] < peak["loading_of_all"]
+
+
+def test_a_steps_peak_is_that_of_a_16_bit_base_and_one_weight(peak):
+    """Beside the model, which is smaller by all that 4 bits spare."""
+    bound = peak["step_of_16_bits"] + peak["largest"]
+    assert peak["step"] <= bound < peak["step_with_copies"]
 
 
 def test_scales_stay_fp32_in_a_model_that_is_cast(ours):
