@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from data_prep.steps.graph import LIST, Problem, Step, Trace, Undefined, Value, applied, operation, recomputed
+from data_prep.steps.graph import LIST, Problem, Step, Trace, Undefined, Value, applied, operation, recomputed, show
 
 SHORTEST, LONGEST = 3, 5
 """Numbers of the list."""
@@ -97,12 +97,17 @@ def with_an_error(trace: Trace, source: random.Random) -> Mapping[str, Value] | 
 
 
 def another_value(step: Step, source: random.Random) -> Value:
-    """A value of the step's type near its own: a number that differs a little, or a list with one thing changed."""
+    """A value of the step's type near its own: a number that differs a little, or a list with one thing changed.
+
+    A number keeps its length: a longer one would give itself away.
+    """
     found = operation(step.op)
     assert found is not None
     if found.gives != LIST:
         assert not isinstance(step.value, tuple)
-        return max(step.value + source.choice((-3, -2, -1, 1, 2, 3)), type(step.value)(0))
+        near = [step.value + change for change in (-3, -2, -1, 1, 2, 3)]
+        alike = [one for one in near if (one < 0) == (step.value < 0) and len(show(one)) == len(show(step.value))]
+        return source.choice(alike or near)
     assert isinstance(step.value, tuple)
     numbers = list(step.value)
     change = source.choice(("swap", "drop", "replace"))

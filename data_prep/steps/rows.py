@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_prep.steps.grammar import STAGES, TraceText, write
+from data_prep.steps.grammar import STAGES, VERIFY, TraceText, write
 from data_prep.steps.graph import Problem, Trace, Value, show
 from data_prep.steps.programs import STEPS, draw_problem, with_an_error
 from nano3.cli import UserError
@@ -64,10 +64,18 @@ def trace_json(trace: Trace) -> dict[str, Any]:
 
 
 def _spans(text: TraceText, answer: str) -> list[dict[str, Any]]:
-    """The stages in characters of what the model writes, EXECUTE cut where its weight becomes 0."""
+    """The stages in characters of what the model writes, EXECUTE cut where its weight becomes 0.
+
+    The mark of VERIFY counts as EXECUTE, with weight 1: an adapter that acts from the mark on never writes it, so the
+    one that learns EXECUTE must, whatever weight it gives to VERIFY.
+    """
     spans: list[dict[str, Any]] = []
     for stage, (start, end) in text.parts.items():
         cut = text.wrong if stage == "EXECUTE" and text.wrong is not None else end
+        if stage == "VERIFY":
+            marked = start + len(VERIFY)
+            spans.append({"start": start, "end": marked, "stage": STAGES["EXECUTE"]})
+            start = marked
         spans.append({"start": start, "end": cut, "stage": STAGES[stage]})
         if cut < end:
             spans.append({"start": cut, "end": end, "stage": STAGES[stage], "weight": 0.0})

@@ -13,7 +13,7 @@ from data_prep.sources.gsm8k import STEPS as GSM8K_STEPS
 from data_prep.steps.calculations import NoTrace, trace_of
 from data_prep.steps.grammar import REASONS, STAGES, Unparsed, parse, write
 from data_prep.steps.graph import Step, Trace, canonical_edges, recomputed, show
-from data_prep.steps.programs import draw_problem, with_an_error
+from data_prep.steps.programs import another_value, draw_problem, with_an_error
 from data_prep.steps.rows import step_rows
 from nano3.cli import UserError
 from nano3.conversations import conversation
@@ -162,14 +162,23 @@ def test_spans_say_stage_and_weight_of_every_part():
     written = next(piece for piece in pieces if piece.spans)
     parts = [(written.text[s.start : s.end], s.stage, s.weight) for s in written.spans]
     assert "".join(text for text, stage, _ in parts if stage < 5) == said["reasoning_content"]
-    assert [stage for _, stage, _ in parts] == [1, 2, 3, 3, 4, 5]
-    assert [weight for *_, weight in parts] == [1, 1, 1, 0, 1, 1]
+    assert [stage for _, stage, _ in parts] == [1, 2, 3, 3, 3, 4, 5]
+    assert [weight for *_, weight in parts] == [1, 1, 1, 0, 1, 1, 1]
+    assert parts[4][0] == "[VERIFY]", "who writes EXECUTE writes the mark, also after an error"
     assert parts[2][0].startswith("[EXECUTE] ")
     assert parts[-1][0] == row["answer"] == said["content"]
     right, executed = {n["id"]: n["value"] for n in row["trace"]["nodes"]}, row["trace"]["executed"]
     first = next(name for name in right if right[name] != executed[name])
     assert parts[3][0].startswith(f" {executed[first]}")
     assert STAGES == {"UNDERSTAND": 1, "PLAN": 2, "EXECUTE": 3, "VERIFY": 4, "ANSWER": 5}
+
+
+@pytest.mark.parametrize("value", [0, 9, 10, 99, -10, Fraction(5, 2), Fraction(98, 99)])
+def test_a_wrong_number_differs_and_its_length_does_not_tell(value):
+    found = {another_value(Step("s1", "count", ("x",), Fraction(value)), random.Random(seed)) for seed in range(50)}
+    assert value not in found
+    if value != Fraction(98, 99):  # whose neighbours are all longer or negative
+        assert {len(show(one)) for one in found} == {len(show(Fraction(value)))}
 
 
 def test_rows_are_the_same_for_a_seed_and_errors_come_in_their_share():
