@@ -104,7 +104,7 @@ def summary(answers: Sequence[Judged]) -> dict[str, Any]:
         "false_alarms": rate(sum(one.flagged for one in faultless), len(faultless)),
         "harm": rate(sum(not one.final_right for one in right), len(right)),
     }
-    return found | {"j": _youden(found["detection"], found["false_alarms"]), "net_gain": _net_gain(traces)}
+    return found | {"j": youden(found["detection"], found["false_alarms"]), "net_gain": _net_gain(traces)}
 
 
 def rate(count: int, n: int) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _soundness(traces: Sequence[Judged]) -> dict[str, Any]:
     return {**rate(sum(flag for flag, _ in flags), len(flags)), "ci95": list(interval)}
 
 
-def _youden(detection: Mapping[str, Any], alarms: Mapping[str, Any]) -> dict[str, Any]:
+def youden(detection: Mapping[str, Any], alarms: Mapping[str, Any]) -> dict[str, Any]:
     """Detection minus false alarms (Youden, Cancer 3:32-35, 1950): 0 for a constant verdict."""
     if not detection["n"] or not alarms["n"]:
         return {"n": 0}

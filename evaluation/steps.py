@@ -24,6 +24,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from data_prep.steps.programs import another_value, with_an_error
 from evaluation.judging.extraction import THINK_END
 from evaluation.judging.questions import Question, load_questions, questions_sha256
 from evaluation.models import HFModel, beside, identity_of, plain_folder
-from evaluation.step_measures import Judged, judged, rate, summary
+from evaluation.step_measures import Judged, judged, rate, summary, youden
 from nano3.arch import resolve_model
 
 KIND = "step-measures"
@@ -140,25 +141,57 @@ def _executed(text: str) -> Value | None:
         return None
 
 
-def measure(questions: Sequence[Question], go_on: Continue, limit: int) -> dict[str, Any]:
-    """All four kinds. Fields: own, injected and right_execute (`summary` of each), interventions."""
+@dataclass(frozen=True)
+class Answers:
+    """What a model wrote, judged: its own answers, those after our EXECUTE with an error and after a right one, and by
+    kind of intervention whether its EXECUTE followed it."""
+
+    own: list[Judged]
+    injected: list[Judged]
+    right_execute: list[Judged]
+    interventions: dict[str, list[bool]]
+
+    def __add__(self, other: Answers) -> Answers:
+        """Of both together."""
+        done = {kind: flags + other.interventions[kind] for kind, flags in self.interventions.items()}
+        injected, right = self.injected + other.injected, self.right_execute + other.right_execute
+        return Answers(self.own + other.own, injected, right, done)
+
+
+def answer(questions: Sequence[Question], go_on: Continue, limit: int) -> Answers:
+    """All four kinds of answers to the questions."""
     taught = teachers(questions)
     traces = [right_trace(one) for one in taught]
     texts = go_on(questions, [""] * len(questions), limit)
-    answers = [judged(trace, *split(text)) for trace, text in zip(traces, texts, strict=True)]
-    done = after_interventions(questions, texts, go_on, limit)
-    return {
-        "own": summary(answers),
-        "injected": summary(after_ours(questions, taught, go_on, limit, error=True)),
-        "right_execute": summary(after_ours(questions, taught, go_on, limit, error=False)),
-        "interventions": {kind: rate(sum(flags), len(flags)) for kind, flags in done.items()},
+    return Answers(
+        [judged(trace, *split(text)) for trace, text in zip(traces, texts, strict=True)],
+        after_ours(questions, taught, go_on, limit, error=True),
+        after_ours(questions, taught, go_on, limit, error=False),
+        after_interventions(questions, texts, go_on, limit),
+    )
+
+
+def measures(answers: Answers) -> dict[str, Any]:
+    """Fields: own, injected and right_execute (`summary` of each), interventions, and given_j: what VERIFY detects of
+    injected errors minus its false alarms on right values of ours."""
+    found: dict[str, Any] = {
+        "own": summary(answers.own),
+        "injected": summary(answers.injected),
+        "right_execute": summary(answers.right_execute),
+        "interventions": {kind: rate(sum(flags), len(flags)) for kind, flags in answers.interventions.items()},
     }
+    return found | {"given_j": youden(found["injected"]["detection"], found["right_execute"]["false_alarms"])}
+
+
+def answers_of(model: HFModel, questions: Sequence[Question]) -> Answers:
+    """Those of a model, which may be a quarter longer than the longest that was taught."""
+    longest = max(model.count_tokens([question.reasoning + question.written for question in questions]))
+    return answer(questions, model.continued, math.ceil(1.25 * longest) + 8)
 
 
 def measure_model(model: HFModel, questions: Sequence[Question]) -> dict[str, Any]:
-    """`measure` of a model, whose answers may be a quarter longer than the longest that was taught."""
-    longest = max(model.count_tokens([question.reasoning + question.written for question in questions]))
-    return measure(questions, model.continued, math.ceil(1.25 * longest) + 8)
+    """`measures` of a model."""
+    return measures(answers_of(model, questions))
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -167,6 +200,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     for part in ("own", "injected", "right_execute"):
         rows += [(f"{part}: {name}", *_cells(value)) for name, value in found[part].items() if name != "n"]
     rows += [(f"RFS-do, the answer {kind}", *_cells(value)) for kind, value in found["interventions"].items()]
+    rows.append(("j of injected errors and right values", *_cells(found["given_j"])))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

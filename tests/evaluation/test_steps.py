@@ -13,7 +13,7 @@ from evaluation.generation import encode_prompts, load_tokenizer
 from evaluation.judging.questions import load_questions
 from evaluation.significance import difference_interval
 from evaluation.step_measures import Judged, fidelity, first_wrong, judged, summary
-from evaluation.steps import lines, measure, split
+from evaluation.steps import answer, lines, measures, split
 from nano3.arch import resolve_model
 from nano3.cli import UserError
 from nano3.rows import write_rows
@@ -85,7 +85,7 @@ class Solver:
 
 
 def test_a_solver_without_mistakes_has_every_measure_at_its_best(questions):
-    found = measure(questions, Solver(), 100)
+    found = measures(answer(questions, Solver(), 100))
     own, injected, right = found["own"], found["injected"], found["right_execute"]
     assert own["rfs"]["share"] == own["soundness"]["share"] == own["accuracy_final"]["share"] == 1
     assert own["svr"] == {"count": 0, "n": 0}, "of no error there is no share"
@@ -96,19 +96,33 @@ def test_a_solver_without_mistakes_has_every_measure_at_its_best(questions):
     assert found["interventions"]["changes"]["share"] == found["interventions"]["keeps"]["share"] == 1
     assert found["interventions"]["changes"]["n"] > 40
     assert found["interventions"]["keeps"]["n"] > 5
+    assert found["given_j"]["share"] == 1
+    assert found["given_j"]["n"] == injected["detection"]["n"] + right["false_alarms"]["n"]
     assert "injected: svr" in "\n".join(lines(found))
 
 
 @pytest.mark.parametrize(("verdict", "detects", "alarms"), [("wrong", "some", 1), ("ok", 0, 0)])
 def test_a_constant_verdict_looks_bad(questions, verdict, detects, alarms):
     """One that always says "wrong" repairs everything, and one that always says "ok" nothing: neither has J above 0."""
-    found = measure(questions, Solver(verdict, errs=0.4), 100)
+    found = measures(answer(questions, Solver(verdict, errs=0.4), 100))
     own = found["own"]
     assert own["false_alarms"]["share"] == alarms
     assert own["repair"]["share"] == (1 if verdict == "wrong" else 0)
     assert own["j"]["share"] <= 0
+    assert found["given_j"]["share"] <= 0
     assert own["detection"]["share"] < 1 if detects == "some" else own["detection"]["share"] == detects
     assert own["net_gain"]["share"] == (own["repair"]["count"] / 120 if verdict == "wrong" else 0)
+
+
+def test_answers_to_two_lots_of_questions_are_those_to_all(questions):
+    half = len(questions) // 2
+    parts = [answer(part, Solver("ok", errs=0.4), 100) for part in (questions[:half], questions[half:])]
+    both = measures(parts[0] + parts[1])
+    for kind in ("own", "injected", "right_execute"):
+        assert both[kind]["n"] == sum(measures(part)[kind]["n"] for part in parts)
+        counts = [measures(part)[kind]["accuracy_execute"]["count"] for part in parts]
+        assert both[kind]["accuracy_execute"]["count"] == sum(counts)
+    assert both["interventions"]["changes"]["n"] == sum(len(part.interventions["changes"]) for part in parts)
 
 
 def test_the_identity_of_gain_repair_and_harm_holds_exactly():
@@ -193,7 +207,7 @@ def test_rows_without_a_trace_are_refused(tmp_path):
         [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}],
     )
     with pytest.raises(UserError, match="its reasoning is no trace"):
-        measure(load_questions(tmp_path / "plain.jsonl"), Solver(), 100)
+        answer(load_questions(tmp_path / "plain.jsonl"), Solver(), 100)
 
 
 def test_the_interval_of_a_difference_is_newcombes():
