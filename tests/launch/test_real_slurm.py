@@ -18,6 +18,7 @@ import yaml
 from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.hf_to_nemo import convert
 from data_prep.packing import build_packs
+from finetune.sweep.study import Study
 from launch.slurm.cluster import Cluster
 from launch.slurm.sbatch import Job, private_environment, render
 from launch.slurm.shell import write_private
@@ -189,6 +190,30 @@ def test_the_bare_line_trains_on_two_nodes_and_sends_what_its_dry_run_prints(slu
     assert (here / "runs" / "lora" / "adapter" / "lora.json").exists()
     assert len(metrics(here / "runs" / "lora")) == 3
     assert not [*tmp_path.rglob("PWNED"), *ROOT.glob("PWNED")]
+
+
+def test_a_sweep_is_an_array_of_runs_and_goes_on_from_their_results(slurm, folder):
+    """Three trials, two at a time: an array of two, then one of the third. Each is a run with its own adapter."""
+    out, pico = folder / "sweep", resolve_model("pico")
+    held = tiny_store(folder / "validation", 10, 60, 300, seed=1, tokenizer=tokenizer_sha256(pico))
+    build_packs(TokenStore(held), 64)
+    command = [sys.executable, str(ROOT / "recipes" / "sweep.py"), "--cluster", "cluster.yaml", "--model", "pico"]
+    command += ["--base", str(folder / "base"), "--data", str(folder / "store"), "--validation", str(held)]
+    command += ["--out", str(out), "--try", "lora.rank=2,4", "--try", "train.lr=1e-5..1e-3:log", "--trials", "3"]
+    command += ["--jobs", "2", "--follow", "layout.ep=1", "train.steps=2", "train.warmup=0", "train.global_batch=2"]
+    command += ["train.seq_length=64", "log.wandb=off", "log.tensorboard=false"]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | slurm.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    arrays = [int(number) for number in re.findall(r"submitted job (\d+)", done.stdout)]
+    sizes = [len(slurm.run("squeue", "-h", "-r", "-t", "all", f"--jobs={one}").splitlines()) for one in arrays]
+    assert sizes == [2, 1], done.stdout
+    trials = Study.read(out).trials()
+    assert [one.state.name for one in trials] == ["COMPLETE"] * 3
+    for number, one in enumerate(trials):
+        assert (out / "trials" / str(number) / "adapter" / "lora.json").is_file()
+        assert metrics(out / "trials" / str(number))[-1]["validation_loss"] == one.value
 
 
 def test_sigterm_before_the_time_limit_loses_no_step_and_nobody_else_may_write(slurm, folder, reference):
