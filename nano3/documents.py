@@ -232,7 +232,7 @@ def _load_json(text: bytes | str, where: str, remedy: str, limit: int = MAX_BYTE
     try:
         if isinstance(text, bytes):
             text = text.decode()
-        value = json.loads(text, object_pairs_hook=_object)
+        value = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); {remedy}") from None
     except RecursionError:
@@ -251,6 +251,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         raise ValueError(f"the key {shown(_repeated(key for key, _ in pairs))} twice in one object")
     return result
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+"""Made once: `json.loads` would make one for every row."""
 
 
 def _repeated(keys: Iterable[Any]) -> Any:
