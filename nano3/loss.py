@@ -127,13 +127,19 @@ class WeightedFinish:
 
 
 def record_verdicts(model: MambaModel) -> None:
-    """Makes the model keep which labels it predicts: `model.correct`, (1, s) bool.
+    """Makes the model keep which labels it predicts: `model.verdicts`, (1, n) bool each, of one pass in its order.
 
     It does so while it is evaluated, and in training where `model.judge_training` is set. The logits exist only between
-    output layer and loss, and under tensor parallelism no rank has them all.
+    output layer and loss, chunk by chunk where the loss is in chunks, and under tensor parallelism no rank has them all.
     """
     model.judge_training = False
+    model.verdicts = []
+    model.register_forward_pre_hook(_forget)
     model.compute_language_model_loss = partial(_judge_first, model, model.compute_language_model_loss)
+
+
+def _forget(model: nn.Module, _inputs: Any) -> None:
+    model.verdicts.clear()
 
 
 def judges(model: Any) -> bool:
@@ -143,7 +149,7 @@ def judges(model: Any) -> bool:
 
 def _judge_first(model: Any, loss: Callable, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     if judges(model):
-        model.correct = predicted_right(labels, logits, model.pg_collection.tp)  # now: the loss overwrites the logits
+        model.verdicts.append(predicted_right(labels, logits, model.pg_collection.tp))  # now: the loss overwrites them
     return loss(labels, logits)
 
 

@@ -25,6 +25,7 @@ from nemo.collections.llm.gpt.model.ssm import SSMConfig  # noqa: E402
 
 from nano3 import checkpoint_metadata, compat  # noqa: E402
 from nano3.arch import Arch  # noqa: E402
+from nano3.chunked_loss import install_chunked_loss  # noqa: E402
 from nano3.context_parallel import cut_batch  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
 from nano3.etp_replicas import then_equal_copies  # noqa: E402
@@ -78,7 +79,7 @@ def packed_forward_step(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     gate: Gate | None = getattr(core, "gate", None)
     output = forward() if gate is None else gate.through(batch["gate"], forward)
     if core.post_process and judges(core):
-        batch["correct"] = core.correct
+        batch["correct"] = torch.cat(core.verdicts, 1)
     return output
 
 
@@ -89,6 +90,8 @@ class Nano3Config(SSMConfig):
     vocab_size: int = 0
     recompute: list[str] = field(default_factory=list)
     """What the backward pass computes again (`nano3.recompute`)."""
+    loss_chunk: int = 0
+    """Positions whose logits exist at a time (`nano3.chunked_loss`); 0: all."""
     load_base: Callable[[MambaModel], None] | None = None
     """Gives the model, whose linear layers have no memory yet, its weights (`nano3.nf4_base`). None: it is built with
     memory, and the weights come from a checkpoint."""
@@ -121,6 +124,7 @@ class Nano3Config(SSMConfig):
             model = build_on_meta(self, build)
             self.load_base(model)
         install_recompute(model, self.recompute)
+        install_chunked_loss(model, self.loss_chunk)
         record_verdicts(model)
         if self.moe_router_bias_update_rate:
             count_documents_only(model)
@@ -197,12 +201,13 @@ def nano3_config(
     router: str = "frozen",
     recompute: Sequence[str] = (),
     load_base: Callable[[MambaModel], None] | None = None,
+    loss_chunk: int = 0,
     **layout: Any,
 ) -> Nano3Config:
     """The configuration for `arch`, BF16 or FP32, with a `frozen` router or one that goes on to `balance`.
 
-    `recompute`: what the backward pass computes again (`nano3.recompute`). `load_base`: see `Nano3Config`. `layout`:
-    Megatron-Core's parallel sizes, for who builds the model without NeMo's strategy.
+    `recompute`: what the backward pass computes again (`nano3.recompute`). `load_base`, `loss_chunk`: see
+    `Nano3Config`. `layout`: Megatron-Core's parallel sizes, for who builds the model without NeMo's strategy.
     """
     bias_rate = BALANCE_RATE if router == "balance" else 0.0
     return Nano3Config(
@@ -210,6 +215,7 @@ def nano3_config(
         **recompute_kwargs(recompute),
         recompute=list(recompute),
         load_base=load_base,
+        loss_chunk=loss_chunk,
         **layout,
         hybrid_override_pattern=arch.pattern,
         vocab_size=arch.vocab_size,
@@ -231,6 +237,8 @@ def nano3_model(
     router: str = "frozen",
     recompute: Sequence[str] = (),
     load_base: Callable[[MambaModel], None] | None = None,
+    loss_chunk: int = 0,
 ) -> Nano3Model:
     """The model that the config.json in `folder` describes; without `load_base` its weights come from a checkpoint."""
-    return Nano3Model(nano3_config(Arch.load(Path(folder)), seq_length, bf16, router, recompute, load_base))
+    config = nano3_config(Arch.load(Path(folder)), seq_length, bf16, router, recompute, load_base, loss_chunk)
+    return Nano3Model(config)

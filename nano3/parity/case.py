@@ -95,6 +95,7 @@ class Case:
         distributed: whether data-parallel ranks share the optimizer's state: Megatron-Core's distributed optimizer,
             which takes no FP64.
         recompute: what the backward pass computes again, in the words of `nano3/recompute.py`.
+        loss_chunk: positions whose logits exist at a time, 0 all (`nano3/chunked_loss.py`).
         pattern: of the layers.
         nf4: whether the linear layers are frozen in 4 bits; the model is wider then.
         seed: of weights and batches.
@@ -106,6 +107,7 @@ class Case:
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     distributed: bool = False
     recompute: tuple[str, ...] = ()
+    loss_chunk: int = 0
     pattern: str = PATTERN
     nf4: bool = False
     seed: int = 0
@@ -114,7 +116,7 @@ class Case:
     @property
     def plain(self) -> Case:
         """What the case is compared with on one rank: nothing that only has a say in where and when it is computed."""
-        return replace(self, dispatcher="alltoall", distributed=False, recompute=())
+        return replace(self, dispatcher="alltoall", distributed=False, recompute=(), loss_chunk=0)
 
     @cached_property
     def arch(self) -> Arch:

@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "distributed": {"distributed": True},
     "recompute": {"recompute": ("moe", "layernorm")},
     "full": {"recompute": ("full",)},
+    "chunked": {"loss_chunk": 20},
     "nf4": {"nf4": True},
 }
 """What may stand behind a plus sign, and what it changes in the case."""

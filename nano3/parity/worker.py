@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+from nano3.chunked_loss import install_chunked_loss  # noqa: E402
 from nano3.context_parallel import cut_batch  # noqa: E402
 from nano3.core import build_mcore_model, packed_seq_params, transformer_kwargs  # noqa: E402
 from nano3.etp_replicas import then_equal_copies  # noqa: E402
@@ -81,7 +82,9 @@ def build(case: Case, sizes: Sizes) -> torch.nn.Module:
         quantize_linears(model, case.arch, hf_reader(case))  # before adapters: DoRA's lengths are of the frozen weights
     if case.adapters != "none":
         model = adapted(model, case)
-    install_recompute(next(module for module in model.modules() if isinstance(module, MambaModel)), case.recompute)
+    core = next(module for module in model.modules() if isinstance(module, MambaModel))
+    install_recompute(core, case.recompute)
+    install_chunked_loss(core, case.loss_chunk)
     fill(model, case)
     return model
 
