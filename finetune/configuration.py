@@ -65,6 +65,7 @@ def lora_recipe(run: Run) -> nemo_run.Partial:
             bf16=run.bf16,
             router=run.settings.router,
             recompute=train.recompute,
+            loss_chunk=train.loss_chunk,
             load_base=nemo_run.Partial(load_base, folder=run.weights) if run.nf4 else None,
         ),
         data=nemo_run.Config(

@@ -10,6 +10,7 @@ from finetune.settings import Run
 from nano3.arch import Arch
 from nano3.flops import StepFlops
 from nano3.overrides import flatten
+from nano3.targets import OUTPUT
 from nano3.training.memory_advice import MemoryAdvice
 from nano3.training.progress import Progress
 from nano3.training.step_metrics import StepDetails
@@ -58,6 +59,8 @@ def memory_advice(run: Run) -> nemo_run.Config:
     remedies = [f"lower train.seq_length ({train.seq_length})"]
     if "full" not in train.recompute:
         remedies.append(f"set train.recompute=full (now {recompute}; its values: docs/tracking.md)")
+    if not train.loss_chunk and OUTPUT not in adapter_ranks(run):
+        remedies.append("set train.loss_chunk=512")
     remedies.append(f"spread the model wider (layout.ep={layout.ep}, layout.tp={layout.tp}, layout.pp={layout.pp})")
     if train.precision == "fp32":
         remedies.append("use train.precision=bf16")

@@ -2,9 +2,9 @@
 
 Every setting that has a say in the numbers, the recipe's function and file, and the *contents* of base, stores and the
 adapter that it starts from, by hash. Paths are not part of it: a run may move. Neither are the groups `log`,
-`checkpoint` and `supervision`, when a run counts as diverged, and what is recomputed: an attempt that stopped for one
-of these must be able to go on. Nor are the ranks and their layout, on which only the order of sums depends, and random
-numbers: what a checkpoint says of them decides whether equal bits can be promised.
+`checkpoint` and `supervision`, when a run counts as diverged, what is recomputed and the chunks of the loss: an attempt
+that stopped for one of these must be able to go on. Nor are the ranks and their layout, on which only the order of sums
+depends, and random numbers: what a checkpoint says of them decides whether equal bits can be promised.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ from nano3.pack_index import Curriculum
 from nano3.sealed_folder import SEAL
 from nano3.token_store import MANIFEST
 
-MAY_CHANGE = ("log.", "checkpoint.", "supervision.", "layout.", "train.divergence", "train.recompute")
+MAY_CHANGE = (
+    "log.",
+    "checkpoint.",
+    "supervision.",
+    "layout.",
+    "train.divergence",
+    "train.recompute",
+    "train.loss_chunk",
+)
 
 
 def run_identity(text: str) -> dict[str, Any]:

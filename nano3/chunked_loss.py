@@ -62,7 +62,7 @@ def _forward(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Hidden states (s / tp, b, h) or (s, b, h) to losses (b, s). Keeps a gradient of the shape and dtype of the first."""
+    """Hidden states, (s / tp, b, h) or (s, b, h), to losses (b, s). Keeps a gradient as large as the hidden states."""
 
     @staticmethod
     def forward(
@@ -74,8 +74,11 @@ class _ChunkedLoss(torch.autograd.Function):
         with _without_exchange(layer):
             losses, gradient = chunk_by_chunk(model, whole, labels, positions, learns)
         if gradient is not None:  # so far of this rank's part of the vocabulary
-            add = reduce_scatter_to_sequence_parallel_region if ctx.scattered else reduce_from_tensor_model_parallel_region
-            ctx.save_for_backward(add(gradient, group=ctx.group))
+            if ctx.scattered:
+                gradient = reduce_scatter_to_sequence_parallel_region(gradient, group=ctx.group)
+            else:
+                gradient = reduce_from_tensor_model_parallel_region(gradient, group=ctx.group)
+            ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
@@ -95,17 +98,17 @@ def chunk_by_chunk(
     Output layer and loss are the model's own, hooks included: they mask padded vocabulary, turn logits to FP32, and
     judge what is predicted.
     """
-    losses, gradients = [], []
-    for part, wanted in zip(hidden.split(positions), labels.split(positions, 1), strict=True):
+    losses, gradient = [], torch.empty_like(hidden) if learns else None
+    for first in range(0, len(hidden), positions):
+        here = slice(first, first + positions)
         with torch.set_grad_enabled(learns):
-            part = part.detach().requires_grad_(learns)
-            logits, _ = model.output_layer(part)
-            loss = model.compute_language_model_loss(wanted, logits)
-            if learns:
-                gradients += torch.autograd.grad(loss.sum(), part)
+            part = hidden[here].detach().requires_grad_(learns)
+            # No name for the logits: they must be gone before their gradient is made.
+            loss = model.compute_language_model_loss(labels[:, here], model.output_layer(part)[0])
+            if gradient is not None:
+                (gradient[here],) = torch.autograd.grad(loss.sum(), part)
         losses.append(loss.detach())
-        del logits, loss  # before the next ones: with them the probabilities go
-    return torch.cat(losses, 1), torch.cat(gradients) if learns else None
+    return torch.cat(losses, 1), gradient
 
 
 @contextmanager

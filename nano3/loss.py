@@ -130,7 +130,7 @@ def record_verdicts(model: MambaModel) -> None:
     """Makes the model keep which labels it predicts: `model.verdicts`, (1, n) bool each, of one pass in its order.
 
     It does so while it is evaluated, and in training where `model.judge_training` is set. The logits exist only between
-    output layer and loss, chunk by chunk where the loss is in chunks, and under tensor parallelism no rank has them all.
+    output layer and loss, chunk by chunk where the loss is in chunks. Under tensor parallelism no rank has them all.
     """
     model.judge_training = False
     model.verdicts = []

@@ -31,6 +31,7 @@ _NAMES = {
     "train.seed": "random_seed data_seed manual_seed",
     "train.recompute": "gradient_checkpointing activation_checkpointing recompute_granularity "
     "use_gradient_checkpointing recompute_activations checkpoint_activations",
+    "train.loss_chunk": "chunked_loss loss_chunk_size cross_entropy_chunk use_liger fused_linear_cross_entropy",
     "train.precision": "bf16 fp16 fp32 dtype torch_dtype mixed_precision params_dtype",
     "train.pad_multiple": "pad_to_multiple_of",
     "lora.rank": "lora_r r lora_rank lora_dim dim",

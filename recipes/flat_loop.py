@@ -91,7 +91,7 @@ def build(run: Run) -> tuple[Any, Any, Any]:
     parallel_state.initialize_model_parallel(**sizes)
     model_parallel_cuda_manual_seed(one.seed)
     sizes["sequence_parallel"] = layout.sequence_parallel
-    config = nano3_config(arch, one.seq_length, False, recompute=one.recompute, **sizes)
+    config = nano3_config(arch, one.seq_length, False, recompute=one.recompute, loss_chunk=one.loss_chunk, **sizes)
     model = config.configure_model(None)
     state = dist_checkpointing.load(model.sharded_state_dict(prefix="module."), f"{run.base}/weights")
     model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})

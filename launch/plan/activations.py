@@ -36,6 +36,8 @@ class Batch:
     """Tokens that come to this rank's experts over an even share, on average over its layers."""
     recompute: tuple[str, ...] = ()
     """As the setting train.recompute."""
+    loss_chunk: int = 0
+    """As the setting train.loss_chunk."""
     fused_permute: bool = True
     """Transformer Engine's permutation of tokens (GPUs), which keeps a map; without it PyTorch keeps masks."""
 
@@ -49,9 +51,9 @@ class Stage:
     without_recompute: tuple[int, ...]
     """Bytes of every layer if nothing were computed again: what a recomputed layer has while it is."""
     head: int
-    """Final norm and what an adapter of the output layer keeps."""
+    """Final norm, what an adapter of the output layer keeps, and the gradient that a loss in chunks has made."""
     logits: int
-    """FP32 probabilities over this rank's vocabulary."""
+    """FP32 probabilities over this rank's vocabulary; none where the loss is in chunks."""
 
     @property
     def total(self) -> int:
@@ -167,18 +169,20 @@ class _Rank:
         return {"M": self.mamba, "*": self.attention, "-": self.feed_forward}[letter](number)
 
     def head(self) -> int:
-        """Final norm, and the output layer's input where it stays."""
+        """Final norm, and the output layer's input or its gradient where one stays."""
         adapters = self.batch.adapters
-        kept = self.norm()
+        kept = self.norm() + (self.hidden if self.batch.loss_chunk else 0)
         if adapters is None or OUTPUT in adapters.ranks:
-            rows = padded_vocab_size(self.arch.vocab_size, self.layout.tp) // self.layout.tp
-            kept += self.adapter(OUTPUT, self.entering(), self.arch.hidden_size, rows)
+            kept += self.adapter(OUTPUT, self.entering(), self.arch.hidden_size, self.vocabulary())
         return kept
 
-    def logits(self) -> int:
+    def vocabulary(self) -> int:
+        """Rows of it on this rank."""
+        return padded_vocab_size(self.arch.vocab_size, self.layout.tp) // self.layout.tp
+
+    def logits(self, tokens: int) -> int:
         """FP32 probabilities of this rank's vocabulary, the labels and whether they are in it."""
-        rows = padded_vocab_size(self.arch.vocab_size, self.layout.tp) // self.layout.tp
-        return self.tokens * (rows * FP32 + INT64 + 1)
+        return tokens * (self.vocabulary() * FP32 + INT64 + 1)
 
 
 def kept(arch: Arch, layout: Layout, stage: int, batch: Batch) -> Stage:
@@ -192,8 +196,17 @@ def kept(arch: Arch, layout: Layout, stage: int, batch: Batch) -> Stage:
         layers=tuple(layers),
         without_recompute=tuple(rank.layer(number, letter, ()) for number, letter in numbered),
         head=rank.head() if last else 0,
-        logits=rank.logits() if last else 0,
+        logits=rank.logits(rank.tokens) if last and not batch.loss_chunk else 0,
     )
+
+
+def in_loss(arch: Arch, layout: Layout, batch: Batch) -> int:
+    """Bytes of the last stage while its loss is computed: probabilities, beside them logits or their gradient, and,
+    where the loss is in chunks, the gathered hidden states and their gradient under tensor parallelism."""
+    rank = _Rank(arch, layout, batch)
+    tokens = min(batch.loss_chunk or rank.tokens, rank.tokens)
+    gathered = 2 * rank.tokens * arch.hidden_size * batch.value if batch.loss_chunk and layout.tp > 1 else 0
+    return rank.logits(tokens) + tokens * rank.vocabulary() * batch.value + gathered
 
 
 def _without_frozen_beginning(

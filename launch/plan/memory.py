@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import lcm
 
-from launch.plan.activations import Batch, by_letter, kept, transients
+from launch.plan.activations import Batch, by_letter, in_loss, kept, transients
 from launch.plan.hardware import GIB, Gpu
 from launch.plan.layout import Layout
 from launch.plan.weights import FP32, Adapters, Held, adapter_weights, linears, stage_layers, weights
-from nano3.arch import LETTERS, Arch, padded_vocab_size
+from nano3.arch import LETTERS, Arch
 from nano3.cli import UserError
 
 CUDA_CONTEXT = GIB
@@ -48,6 +48,8 @@ class Workload:
     """BF16 with FP32 gradients and the distributed optimizer; otherwise FP32 without it."""
     imbalance: float = IMBALANCE
     recompute: tuple[str, ...] = ()
+    loss_chunk: int = 0
+    """As the setting train.loss_chunk."""
     nf4: bool = False
     """The frozen linear layers are in 4 bits."""
 
@@ -65,7 +67,16 @@ class Workload:
     def batch(self) -> Batch:
         """One micro batch. A rank of ep cannot get more than all tokens, ep times an even share."""
         imbalance = min(self.imbalance, self.layout.ep)
-        return Batch(self.seq_length, self.adapters, self.value, self.micro_batch, imbalance, self.recompute, self.bf16)
+        return Batch(
+            seq_length=self.seq_length,
+            adapters=self.adapters,
+            value=self.value,
+            micro_batch=self.micro_batch,
+            imbalance=imbalance,
+            recompute=self.recompute,
+            loss_chunk=self.loss_chunk,
+            fused_permute=self.bf16,
+        )
 
 
 @dataclass(frozen=True)
@@ -207,8 +218,8 @@ def _activations(work: Workload, stage: int) -> dict[str, int]:
     """Kept activations of the micro batches in flight, logits, and the peak of what is in work beside them.
 
     Under 1F1B stage i has pp - i micro batches between forward and backward. Two moments compete for the peak: the loss
-    (probabilities and BF16 logits), and the backward pass of the hungriest layer once the logits are gone, plus, where
-    it is computed again, what it then keeps.
+    (probabilities and BF16 logits, of a chunk where it is in chunks), and the backward pass of the hungriest layer once
+    the logits are gone, plus, where it is computed again, what it then keeps.
     """
     stage_kept = kept(work.arch, work.layout, stage, work.batch)
     flying = min(work.layout.pp - stage, work.micro_batches)
@@ -217,9 +228,7 @@ def _activations(work: Workload, stage: int) -> dict[str, int]:
         need[letter] + max(0, full - now)
         for (letter, now), full in zip(stage_kept.layers, stage_kept.without_recompute, strict=True)
     )
-    rows = padded_vocab_size(work.arch.vocab_size, work.layout.tp) // work.layout.tp
-    tokens = work.micro_batch * work.seq_length // work.layout.cp
-    loss = stage_kept.logits + (tokens * rows * work.value if stage_kept.logits else 0)
+    loss = in_loss(work.arch, work.layout, work.batch) if stage == work.layout.pp - 1 else 0
     beyond = max(backward, loss) - stage_kept.logits
     kinds = by_letter(stage_kept.layers)
     items = {f"kept by {LETTERS[letter]}": kinds.get(letter, 0) * flying for letter in LETTERS}

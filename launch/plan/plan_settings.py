@@ -38,6 +38,9 @@ class TrainPlan:
     recompute: list[Recompute] = field(default_factory=list)
     """What the backward pass computes again instead of keeping: `full`, or some of moe, moe_act, shared_experts,
     layernorm, mamba."""
+    loss_chunk: Annotated[int, Range(0, 1 << 20)] = 0
+    """Positions of a pack whose logits exist at a time, on each context-parallel rank; 0: all. Not with an adapter of
+    the output layer."""
 
 
 @dataclass
@@ -97,6 +100,7 @@ class Plan:
             micro_batch=self.micro_batch,
             imbalance=self.imbalance,
             recompute=tuple(train.recompute),
+            loss_chunk=train.loss_chunk,
             nf4=self.nf4,
         )
 

@@ -14,7 +14,7 @@ from nano3 import tensor_names
 from nano3.arch import Arch
 from nano3.cli import UserError
 from nano3.overrides import check_ranges
-from nano3.targets import EMBEDDING, AdapterKind, LoraSettings, Size, is_routed
+from nano3.targets import EMBEDDING, OUTPUT, AdapterKind, LoraSettings, Size, is_routed
 
 ONE_PACK = (
     "a pack is one sequence with its own document boundaries (cu_seqlens), so a forward pass takes exactly one; for "
@@ -29,6 +29,7 @@ def check_settings(plan: Plan, arch: Arch) -> None:
     """Raises `UserError` for settings that mean nothing, or that no layout could train with."""
     check_ranges(plan)
     _check_recompute(plan.train.recompute, arch)
+    _check_loss_chunk(plan, arch)
     if plan.method == "lora" and plan.micro_batch != 1:
         raise UserError(f"micro_batch={plan.micro_batch}: {ONE_PACK}")
     _check_ranks(plan.adapter_sizes(arch), arch, plan.lora.max_rank)
@@ -64,6 +65,18 @@ def _check_recompute(chosen: Sequence[str], arch: Arch) -> None:
                 f"train.recompute={','.join(chosen)}: {whole} already covers {', '.join(sorted(parts))}; "
                 f"leave out {whole} or the others"
             )
+
+
+def _check_loss_chunk(plan: Plan, arch: Arch) -> None:
+    """Raises `UserError` for a loss in chunks where the output layer learns: it has no gradient there."""
+    chunk = plan.train.loss_chunk
+    if chunk and plan.method == "full":
+        raise UserError(f"train.loss_chunk={chunk} needs a frozen output layer, and method=full trains it; give 0")
+    if chunk and OUTPUT in plan.adapter_sizes(arch):
+        raise UserError(
+            f"train.loss_chunk={chunk} needs a frozen output layer, and lora.targets names {OUTPUT}; "
+            "leave it out or give train.loss_chunk=0"
+        )
 
 
 def check_cut(arch: Arch, plan: Plan, chosen: Mapping[str, Size], layout: Layout) -> None:

@@ -92,7 +92,7 @@ def _micro_batch(work: Workload, gpu: Gpu, fp8: bool, stage: int) -> tuple[float
     share = stage_share(arch, layout, stage)
     speed = gpu.bf16 * GEMM * (FP8_GAIN if fp8 else 1.0)
     compute = _flops(work) * share / (layout.tp * layout.cp) / speed
-    held = kept(arch, layout, stage, replace(work.batch, recompute=()))
+    held = kept(arch, layout, stage, replace(work.batch, recompute=(), loss_chunk=0))
     read = 2 * sum(item.nbytes for item in weights(arch, layout, stage, work.value))
     memory = (TRAFFIC * held.total + read) / (gpu.hbm * MEMORY)
     exchange = _exchange(work, gpu) * share

@@ -5,9 +5,9 @@
 
 A layout is sizes of tp, pp, cp, ep, etp and dp; ranks that they leave are data parallel. `tp2.ep2@M-*E` has a layer
 pattern of its own, `tp2.ep2+each` an adapter for each expert (others: `+dora`, `+gated` from a mark on, `+allgather`,
-`+distributed` optimizer, `+recompute` of some parts of a layer, `+full` recomputation, `+nf4`: a frozen base in 4
-bits). `nf4` alone stands for 16 layouts with such a base. Prints a table, writes parity.json, and exits
-with 1 if anything is beyond its bound (nano3/parity/comparison.py).
+`+distributed` optimizer, `+recompute` of some parts of a layer, `+full` recomputation, `+chunked`: the loss 20
+positions at a time, `+nf4`: a frozen base in 4 bits). `nf4` alone stands for 16 layouts with such a base. Prints a
+table, writes parity.json, and exits with 1 if anything is beyond its bound (nano3/parity/comparison.py).
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ LAYOUTS = (
     "tp2.ep2+allgather", "tp2.ep2.etp2+allgather",
     "dp2+distributed", "ep2+distributed", "tp2.ep2.dp2+distributed", "tp2.ep2+recompute", "pp2+recompute", "cp2+full",
     "ep2+gated", "tp2+gated", "cp2+gated", "pp2+gated+full", "pp2+gated+recompute",
+    "tp2.ep2+chunked", "cp2+chunked", "pp2+chunked+full", "dp2+chunked", "tp2.cp2@M*E+chunked",
     "tp2@M*E+nf4", "etp2@ME+nf4+each", "tp2.ep2@ME+nf4+dora", "dp2@ME+nf4+distributed",
 )  # fmt: skip
 """Among them a pattern with dense layers, one without attention, other kinds of adapters, the other dispatcher, the
-distributed optimizer, layers that are computed again in the backward pass, and a base in NF4."""
+distributed optimizer, layers that are computed again in the backward pass, the loss in chunks, and a base in NF4."""
 NF4_LAYOUTS = tuple(
     f"{sizes}+nf4{variant}"
     for sizes, variant in (

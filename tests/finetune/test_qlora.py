@@ -31,7 +31,7 @@ from nano3.sealed_folder import seal
 from nano3.tensor_names import linear_tensors
 from nano3.token_store import TokenStore
 from recipes.nemotron_lora import nemotron_3_nano_lora
-from recipes.nemotron_qlora import fitting, nemotron_3_nano_qlora, settings
+from recipes.nemotron_qlora import LOSS_CHUNK, fitting, nemotron_3_nano_qlora, settings
 from tests.finetune.test_resume import assert_same, log
 from tests.helpers.rank_server import RankServer
 from tests.helpers.tiny_run import metrics
@@ -187,11 +187,12 @@ def test_by_default_it_is_what_fits_the_card_that_is_there():
     for name, gpu in HARDWARE.items():
         seq_length, recompute = fitting(gpu.memory_gib)
         plan = Plan(
-            lora=settings().lora, train=TrainPlan(global_batch=16, seq_length=seq_length, recompute=[*recompute])
+            lora=settings().lora,
+            train=TrainPlan(global_batch=16, seq_length=seq_length, recompute=[*recompute], loss_chunk=LOSS_CHUNK),
         )
         assert plan_memory(plan.workload(arch, 1)).tightest.total <= 0.9 * gpu.memory, name
-    assert fitting(None) == fitting(22.4) == (2048, ("full",))
-    original = Plan(train=TrainPlan(global_batch=16, seq_length=2048, recompute=["full"]))
+    assert fitting(None) == fitting(22.4) == (4096, ("full",))
+    original = Plan(train=TrainPlan(global_batch=16, seq_length=4096, recompute=["full"]))
     assert not plan_memory(original.workload(arch, 1)).fits(HARDWARE["rtx5090"])
 
 

@@ -39,6 +39,8 @@ RUNS: dict[str, tuple[str, str, dict[str, Any] | None, tuple[str, ...]]] = {
         for name in ("moe", "moe_act", "shared_experts", "layernorm", "mamba", "full")
     },
     "tp2 moe": ("tp2", "float32", {}, ("moe", "layernorm")),
+    "chunked": ("one", "float32", {"loss_chunk": 20}, ()),
+    "chunked tp2 bf16": ("tp2", "bfloat16", {"loss_chunk": 20}, ()),
     "dense tp2": ("tp2@M-MM*-M-", "float32", {}, ()),
     "nf4": ("one", "float32", {"nf4": True}, ()),
     "nf4 dora": ("one", "float32", {"nf4": True, "dora": True}, ()),
@@ -47,4 +49,4 @@ RUNS: dict[str, tuple[str, str, dict[str, Any] | None, tuple[str, ...]]] = {
     "nf4 full": ("one", "float32", {"nf4": True}, ("full",)),
 }
 """On CPU ranks: layout with the layer pattern where it is another, dtype, adapters (None: every weight is trained; with
-`nf4` on a base in 4 bits, which is wider), recomputation."""
+`nf4` on a base in 4 bits, which is wider; `loss_chunk`: positions whose logits exist at a time), recomputation."""

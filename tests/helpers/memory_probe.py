@@ -28,9 +28,11 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.experts import TEGroupedMLP
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nano3.arch import Arch, resolve_model
+from nano3.chunked_loss import install_chunked_loss
 from nano3.core import build_mcore_model
 from nano3.cpu.cuda import redirected_to
 from nano3.lora.lora import Nano3LoRA
@@ -157,7 +159,7 @@ class Watch:
         known = [*model.parameters(), *model.buffers()]
         self.weights = {tensor.untyped_storage().data_ptr() for tensor in known}
         self.weights |= {p.main_grad.untyped_storage().data_ptr() for p in known if hasattr(p, "main_grad")}
-        self.storages: dict[int, Any] = {}
+        self.storages: dict[int, StorageWeakRef] = {}
         self.kept = 0
         self.tokens: list[int] = []
         for module in model.modules():
@@ -170,7 +172,8 @@ class Watch:
         backward = schedules.backward_step
 
         def after_forward(*arguments: Any, **settings: Any) -> Any:
-            self.kept = self.kept or sum(storage.nbytes() for storage in self.storages.values())
+            alive = (torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for reference in self.storages.values())
+            self.kept = self.kept or sum(storage.nbytes() for storage in alive if storage is not None)
             return backward(*arguments, **settings)
 
         with patch.object(schedules, "backward_step", after_forward):
@@ -180,7 +183,7 @@ class Watch:
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if not self.kept and storage.data_ptr() not in self.weights:
-            self.storages[storage.data_ptr()] = storage
+            self.storages[storage.data_ptr()] = StorageWeakRef(storage)
         return tensor
 
     def imbalance(self, case: Case, sizes: worker.Sizes) -> float:
@@ -207,6 +210,7 @@ def tiny_model(
     if case.nf4:
         quantize_linears(model, case.arch, hf_reader(case))
     install_recompute(model, recompute)
+    install_chunked_loss(model, case.loss_chunk)
     model = model if settings is None else lora(case.arch, **TINY | settings)(model)
     fill(model, case)
     return model.train()
@@ -216,8 +220,9 @@ def main() -> None:
     result: dict[str, Any] = {"measured": {}, "meta": {}}
     for name, (layout, dtype, settings, recompute) in RUNS.items():
         text, _, pattern = layout.partition("@")
-        adapters = None if settings is None else {name: value for name, value in settings.items() if name != "nf4"}
-        case = Case(dtype=getattr(torch, dtype), pattern=pattern or PATTERN, nf4=bool(settings and "nf4" in settings))
+        own = {} if settings is None else {key: settings[key] for key in ("nf4", "loss_chunk") if key in settings}
+        adapters = None if settings is None else {key: value for key, value in settings.items() if key not in own}
+        case = Case(dtype=getattr(torch, dtype), pattern=pattern or PATTERN, **own)
         sizes = worker.Sizes.parse(text)
         result["measured"][name] = on_ranks(sizes, measured, case, sizes, adapters, recompute)
     arch = Arch.load(resolve_model("nano"))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +22,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
-from nano3 import nf4_base
+from nano3 import chunked_loss, nf4_base
 from nano3.context_parallel import cut_batch
 from nano3.etp_replicas import MARK
 from nano3.gate import Gate
@@ -97,6 +98,38 @@ def another_micro_batchs_gate() -> Any:
     return patch.object(Gate, "leave", lambda _self, _output: None)
 
 
+def a_label_of_the_position_before() -> Any:
+    """Chunks of the loss of which the first position has the label before its own."""
+    whole = chunked_loss.chunk_by_chunk
+
+    def shifted(model: Any, hidden: Any, labels: torch.Tensor, positions: int, learns: bool) -> Any:
+        labels = labels.clone()
+        labels[:, positions::positions] = labels[:, positions - 1 : -1 : positions]
+        return whole(model, hidden, labels, positions, learns)
+
+    return patch.object(chunked_loss, "chunk_by_chunk", shifted)
+
+
+def a_chunk_without_its_mask() -> Any:
+    """Chunks of the loss in which padded vocabulary takes probability: the output layer's hooks do not run."""
+    whole = chunked_loss.chunk_by_chunk
+
+    def bare(model: Any, *arguments: Any) -> Any:
+        loss = model.compute_language_model_loss
+        return whole(
+            SimpleNamespace(output_layer=model.output_layer.forward, compute_language_model_loss=loss), *arguments
+        )
+
+    return patch.object(chunked_loss, "chunk_by_chunk", bare)
+
+
+def a_chunk_that_is_not_added_up() -> Any:
+    """Tensor-parallel ranks that keep the gradient of their own part of the vocabulary."""
+    return patch.object(
+        chunked_loss, "reduce_scatter_to_sequence_parallel_region", lambda whole, group: whole.chunk(2)[group.rank()]
+    )
+
+
 def another_order(finalize: Callable[..., None]) -> Callable[..., None]:
     """`finalize`, and then another last bit on every rank but the first of those with slices of the same experts."""
 
@@ -130,6 +163,9 @@ FAULTS: dict[Callable[[], Any], str] = {
     quantized_after_cutting: "tp2+nf4",
     a_gate_one_token_late: "tp2+gated",
     another_micro_batchs_gate: "pp2+gated+full",
+    a_label_of_the_position_before: "cp2+chunked",
+    a_chunk_without_its_mask: "tp2+chunked",
+    a_chunk_that_is_not_added_up: "tp2+chunked",
     a_last_bit_of_another_order: "etp2+each",
     mended: "etp2+each",
 }

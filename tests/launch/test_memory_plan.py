@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.plan.activations import kept
+from launch.plan.activations import in_loss, kept
 from launch.plan.hardware import GIB, HARDWARE
 from launch.plan.layout import Layout
 from launch.plan.memory import Workload, gradient_bytes, optimizer_bytes, parameter_bytes, plan_memory, trained_tensors
@@ -105,6 +105,7 @@ def test_cpu_ranks_measure_what_is_predicted(found, name):
         work = Workload(
             arch, layout, ranks, PACK, 4, adapters,
             bf16=dtype == "bfloat16", imbalance=measured["imbalance"], recompute=recompute,
+            loss_chunk=(settings or {}).get("loss_chunk", 0),
         )  # fmt: skip
         learning = trained_tensors(work, stage)
         assert parameter_bytes(work, learning) == measured["adapters"]
@@ -155,6 +156,18 @@ def test_a_plan_is_what_can_be_worked_out_by_hand():
     assert plan.items["gradients (FP32)"] == 4 * trained
     assert plan.items["optimizer"] == 12 * trained // 8  # two moments and a copy, over eight ranks
     assert plan.items["logits"] == 4096 * (131072 * 4 + 9)
+
+
+def test_a_loss_in_chunks_has_the_logits_of_one_chunk():
+    whole = nano(Layout(ep=8), 8, recompute=("full",))
+    chunked = replace(whole, loss_chunk=512)
+    before, after = plan_memory(whole).tightest.items, plan_memory(chunked).tightest.items
+    assert (before["logits"], after["logits"]) == (4096 * (131072 * 4 + 9), 0)
+    assert after["kept by the head"] - before["kept by the head"] == 4096 * 2688 * 2  # the gradient of its input
+    assert in_loss(NANO, Layout(), chunked.batch) == 512 * (131072 * (4 + 2) + 9)
+    gathered = 2 * 4096 * 2688 * 2  # the hidden states of all positions and their gradient
+    assert in_loss(NANO, Layout(tp=2), chunked.batch) == 512 * (65536 * (4 + 2) + 9) + gathered
+    assert in_loss(NANO, Layout(), replace(whole, loss_chunk=1 << 20).batch) == 4096 * (131072 * (4 + 2) + 9)
 
 
 def test_what_costs_more_is_planned_to_cost_more():

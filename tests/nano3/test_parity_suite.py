@@ -14,10 +14,10 @@ from tests.helpers.probes import made_by
 from tests.helpers.rank_server import done_by
 
 FAST = tuple(f"{sizes}@MEM*E" for sizes in ("tp2", "tp4", "ep2", "pp3", "cp2", "dp2", "tp2.ep2", "cp2.ep2"))
-FAST += ("tp2@M*E+gated", "pp2@ME*M+gated+full")
+FAST += ("tp2@M*E+gated", "pp2@ME*M+gated+full", "tp2.cp2@M*E+chunked")
 
 
-def test_ten_layouts_give_the_answer_of_one_rank(tmp_path):
+def test_eleven_layouts_give_the_answer_of_one_rank(tmp_path):
     command = [sys.executable, "-m", "nano3.parity", *FAST, "--precision", "fp64"]
     command += ["--out", str(tmp_path / "parity.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANO3_CPU": "1"}
@@ -70,6 +70,9 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict:
         ("quantized_after_cutting", "gradient"),
         ("a_gate_one_token_late", "gradient"),
         ("another_micro_batchs_gate", "gradient"),
+        ("a_label_of_the_position_before", "loss"),
+        ("a_chunk_without_its_mask", "loss"),
+        ("a_chunk_that_is_not_added_up", "gradient"),
     ],
 )
 def test_a_deliberate_fault_is_beyond_the_bounds(faults, fault, where):
@@ -102,7 +105,10 @@ def test_beyond_the_bound_of_fp32_are_values_whose_gradient_is_almost_nothing(tm
     [
         ("tp", "layout 'tp': write sizes of tp, pp"),
         ("xp2", "layout 'xp2'"),
-        ("tp2+lora", "variants are each, dora, gated, allgather, distributed, recompute, full, nf4, not 'lora'"),
+        (
+            "tp2+lora",
+            "variants are each, dora, gated, allgather, distributed, recompute, full, chunked, nf4, not 'lora'",
+        ),
     ],
 )
 def test_a_layout_that_is_none_is_refused(layout, words):
@@ -124,8 +130,8 @@ def test_variants_may_be_several():
 
 
 def test_one_rank_computes_the_plain_way():
-    """Dispatcher, distributed optimizer and recomputation are compared with a run that has none of them."""
-    for variant in parse_layouts(["ep2+allgather", "dp2+distributed", "cp2+recompute", "cp2+full"]):
+    """Dispatcher, distributed optimizer, recomputation and chunks are compared with a run that has none of them."""
+    for variant in parse_layouts(["ep2+allgather", "dp2+distributed", "cp2+recompute", "cp2+full", "tp2+chunked"]):
         assert variant.case != Case()
         assert variant.case.plain == Case()
     (each,) = parse_layouts(["ep2+each"])
