@@ -36,6 +36,7 @@ def check_recipe(arguments: list[str], nodes: int = 1, per_node: int = 8) -> Non
         "train.steps=0",
         "lora.rank=4096",
         "lora.rank_pattern=in_proj:4096",
+        "train.loss_chunk=-1",
         "train.recompute=full,moe",
         "train.recompute=moe,moe_act",
         "checkpoint.keep=0",
@@ -47,6 +48,19 @@ def test_what_the_recipe_refuses_preflight_refuses_in_the_same_words(setting):
     with pytest.raises(UserError) as ours:
         asked("--hardware", "h100", setting)
     assert str(ours.value) == str(theirs.value)
+
+
+def test_a_loss_in_chunks_needs_a_frozen_output_layer():
+    settings = ["train.loss_chunk=512", "lora.targets=in_proj,output_layer"]
+    words = r"train\.loss_chunk=512 needs a frozen output layer, and lora\.targets names output_layer"
+    with pytest.raises(UserError, match=words):
+        check_recipe(settings)
+    with pytest.raises(UserError, match=words):
+        asked("--hardware", "h100", *settings)
+    with pytest.raises(UserError, match="method=full trains it"):
+        asked("--hardware", "h100", "train.loss_chunk=512", "method=full")
+    check_recipe(["train.loss_chunk=512"])
+    check_recipe(["lora.targets=in_proj,output_layer"])
 
 
 def test_a_rank_above_what_the_reader_takes_is_refused_by_both():
