@@ -102,7 +102,7 @@ def test_an_evaluation_gives_the_same_figures_on_every_layout(folder, ranks):
 
 @pytest.mark.full
 def test_a_loss_in_chunks_trains_and_validates_as_a_whole_one(folder):
-    """The gradients' norm to 1e-4: at a rate of 0.02 Adam's division by small gradients shows rounding in three steps."""
+    """The gradients' norm to 1e-4: at a rate of 0.02 Adam, which divides by small gradients, shows rounding."""
     settings = Run.from_json((folder / "run.json").read_text()).settings
     chunked = replace(settings, train=replace(settings.train, loss_chunk=CHUNK))
     rows = metrics(run(write_run(folder, "chunked", 1, chunked, validate=True)))
