@@ -52,13 +52,13 @@ def _forward(
         hidden = forward(*inputs, **settings)
     finally:
         model.post_process = True
-    learns = torch.is_grad_enabled() and hidden.requires_grad
-    if learns and any(parameter.requires_grad for parameter in model.output_layer.parameters()):
+    learning = torch.is_grad_enabled()
+    if learning and any(parameter.requires_grad for parameter in model.output_layer.parameters()):
         raise UserError(
             "train.loss_chunk computes no gradient for the output layer, and something in it learns; "
             "give train.loss_chunk=0 or leave output_layer out of lora.targets"
         )
-    return _ChunkedLoss.apply(hidden, labels, model, positions, learns)
+    return _ChunkedLoss.apply(hidden, labels, model, positions, learning and hidden.requires_grad)
 
 
 class _ChunkedLoss(torch.autograd.Function):
