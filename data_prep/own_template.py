@@ -26,7 +26,7 @@ LARGEST_TEMPLATE = 1 << 20
 """Bytes; published templates have some ten thousand."""
 LONGEST_TEXT = 1 << 20
 """Characters that a template may multiply a text to; probes render to some thousand."""
-SECONDS = 20
+SECONDS = 5
 """That all probes may take; they take hundredths."""
 
 
@@ -234,16 +234,16 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, s
 
 @contextmanager
 def _limited(path: Path) -> Iterator[None]:
-    """Stops a template that does not come to an end."""
+    """Stops a template that does not come to an end, by the time that this process computes."""
 
     def stop(number: int, frame: Any) -> None:
         del number, frame
         raise UserError(f"the chat template in {path} takes longer than {SECONDS} s for a few lines; download it again")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)  # and again each second: Python drops what is raised in a hook
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,42 @@ def test_a_template_that_does_not_end_is_stopped(tmp_path: Path, monkeypatch: py
     loop = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match="takes longer than 1 s"):
         TemplateCheck(folder_with(tmp_path / "t", loop)).check(PLAIN, [])
+
+
+def test_a_template_of_nested_signs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a process allows deep recursion, as hypothesis does, compiling them costs a power of their number."""
+    monkeypatch.setattr(own_template, "SECONDS", 1)
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        with pytest.raises(UserError, match="takes longer than 1 s"):
+            TemplateCheck(folder_with(tmp_path / "t", "{{ " + "- " * 400 + "messages }}")).check(PLAIN, [])
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def test_a_template_is_stopped_though_python_drops_the_first_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(seconds: float) -> None:
+        begun = time.process_time()
+        while time.process_time() < begun + seconds:
+            pass
+
+    class Late:
+        def __del__(self) -> None:
+            compute(1.5)  # what is raised in here is only printed
+
+    monkeypatch.setattr(own_template, "SECONDS", 1)
+    monkeypatch.setattr("sys.unraisablehook", lambda _: None)
+
+    def late() -> None:
+        with own_template._limited(tmp_path):
+            Late()
+            compute(5)
+
+    with pytest.raises(UserError, match="takes longer than 1 s"):
+        late()
 
 
 def test_generation_marks_write_nothing(tmp_path: Path) -> None:

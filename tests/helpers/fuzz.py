@@ -368,6 +368,22 @@ def _swapped(document: Any, swaps: list[tuple[tuple[Any, ...], str, Any]]) -> by
     return json.dumps(document).encode()
 
 
+def _passes(reader: Reader, place: Path) -> bool:
+    """Whether the reader takes what lies in its place; False for a `UserError`. Raises whatever else comes of it."""
+    before = sorted(os.listdir(place))
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    begun, passed = time.process_time(), True
+    try:
+        reader.read(place)
+    except UserError:
+        passed = False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    assert time.process_time() - begun < SECONDS, "a reader took too long"
+    assert sorted(os.listdir(place)) == before, "a reader wrote something"
+    return passed
+
+
 def fuzz(name: str, reader: Reader, inputs: int) -> int:
     """Tries what was kept, then `inputs` drawn ones; returns how many were read without an error. Raises for the first
     input from which anything but a `UserError` comes."""
@@ -380,23 +396,13 @@ def fuzz(name: str, reader: Reader, inputs: int) -> int:
         def attempt(data: bytes) -> None:
             nonlocal read
             (place / reader.file).write_bytes(data)
-            before = sorted(os.listdir(place))
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-            begun = time.process_time()
             try:
-                reader.read(place)
-                read += 1
-            except UserError:
-                pass
+                read += _passes(reader, place)
             except BaseException:
                 keep = KEPT / name.replace(" ", "").replace(":", "-")
                 keep.mkdir(parents=True, exist_ok=True)
                 (keep / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
                 raise
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            assert time.process_time() - begun < SECONDS, "a reader took too long"
-            assert sorted(os.listdir(place)) == before, "a reader wrote something"
 
         (place / reader.file).write_bytes(reader.good)
         reader.read(place)  # must pass; what it imports takes its time once
