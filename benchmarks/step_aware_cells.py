@@ -58,16 +58,24 @@ def import_all() -> None:
     import finetune.worker  # noqa: F401
 
 
-def in_fork(work: Callable[[], Any], log: Path) -> Any:
-    """What `work` returns in a fork whose words go to the file `log`. Raises `RuntimeError` with their end."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+class Fork:
+    """Does `work` in a fork whose words go to the file `log`, and hands over what it returns."""
+
+    def __init__(self, work: Callable[[], Any], log: Path) -> None:
+        self.log = log
+        self._reading, writing = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._do(work, writing)
+        os.close(writing)
+
+    def _do(self, work: Callable[[], Any], writing: int) -> None:
+        """In the fork; never returns."""
         code = 1
         # Megatron-Core's saving spawns a process, which would import the script that runs here again, for seconds.
         sys.modules["__main__"].__file__ = None
         try:
-            with log.open("w") as said:
+            with self.log.open("w") as said:
                 for number in (1, 2):
                     os.dup2(said.fileno(), number)
             with os.fdopen(writing, "wb") as answer:
@@ -79,12 +87,19 @@ def in_fork(work: Callable[[], Any], log: Path) -> Any:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as answer:
-        told = answer.read()
-    if os.waitpid(pid, 0)[1]:
-        raise RuntimeError(f"{log} ends:\n{log.read_text()[-2000:]}")
-    return pickle.loads(told)
+
+    def result(self) -> Any:
+        """Waits for it. Raises `RuntimeError` with the end of its words where it failed."""
+        with os.fdopen(self._reading, "rb") as answer:
+            told = answer.read()
+        if os.waitpid(self._pid, 0)[1]:
+            raise RuntimeError(f"{self.log} ends:\n{self.log.read_text()[-2000:]}")
+        return pickle.loads(told)
+
+
+def in_fork(work: Callable[[], Any], log: Path) -> Any:
+    """What `work` returns in a fork."""
+    return Fork(work, log).result()
 
 
 def settings(cell: Cell, steps: int, rate: float, rank: int, stages: StageSettings, mark: str = "") -> Settings:

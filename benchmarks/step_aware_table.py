@@ -22,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from results import conditions, save
-from step_aware_cells import ADAPTERS, SEQ_LENGTH, WEIGHTS, Cell, answers, import_all, in_fork, train_cell
+from step_aware_cells import ADAPTERS, SEQ_LENGTH, WEIGHTS, Cell, Fork, answers, import_all, in_fork, train_cell
 from step_aware_task import make_base, rows
 
 from conversion.hf_to_nemo import convert
 from data_prep.prepare import prepare
 from evaluation.judging.questions import load_questions
 from evaluation.steps import Answers, measures
+from finetune.whole_path import fresh_folder
 from nano3.cli import run
 from nano3.rows import write_rows
 
-HELD_SEED, BASE_SEED = 1000, 0
+KIND, HELD_SEED, BASE_SEED = "step-aware-table", 1000, 0
 INJECTED = 0.5
 """Chance of an error in a trace, where traces have errors."""
 OWN = {
@@ -190,26 +191,31 @@ def report(done: dict[Cell, Answers], facts: dict[str, Any], out: Path) -> None:
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: %(default)s)")
-    parse.add_argument("--steps", type=int, default=50, help="packs that a cell trains on (default: %(default)s)")
+    parse.add_argument("--steps", type=int, default=80, help="packs that a cell trains on (default: %(default)s)")
     parse.add_argument("--rate", type=float, default=4e-3, help="learning rate (default: %(default)s)")
-    parse.add_argument("--base-tokens", type=int, default=900_000, help="of the base's training (default: %(default)s)")
-    parse.add_argument("--questions", type=int, default=100, help="held out, of a seed (default: %(default)s)")
+    parse.add_argument(
+        "--base-tokens", type=int, default=1_200_000, help="of the base's training (default: %(default)s)"
+    )
+    parse.add_argument("--questions", type=int, default=60, help="held out, of a seed (default: %(default)s)")
+    parse.add_argument("--parallel", type=int, default=1, help="seeds at a time (default: %(default)s)")
     parse.add_argument("--out", type=Path, default=Path("runs/step_aware_table"), help="(default: %(default)s)")
     args = parse.parse_args()
-    folder, facts = (
-        args.out.resolve(),
-        {**conditions(), **{key: value for key, value in vars(args).items() if key != "out"}},
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = fresh_folder(args.out, KIND)
+    facts = {**conditions(), **{key: value for key, value in vars(args).items() if key != "out"}}
     base, nemo = folder / "base", folder / "base-nemo"
     import_all()
     facts["base_loss"] = in_fork(partial(make_base, base, args.base_tokens, BASE_SEED), folder / "base.txt")
     in_fork(partial(convert, base, nemo, context=False), folder / "convert.txt")
     print(f"base: loss {facts['base_loss']:.3f}, {cpu_seconds():.0f} CPU s so far", flush=True)
     done: dict[Cell, Answers] = {}
-    for seed in args.seeds:
-        done |= measure_seed(folder / f"seed-{seed}", base, nemo, seed, args)
+    for first in range(0, len(args.seeds), args.parallel):
+        forks = [
+            Fork(partial(measure_seed, folder / f"seed-{seed}", base, nemo, seed, args), folder / f"seed-{seed}.txt")
+            for seed in args.seeds[first : first + args.parallel]
+        ]
+        for fork in forks:
+            done |= fork.result()
+            print(fork.log.read_text(), end="", flush=True)
     report(done, facts, folder)
 
 

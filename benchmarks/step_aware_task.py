@@ -91,7 +91,7 @@ def _compared(one: Problem, source: random.Random) -> tuple[str, Pieces]:
     return one.question if below else BETWEEN.join(f"{step.id}: {show(step.value)}" for step in steps), pieces
 
 
-KINDS = {_trace: 0.25, _execute: 0.3, _compared: 0.45}
+KINDS = {_trace: 0.2, _execute: 0.45, _compared: 0.35}
 """What the base is taught, with the share of its documents."""
 
 
