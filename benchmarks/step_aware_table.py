@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import resource
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from step_aware_task import make_base, rows
 from conversion.hf_to_nemo import convert
 from data_prep.prepare import prepare
 from evaluation.judging.questions import load_questions
+from evaluation.step_measures import Judged
 from evaluation.steps import Answers, measures
 from finetune.whole_path import fresh_folder
 from nano3.cli import run
@@ -144,27 +147,43 @@ def prepare_seed(folder: Path, base: Path, seed: int, steps: int, questions: int
         prepare([folder / f"{name}.jsonl"], base, folder / name, seq_length=SEQ_LENGTH)
 
 
-def measure_seed(folder: Path, base: Path, nemo: Path, seed: int, args: argparse.Namespace) -> dict[Cell, Answers]:
-    """All cells of a seed."""
+def measure_seed(folder: Path, base: Path, nemo: Path, seed: int, args: argparse.Namespace) -> None:
+    """Trains and asks all cells of a seed; what each answered goes to `folder`/CELL.json."""
     folder.mkdir()
     in_fork(partial(prepare_seed, folder, base, seed, args.steps, args.questions), folder / "prepare.txt")
-    questions, done = load_questions(folder / "held.jsonl"), {}
+    questions = load_questions(folder / "held.jsonl")
     for cell in cells(seed):
         out, started = folder / cell.name, cpu_seconds()
         out.mkdir()
         data = folder / f"injected-{cell.injected}"
         model, adapter = train_cell(cell, base, nemo, data, out, args.steps, args.rate)
         trained = cpu_seconds()
-        done[cell] = answers(model, adapter, questions, out / "answers.txt")
-        j, accuracy = (shown(found(measures(done[cell]), where)) for where in (GIVEN["J"], OWN["accuracy"]))
-        seconds = f"{trained - started:.0f} + {cpu_seconds() - trained:.0f} CPU s"
-        print(f"seed {seed}: {label(cell)}: accuracy {accuracy}; J after our EXECUTE {j} ({seconds})", flush=True)
+        one = answers(model, adapter, questions, out / "answers.txt")
+        seconds = {"training": trained - started, "answers": cpu_seconds() - trained}
+        kept = {"cell": vars(cell), "cpu_seconds": seconds, "answers": asdict(one)}
+        (folder / f"{cell.name}.json").write_text(json.dumps(kept) + "\n")
+        j, accuracy = (shown(found(measures(one), where)) for where in (GIVEN["J"], OWN["accuracy"]))
+        print(f"seed {seed}: {label(cell)}: accuracy {accuracy}; J after our EXECUTE {j}; CPU {seconds}", flush=True)
         shutil.rmtree(out)
-    return done
 
 
-def report(done: dict[Cell, Answers], facts: dict[str, Any], out: Path) -> None:
-    """Prints the tables and writes results.json."""
+def kept_cells(folder: Path) -> tuple[dict[Cell, Answers], float]:
+    """The cells that are done, seed by seed, and the CPU seconds that they took."""
+    done, seconds = {}, 0.0
+    for file in sorted(folder.glob("seed-*/*-*.json")):
+        kept = json.loads(file.read_text())
+        kinds = {
+            kind: [Judged(**one) for one in kept["answers"][kind]] for kind in ("own", "injected", "right_execute")
+        }
+        done[Cell(**kept["cell"])] = Answers(**kinds, interventions=kept["answers"]["interventions"])
+        seconds += sum(kept["cpu_seconds"].values())
+    return done, seconds
+
+
+def report(facts: dict[str, Any], out: Path) -> None:
+    """Prints the tables of the cells that are done and writes results.json."""
+    done, seconds = kept_cells(out)
+    facts["cpu_seconds"] += seconds
     by_cell = {cell: measures(one) for cell, one in done.items()}
     together: dict[str, Answers] = {}
     for cell, one in done.items():
@@ -184,39 +203,41 @@ def report(done: dict[Cell, Answers], facts: dict[str, Any], out: Path) -> None:
     for factor, several in contrasts.items():
         print(f"{factor}: " + "; ".join(f"{name} {shown(value)}" for name, value in several.items()))
     each = [{**vars(cell), **measured} for cell, measured in by_cell.items()]
-    save(out / "results.json", {**facts, "cpu_seconds": cpu_seconds(), "pooled": pooled, "contrasts": contrasts}, each)
-    print(f"\n{cpu_seconds() / 60:.1f} CPU minutes; {out / 'results.json'}")
+    save(out / "results.json", {**facts, "pooled": pooled, "contrasts": contrasts}, each)
+    print(f"\n{facts['cpu_seconds'] / 60:.1f} CPU minutes; {out / 'results.json'}")
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: %(default)s)")
-    parse.add_argument("--steps", type=int, default=80, help="packs that a cell trains on (default: %(default)s)")
+    parse.add_argument("--steps", type=int, default=60, help="packs that a cell trains on (default: %(default)s)")
     parse.add_argument("--rate", type=float, default=4e-3, help="learning rate (default: %(default)s)")
-    parse.add_argument(
-        "--base-tokens", type=int, default=1_200_000, help="of the base's training (default: %(default)s)"
-    )
+    parse.add_argument("--base-tokens", type=int, default=900_000, help="of the base's training (default: %(default)s)")
     parse.add_argument("--questions", type=int, default=60, help="held out, of a seed (default: %(default)s)")
     parse.add_argument("--parallel", type=int, default=1, help="seeds at a time (default: %(default)s)")
+    parse.add_argument("--report", action="store_true", help="the tables of what is done in OUT, and nothing more")
     parse.add_argument("--out", type=Path, default=Path("runs/step_aware_table"), help="(default: %(default)s)")
     args = parse.parse_args()
+    if args.report:
+        return report(json.loads((args.out / "facts.json").read_text()), args.out)
     folder = fresh_folder(args.out, KIND)
-    facts = {**conditions(), **{key: value for key, value in vars(args).items() if key != "out"}}
+    facts = {**conditions(), **{key: value for key, value in vars(args).items() if key not in ("out", "report")}}
     base, nemo = folder / "base", folder / "base-nemo"
     import_all()
     facts["base_loss"] = in_fork(partial(make_base, base, args.base_tokens, BASE_SEED), folder / "base.txt")
     in_fork(partial(convert, base, nemo, context=False), folder / "convert.txt")
-    print(f"base: loss {facts['base_loss']:.3f}, {cpu_seconds():.0f} CPU s so far", flush=True)
-    done: dict[Cell, Answers] = {}
+    facts["cpu_seconds"] = cpu_seconds()
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"base: loss {facts['base_loss']:.3f}, {facts['cpu_seconds']:.0f} CPU s so far", flush=True)
     for first in range(0, len(args.seeds), args.parallel):
         forks = [
             Fork(partial(measure_seed, folder / f"seed-{seed}", base, nemo, seed, args), folder / f"seed-{seed}.txt")
             for seed in args.seeds[first : first + args.parallel]
         ]
         for fork in forks:
-            done |= fork.result()
+            fork.result()
             print(fork.log.read_text(), end="", flush=True)
-    report(done, facts, folder)
+    return report(facts, folder)
 
 
 if __name__ == "__main__":
