@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ import pytest
 from data_prep.steps.grammar import parse
 from data_prep.steps.graph import recomputed, show
 from evaluation.generation import encode_prompts, load_tokenizer
+from evaluation.step_measures import Judged
 from nano3.arch import resolve_model
 from pico.pretrain import IGNORED
 from pico.tokenizer import build_tokenizer
@@ -83,6 +85,25 @@ def test_every_seed_has_the_twelve_cells(table):
     cells = list(table.cells(3))
     assert len({cell.name for cell in cells}) == 12
     assert len({table.label(cell) for cell in cells}) == 12
+
+
+def test_a_killed_run_has_tables_of_what_is_done(table, tmp_path, capsys):
+    """Two seeds of one cell: 1 of 2 and 2 of 2 answers are right, and nothing else was asked."""
+    for seed, right in ((1, [True, False]), (2, [True, True])):
+        folder = tmp_path / f"seed-{seed}"
+        folder.mkdir()
+        own = [asdict(Judged("", final, 1.0, 3, 3, final)) for final in right]
+        answers = {"own": own, "injected": [], "right_execute": [], "interventions": {"changes": [], "keeps": []}}
+        cell = table.Cell("fixed", "dual", True, seed)
+        kept = {"cell": vars(cell), "cpu_seconds": {"training": 2.0, "answers": 1.0}, "answers": answers}
+        (folder / f"{cell.name}.json").write_text(json.dumps(kept))
+    table.report({"cpu_seconds": 4.0}, tmp_path)
+    result, said = json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
+    assert result["cpu_seconds"] == 10
+    assert result["pooled"]["fixed, dual, with errors"]["own"]["accuracy_final"]["count"] == 3
+    assert [row["seed"] for row in result["rows"]] == [1, 2]
+    assert "| fixed, dual, with errors | 75.0 (30.1 to 95.4), n 4 |" in said
+    assert "J none (n 0)" in said
 
 
 @pytest.mark.full
