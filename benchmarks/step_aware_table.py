@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from results import conditions, save
+from scipy.stats import t
 from step_aware_cells import ADAPTERS, SEQ_LENGTH, WEIGHTS, Cell, Fork, answers, import_all, in_fork, train_cell
 from step_aware_task import make_base, rows
 
@@ -40,6 +41,7 @@ KIND, HELD_SEED, BASE_SEED = "step-aware-table", 1000, 0
 INJECTED = 0.5
 """Chance of an error in a trace, where traces have errors."""
 OWN = {
+    "unparsed": ("own", "unparsed"),
     "accuracy": ("own", "accuracy_final"),
     "EXECUTE": ("own", "accuracy_execute"),
     "RFS": ("own", "rfs"),
@@ -60,8 +62,6 @@ GIVEN = {
     "J": ("given_j",),
 }
 """Column -> where `measures` has it: of the model's own answers, and of its VERIFY after an EXECUTE of ours."""
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 5: 2.571, 8: 2.306, 11: 2.201, 17: 2.110}
-"""Student's t by degrees of freedom."""
 
 
 def cells(seed: int) -> Iterator[Cell]:
@@ -111,8 +111,8 @@ def contrast(
     if len(values) < 2:
         return {"n": len(values)}
     mean, spread = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-    t = T95[max(known for known in T95 if known <= len(values) - 1)]
-    return {"n": len(values), "share": mean, "ci95": [mean - t * spread, mean + t * spread]}
+    half = float(t.ppf(0.975, len(values) - 1)) * spread
+    return {"n": len(values), "share": mean, "ci95": [mean - half, mean + half]}
 
 
 def changed(key: str, before: Any, after: Any) -> Callable[[Cell], Cell | None]:
