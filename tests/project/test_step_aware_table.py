@@ -109,15 +109,15 @@ def test_a_killed_run_has_tables_of_what_is_done(table, tmp_path, capsys):
 @pytest.mark.full
 def test_one_seed_of_the_whole_table(tmp_path):
     """Too short for any measure to mean something; that each cell trains, merges, is asked and is counted."""
-    command = [sys.executable, str(FOLDER / "step_aware_table.py"), "--seeds", "1", "--steps", "4", "--questions", "12"]
-    command += ["--base-tokens", "150000", "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(FOLDER / "step_aware_table.py"), "--seeds", "1", "--steps", "2", "--questions", "4"]
+    command += ["--base-tokens", "20000", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out/results.json").read_text())
     assert len(result["rows"]) == len(result["pooled"]) == 12
     for row in result["rows"]:
-        assert row["own"]["n"] == 12
-        assert row["injected"]["n"] <= row["right_execute"]["n"] == 12
+        assert row["own"]["n"] == 4
+        assert row["injected"]["n"] <= row["right_execute"]["n"] == 4
     assert set(result["contrasts"]) == {"injected errors", "two adapters", "fixed weights", "dynamic weights"}
     assert done.stdout.count("| uniform, single, with errors |") == 2
     assert not list((tmp_path / "out").glob("seed-1/*/adapter"))
