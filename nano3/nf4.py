@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -151,15 +152,16 @@ class Nf4(nn.Module):
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """(rows, columns), a tensor of its own."""
-        absmax = self.absmax()
-        lines, columns = absmax.shape[0], self.shape[0] * self.shape[1] // absmax.shape[0]
+        lines, blocks = self.scale8.shape
+        columns = self.shape[0] * self.shape[1] // lines
         if self.packed.device.type == "cpu":
-            out = torch.empty(lines, columns)
-            values_of(array(self.packed), array(absmax), array(nf4_code()), self.skip, array(out))
-            return out.view(self.shape).to(dtype)
-        return values_by_bitsandbytes(self.packed, absmax, dtype)[:, self.skip : self.skip + columns].reshape(
-            self.shape
-        )
+            wide = torch.empty(lines, blocks * BLOCK)
+            arrays = (array(tensor) for tensor in (self.packed, self.scale8, self.scale))
+            codes = array(nf4_code()), array(dynamic_code())
+            values_of(*arrays, np.float32(self.offset.item()), *codes, (self.first, self.stride), array(wide))
+        else:
+            wide = values_by_bitsandbytes(self.packed, self.absmax(), dtype)
+        return wide[:, self.skip : self.skip + columns].reshape(self.shape).to(dtype).contiguous()
 
     @property
     def nbytes(self) -> int:

@@ -31,13 +31,22 @@ def nearest_codes(values, middles, codes, absmax):
 
 
 @exact_loops
-def values_of(packed, absmax, code, skip, out):
-    """out (lines, columns) = code[4 bits] * absmax, from value `skip` of each line on.
+def values_of(packed, scale8, scale, offset, code, dynamic, place, out):
+    """out (lines, 64 * blocks) = code[4 bits] * absmax, absmax = dynamic[8 bits] * scale + offset.
 
-    packed (lines, 32 * blocks) uint8, the first value in the high half; absmax (lines, blocks); code (16,).
+    packed (lines, 32 * blocks) uint8, the first value in the high half; scale8 (lines, blocks) uint8; scale (nested
+    blocks,), offset a number; code (16,), dynamic (256,); place: the first block's number in the tensor's order, and
+    blocks from one line to the next.
     """
+    first, stride = place
+    table = np.empty(16, np.float32)
     for line in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            at = skip + j
-            both = np.intp(packed[line, at // 2])
-            out[line, j] = code[both & 15 if at % 2 else both >> 4] * absmax[line, at // 64]
+        for block in range(scale8.shape[1]):
+            nested = (first + line * stride + block) // 256 - first // 256
+            absmax = dynamic[scale8[line, block]] * scale[nested] + offset
+            for i in range(16):
+                table[i] = code[i] * absmax
+            for at in range(32 * block, 32 * block + 32):
+                both = np.intp(packed[line, at])
+                out[line, 2 * at] = table[both >> 4]
+                out[line, 2 * at + 1] = table[both & 15]

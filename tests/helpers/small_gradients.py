@@ -40,7 +40,7 @@ def small_gradients(one: Outcome, two: Outcome) -> dict[str, object]:
         beyond = error > TRAINED_BOUNDS[torch.float32]
         gradient = one.gradients[key].abs()
         shares += (gradient[beyond] / gradient.max()).tolist()
-        rest = max(rest, float(error[~beyond].max()))
+        rest = max(rest, float(error.where(~beyond, 0.0).max()))
     return {"shares": shares, "rest": rest}
 
 
