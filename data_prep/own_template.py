@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_stack
 from typing import Any, NamedTuple
 
 from data_prep.chat import text_of
@@ -28,6 +30,8 @@ LONGEST_TEXT = 1 << 20
 """Characters that a template may multiply a text to; probes render to some thousand."""
 SECONDS = 5
 """That all probes may take; they take hundredths."""
+DEEPEST = 1000
+"""Calls within each other, as Python allows; a process may have raised that limit."""
 
 
 class Probe(NamedTuple):
@@ -234,16 +238,19 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, s
 
 @contextmanager
 def _limited(path: Path) -> Iterator[None]:
-    """Stops a template that does not come to an end, by the time that this process computes."""
+    """Stops a template that does not come to an end, by the time that this process computes, or that nests too deep:
+    what a compiler does with it may be out of a signal's reach."""
 
     def stop(number: int, frame: Any) -> None:
         del number, frame
         raise UserError(f"the chat template in {path} takes longer than {SECONDS} s for a few lines; download it again")
 
-    before = signal.signal(signal.SIGVTALRM, stop)
+    before, deepest = signal.signal(signal.SIGVTALRM, stop), sys.getrecursionlimit()
+    sys.setrecursionlimit(min(deepest, sum(1 for _ in walk_stack(None)) + DEEPEST))
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)  # and again each second: Python drops what is raised in a hook
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+        sys.setrecursionlimit(deepest)
