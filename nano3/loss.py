@@ -138,7 +138,7 @@ def record_verdicts(model: MambaModel) -> None:
     model.compute_language_model_loss = partial(_judge_first, model, model.compute_language_model_loss)
 
 
-def _forget(model: nn.Module, _inputs: Any) -> None:
+def _forget(model: Any, _inputs: Any) -> None:
     model.verdicts.clear()
 
 
