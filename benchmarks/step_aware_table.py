@@ -1,6 +1,7 @@
 """What do stage weights, a second adapter and injected errors change? Every measure of docs/step_aware.md, 12 cells.
 
     python benchmarks/step_aware_table.py --seeds 1 2 3 --out runs/step_aware_table
+    python benchmarks/step_aware_table.py --weights fixed --base values --steps 250 --out runs/step_aware_verify
 
 {uniform, fixed, dynamic weights} x {one adapter, two with as many parameters} x {traces with, without injected errors}.
 Every cell trains by recipes/step_aware_lora.py from the same base, data and steps; only the named factor differs. The
@@ -17,7 +18,7 @@ import math
 import resource
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 from results import conditions, save
 from scipy.stats import t
 from step_aware_cells import ADAPTERS, SEQ_LENGTH, WEIGHTS, Cell, Fork, answers, import_all, in_fork, train_cell
-from step_aware_task import make_base, rows
+from step_aware_task import MIXTURES, make_base, rows
 
 from conversion.hf_to_nemo import convert
 from data_prep.prepare import prepare
@@ -37,7 +38,7 @@ from finetune.whole_path import fresh_folder
 from nano3.cli import run
 from nano3.rows import write_rows
 
-KIND, HELD_SEED, BASE_SEED = "step-aware-table", 1000, 0
+KIND, HELD_SEED = "step-aware-table", 1000
 INJECTED = 0.5
 """Chance of an error in a trace, where traces have errors."""
 OWN = {
@@ -64,9 +65,9 @@ GIVEN = {
 """Column -> where `measures` has it: of the model's own answers, and of its VERIFY after an EXECUTE of ours."""
 
 
-def cells(seed: int) -> Iterator[Cell]:
-    """The 12 of a seed."""
-    for weights, adapters, injected in itertools.product(WEIGHTS, ADAPTERS, (False, True)):
+def cells(seed: int, ways: Sequence[str] = tuple(WEIGHTS)) -> Iterator[Cell]:
+    """Those of a seed, four for each of the `ways` to weigh stages."""
+    for weights, adapters, injected in itertools.product(ways, ADAPTERS, (False, True)):
         yield Cell(weights, adapters, injected, seed)
 
 
@@ -152,7 +153,7 @@ def measure_seed(folder: Path, base: Path, nemo: Path, seed: int, args: argparse
     folder.mkdir()
     in_fork(partial(prepare_seed, folder, base, seed, args.steps, args.questions), folder / "prepare.txt")
     questions = load_questions(folder / "held.jsonl")
-    for cell in cells(seed):
+    for cell in cells(seed, args.weights):
         out, started = folder / cell.name, cpu_seconds()
         out.mkdir()
         data = folder / f"injected-{cell.injected}"
@@ -212,6 +213,9 @@ def main() -> None:
     parse.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: %(default)s)")
     parse.add_argument("--steps", type=int, default=60, help="packs that a cell trains on (default: %(default)s)")
     parse.add_argument("--rate", type=float, default=4e-3, help="learning rate (default: %(default)s)")
+    parse.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="(default: all)")
+    parse.add_argument("--base", choices=MIXTURES, default="traces", help="what it is taught (default: %(default)s)")
+    parse.add_argument("--base-seed", type=int, default=0, help="(default: %(default)s)")
     parse.add_argument("--base-tokens", type=int, default=900_000, help="of the base's training (default: %(default)s)")
     parse.add_argument("--questions", type=int, default=60, help="held out, of a seed (default: %(default)s)")
     parse.add_argument("--parallel", type=int, default=1, help="seeds at a time (default: %(default)s)")
@@ -224,7 +228,8 @@ def main() -> None:
     facts = {**conditions(), **{key: value for key, value in vars(args).items() if key not in ("out", "report")}}
     base, nemo = folder / "base", folder / "base-nemo"
     import_all()
-    facts["base_loss"] = in_fork(partial(make_base, base, args.base_tokens, BASE_SEED), folder / "base.txt")
+    taught = partial(make_base, base, args.base_tokens, args.base_seed, args.base)
+    facts["base_loss"] = in_fork(taught, folder / "base.txt")
     in_fork(partial(convert, base, nemo, context=False), folder / "convert.txt")
     facts["cpu_seconds"] = cpu_seconds()
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")

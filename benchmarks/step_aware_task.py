@@ -3,9 +3,10 @@
     6, 8, 0, 8: count, first, add s1 s2        ->  [EXECUTE] s1: 4; s2: 6; s3: 10
 
 Pico's own tasks have no sums and no words such as ok, and a cell of the table trains for seconds. So every cell starts
-from one base: pico, trained further with all its weights on what a trace needs. It meets right traces, whose verdicts
-it does not learn; the values of a plan; and pairs of values with the word for whether they are equal. What is left to
-learn is to use that word in VERIFY: no EXECUTE that it met was wrong.
+from one base: pico, trained further with all its weights on what a trace needs. By the mixture `traces` it meets right
+traces, whose verdicts it does not learn; the values of a plan; and pairs of values with the word for whether they are
+equal. By `values` its traces end with EXECUTE. What is left to learn is to use that word in VERIFY: no EXECUTE that it
+met was wrong.
 """
 
 from __future__ import annotations
@@ -76,13 +77,28 @@ def _execute(one: Problem, _source: random.Random) -> tuple[str, Pieces]:
     return BETWEEN.join([f"x = {show(one.trace.inputs['x'])}", *plan]), [(values + TURN_END, True)]
 
 
+def _to_execute(one: Problem, _source: random.Random) -> tuple[str, Pieces]:
+    """A right trace up to the end of EXECUTE; its VERIFY and its answer are never seen."""
+    text = write(one.trace, one.goal)
+    return one.question, [(text.text[: text.parts["EXECUTE"][1]], True)]
+
+
 def _compared(one: Problem, source: random.Random) -> tuple[str, Pieces]:
+    """`_pairs` below a trace that stops at EXECUTE, or below a question."""
+    return _pairs(one, source, below=source.random() < BELOW)
+
+
+def _compared_alone(one: Problem, source: random.Random) -> tuple[str, Pieces]:
+    """`_pairs` below a question."""
+    return _pairs(one, source, below=False)
+
+
+def _pairs(one: Problem, source: random.Random, below: bool) -> tuple[str, Pieces]:
     """Right values, and below them values that are the same or not: `s1: 4; s2: 10`, `s1: 4 ok; s2: 12 wrong`.
 
-    Where the right values stand is in the question, or at the end of a trace that stops at EXECUTE.
+    The right values stand in the question, or, where `below`, at the end of a trace that stops at EXECUTE.
     """
-    text = write(one.trace, one.goal)
-    below, steps = source.random() < BELOW, one.trace.steps
+    text, steps = write(one.trace, one.goal), one.trace.steps
     pieces = [(text.text[: text.parts["EXECUTE"][1]], False)] if below else []
     for number, step in enumerate(steps):
         equal = source.random() < 0.5
@@ -91,15 +107,18 @@ def _compared(one: Problem, source: random.Random) -> tuple[str, Pieces]:
     return one.question if below else BETWEEN.join(f"{step.id}: {show(step.value)}" for step in steps), pieces
 
 
-KINDS = {_trace: 0.2, _execute: 0.45, _compared: 0.35}
-"""What the base is taught, with the share of its documents."""
+MIXTURES = {
+    "traces": {_trace: 0.2, _execute: 0.45, _compared: 0.35},
+    "values": {_to_execute: 0.18, _execute: 0.47, _compared_alone: 0.35},
+}
+"""What a base is taught, with the share of its documents. `values` has no VERIFY at all, and more computing."""
 
 
-def examples(tokenizer: Any, seed: int) -> Iterator[Example]:
+def examples(tokenizer: Any, seed: int, mixture: str) -> Iterator[Example]:
     """Endless documents for the base, as `pico.pretrain` trains on them."""
-    source, number = random.Random(f"base:{seed}"), 0
+    source, number, kinds = random.Random(f"base:{seed}"), 0, MIXTURES[mixture]
     while True:
-        (kind,) = source.choices(list(KINDS), list(KINDS.values()))
+        (kind,) = source.choices(list(kinds), list(kinds.values()))
         question, pieces = kind(problem(seed, number), source)
         number += 1
         tokens: list[int] = []
@@ -111,8 +130,8 @@ def examples(tokenizer: Any, seed: int) -> Iterator[Example]:
         yield tokens[:-1], labels[1:]
 
 
-def make_base(out: Path, tokens: int, seed: int) -> float:
-    """Trains pico on `tokens` tokens of `examples` and writes it as a Hugging Face folder; returns the last loss."""
+def make_base(out: Path, tokens: int, seed: int, mixture: str) -> float:
+    """Trains pico on `tokens` tokens of a mixture and writes it as a Hugging Face folder; returns the last loss."""
     import torch
 
     from evaluation.hf_model import load_reference
@@ -125,7 +144,7 @@ def make_base(out: Path, tokens: int, seed: int) -> float:
     model = load_reference(resolve_model("pico"), torch.float32).train()
     for mixer in mamba_mixers(model):
         mixer.forward = MethodType(mamba_forward, mixer)
-    curve = train(model, batches(examples(build_tokenizer(), seed), seed), {}, tokens)
+    curve = train(model, batches(examples(build_tokenizer(), seed, mixture), seed), {}, tokens)
     out.mkdir(parents=True, exist_ok=True)
     export(model, out)
     save_tokenizer(out)

@@ -50,7 +50,7 @@ def test_problems_compute_and_injected_errors_are_flagged(task):
 def test_the_base_learns_no_verdict_of_verify_and_reads_prompts_as_it_is_asked(task):
     tokenizer = build_tokenizer()
     texts = []
-    for tokens, labels in itertools.islice(task.examples(tokenizer, 0), 200):
+    for tokens, labels in itertools.islice(task.examples(tokenizer, 0, "traces"), 200):
         texts.append(tokenizer.decode(tokens, skip_special_tokens=False))
         if "[VERIFY]" in texts[-1]:
             assert " wrong" not in texts[-1]
@@ -62,6 +62,22 @@ def test_the_base_learns_no_verdict_of_verify_and_reads_prompts_as_it_is_asked(t
     asked = traced.split("user\n")[1].split("<|im_end|>")[0]
     (prompt,) = encode_prompts(load_tokenizer(str(resolve_model("pico"))), [[{"role": "user", "content": asked}]], True)
     assert traced.startswith(tokenizer.decode(prompt, skip_special_tokens=False))
+
+
+def test_the_base_of_values_never_meets_a_verify(task):
+    """Its documents are traces up to EXECUTE, values of a plan, and verdicts below a question that has the values."""
+    tokenizer = build_tokenizer()
+    kinds = {"[EXECUTE]": 0, " ok": 0}
+    for tokens, labels in itertools.islice(task.examples(tokenizer, 0, "values"), 200):
+        text = tokenizer.decode(tokens, skip_special_tokens=False)
+        learnt = tokenizer.decode([label for label in labels if label != IGNORED], skip_special_tokens=False)
+        assert "[VERIFY]" not in text
+        assert ("ok" in learnt or "wrong" in learnt) == (" ok" in text or " wrong" in text)
+        assert not ("[EXECUTE]" in text and (" ok" in text or " wrong" in text))
+        for word in kinds:
+            kinds[word] += word in text
+    assert 20 < kinds["[EXECUTE]"] < 60
+    assert 40 < kinds[" ok"] < 90
 
 
 def test_a_contrast_by_hand(table):
@@ -85,6 +101,8 @@ def test_every_seed_has_the_twelve_cells(table):
     cells = list(table.cells(3))
     assert len({cell.name for cell in cells}) == 12
     assert len({table.label(cell) for cell in cells}) == 12
+    assert {cell.weights for cell in table.cells(3, ["fixed"])} == {"fixed"}
+    assert len(list(table.cells(3, ["fixed"]))) == 4
 
 
 def test_a_killed_run_has_tables_of_what_is_done(table, tmp_path, capsys):
