@@ -203,7 +203,7 @@ def report(facts: dict[str, Any], out: Path) -> None:
     print("\nwhat a factor changes, percentage points (95 % over pairs of cells of a seed), n pairs")
     for factor, several in contrasts.items():
         print(f"{factor}: " + "; ".join(f"{name} {shown(value)}" for name, value in several.items()))
-    each = [{**vars(cell), **measured} for cell, measured in by_cell.items()]
+    each = [{"cell": label(cell), **vars(cell), **measured} for cell, measured in by_cell.items()]
     save(out / "results.json", {**facts, "pooled": pooled, "contrasts": contrasts}, each)
     print(f"\n{facts['cpu_seconds'] / 60:.1f} CPU minutes; {out / 'results.json'}")
 

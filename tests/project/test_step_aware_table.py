@@ -119,7 +119,9 @@ def test_a_killed_run_has_tables_of_what_is_done(table, tmp_path, capsys):
     result, said = json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
     assert result["cpu_seconds"] == 10
     assert result["pooled"]["fixed, dual, with errors"]["own"]["accuracy_final"]["count"] == 3
-    assert [row["seed"] for row in result["rows"]] == [1, 2]
+    assert [(row["cell"], row["seed"]) for row in result["rows"]] == [
+        ("fixed, dual, with errors", seed) for seed in (1, 2)
+    ]
     assert "| 75.0 (30.1 to 95.4), n 4 |" in said
     assert "J none (n 0)" in said
 
