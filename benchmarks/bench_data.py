@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from data_inputs import chat_rows, with_control_tokens
 from packing_cost import OURS, PACKERS, SEQ, packing, plot
-from results import conditions, save
+from results import ROOT, conditions, save
 from tokenizers import Tokenizer
 
 from data_prep.chat import render, text_of
@@ -104,11 +104,6 @@ def preparing(folder: Path, tokenizer: Path, rows: int, rounds: int, options: Op
     return results
 
 
-def peak() -> int:
-    """Most memory that this process had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
-
-
 def alone(*arguments: str) -> dict[str, Any]:
     """This script with other arguments in a process of its own; what it says in its last line."""
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
@@ -117,11 +112,14 @@ def alone(*arguments: str) -> dict[str, Any]:
     return row
 
 
-def memory(folder: Path, tokenizer: Path, rows: int, options: Options) -> dict[str, Any]:
-    """Peak of a process that prepares so many short documents."""
+def memory(folder: Path, tokenizer: Path, rows: int, backend: str) -> dict[str, Any]:
+    """Peak of a process that writes the parts of so many short documents, as each worker does."""
     write_rows(folder / "rows.jsonl", chat_rows(rows, 1, 0))
-    prepare([folder / "rows.jsonl"], tokenizer, folder / "store", SEQ, options)
-    return {"what": f"prepare, {rows:,} short documents", "peak MB": peak()}
+    command = [sys.executable, str(ROOT / "data_prep" / "prepare.py"), "--input", str(folder / "rows.jsonl")]
+    command += ["--tokenizer", str(tokenizer), "--out", str(folder / "store"), "--seq-length", str(SEQ)]
+    subprocess.run([*command, "--backend", backend, "--shard", "1/1"], check=True, capture_output=True)
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1000
+    return {"what": f"a worker's {rows:,} short documents", "backend": backend, "peak MB": most}
 
 
 SIZES = {OURS: (10_000, 100_000, 1_000_000, 10_000_000), "nemo": (10_000, 20_000, 40_000), "bridge": (10_000, 100_000)}
@@ -155,7 +153,7 @@ def main() -> int:
             return 0
         tokenizer = with_control_tokens(args.tokenizer, folder / "tokenizer")
         if args.memory:
-            print(json.dumps(memory(folder, tokenizer, args.memory, options)))
+            print(json.dumps(memory(folder, tokenizer, args.memory, args.backend)))
             return 0
         print(facts, flush=True)
         parts = [args.only] if args.only else ["prepare", "packing", "memory"]
