@@ -1,10 +1,12 @@
 """A large token store of many parts, sparse on the disk: how long it takes to open, and what reading packs costs.
 
     python benchmarks/bench_store.py FOLDER [--gigabytes 10] [--parts 100] [--packs 20000]
+    python benchmarks/bench_store.py FOLDER --train 30
 
-The store has the manifest, offsets and packs of a real one. Its arrays per token are holes, which take no room, so
-nothing checks their bytes here. Packs are read at random, as training reads them. Memory is told apart: what the
-process owns (RssAnon), and pages of files that the kernel may take back at any time (RssFile).
+The store has the manifest, offsets and packs of a real one. Its tokens and stages are holes, which take no room. Packs
+are read at random, as training reads them. `--train` trains pico on it instead, so many steps of one pack on one CPU
+rank: then every token but a document's first counts in the loss, and the hashes are true. Memory is told apart: what
+the process owns (RssAnon), and pages of files that the kernel may take back at any time (RssFile).
 """
 
 from __future__ import annotations
@@ -13,22 +15,27 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from results import conditions
+from results import ROOT, conditions
 
 from data_prep.best_fit import best_fit
 from data_prep.packing import PackedDataset
+from nano3.arch import resolve_model
 from nano3.cli import UserError, run
 from nano3.file_digests import file_sha256
 from nano3.pack_index import DOCUMENTS, FACTS, OFFSETS, index_name
 from nano3.pack_index import KIND as INDEX
 from nano3.pack_index import VERSION as INDEX_VERSION
 from nano3.sealed_folder import mark, seal
-from nano3.token_store import DTYPES, KIND, MANIFEST, PER_TOKEN, VERSION, part_name
+from nano3.token_store import DTYPES, KIND, MANIFEST, PER_TOKEN, VERSION, part_name, tokenizer_sha256
+from nano3.training.journal import FILE
 
 SEQ = 4096
 LENGTH = 400
@@ -47,6 +54,8 @@ def make(store: Path, size: int, parts: int) -> None:
     store.mkdir()
     mark(store, KIND)
     files: dict[str, Any] = {}
+    digests: dict[str, str] = {}
+    counted = bytes([0] + [1] * (LENGTH - 1))  # what precedes a document's first token does not predict it
     for name, values in arrays.items():
         values.astype(DTYPES[name]).tofile(store / name)
         files[name] = {"bytes": values.nbytes, "sha256": file_sha256(store / name)}
@@ -56,11 +65,15 @@ def make(store: Path, size: int, parts: int) -> None:
             path, length = store / part / name, each * LENGTH * np.dtype(DTYPES[name]).itemsize
             with path.open("wb") as file:
                 file.truncate(length)
-            files[f"{part}/{name}"] = {"bytes": length, "sha256": "0" * 64}
-    counts = {"documents": documents, "tokens": documents * LENGTH, "supervised_tokens": 0}
+                if name == "loss_mask.bin":
+                    file.write(counted * each)
+            first = store / part_name(0) / name  # all parts are alike
+            files[f"{part}/{name}"] = {"bytes": length, "sha256": digests.setdefault(name, file_sha256(first))}
+    supervised = documents * sum(counted)
+    counts = {"documents": documents, "tokens": documents * LENGTH, "supervised_tokens": supervised}
     facts = {"format": KIND, "version": VERSION, **counts, "max_token_id": 0, "sources": {"sparse": counts}}
     facts |= {"longest_document": LENGTH, "weights": [1.0], "origins": ["sparse"], "order": None}
-    facts |= {"tokenizer": {"sha256": "0" * 64}, "files": files}
+    facts |= {"tokenizer": {"sha256": tokenizer_sha256(resolve_model("pico"))}, "files": files}
     facts["parts"] = [{"documents": each, "tokens": each * LENGTH, "weights": [1.0]}] * parts
     (store / MANIFEST).write_text(json.dumps(facts))
     pack(store, documents)
@@ -77,15 +90,56 @@ def pack(store: Path, documents: int) -> None:
     facts = {"format": INDEX, "version": INDEX_VERSION, "store_sha256": file_sha256(store / MANIFEST)}
     facts |= {"seq_length": SEQ, "pad_multiple": 1, "max_documents": 64, "seed": 1234, "packs": len(offsets) - 1}
     facts |= {"blocks": [len(offsets) - 1], "documents": documents, "dropped_documents": 0}
-    facts |= {"positions": documents * (LENGTH - 1), "supervised_positions": 0, "most_documents_in_a_pack": 10}
+    positions = documents * (LENGTH - 1)
+    facts |= {"positions": positions, "supervised_positions": positions, "most_documents_in_a_pack": 10}
     (folder / FACTS).write_text(json.dumps(facts | {"efficiency": 1.0}))
     seal(folder)
 
 
-def memory() -> dict[str, float]:
-    """MB of this process now."""
-    said = Path("/proc/self/status").read_text()
+def memory(process: int | str = "self") -> dict[str, float]:
+    """MB of a process now."""
+    said = Path(f"/proc/{process}/status").read_text()
     return {name: round(int(kb) / 1000, 1) for name, kb in re.findall(r"(RssAnon|RssFile):\s+(\d+) kB", said)}
+
+
+def read(packs: PackedDataset, number: int) -> None:
+    """Reads so many packs at random; what one costs, and the memory, after each quarter."""
+    drawn = np.random.default_rng(0).integers(len(packs), size=number).tolist()
+    for share in range(4):
+        begun = time.process_time()
+        for number in drawn[share::4]:
+            packs[number]
+        us = (time.process_time() - begun) / len(drawn[share::4]) * 1e6
+        print({"what": f"read {len(drawn[share::4]):,} packs", "us a pack": round(us, 1), **memory()}, flush=True)
+
+
+def train(store: Path, steps: int) -> int:
+    """Trains pico on the store; what its rank's memory is in each tenth step. The exit code of the training."""
+    out = store.parent / "lora"
+    command = [sys.executable, "recipes/nemotron_lora.py", "--model", "pico", "--local", "--data", str(store)]
+    command += ["--out", str(out), f"train.seq_length={SEQ}", "train.global_batch=1", f"train.steps={steps}"]
+    command += ["train.warmup=1", "checkpoint.every=0", "checkpoint.minutes=0", "log.every=1", "log.wandb=off"]
+    begun, done, rank = time.perf_counter(), 0, None
+    with subprocess.Popen([*command, "log.tensorboard=false"], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            time.sleep(0.2)
+            lines = (out / FILE).read_text().count("\n") if (out / FILE).is_file() else 0
+            if lines // 10 == done // 10 and (done or not lines):
+                continue
+            rank, done = rank or _rank(str(out / "run.json")), lines
+            with suppress(FileNotFoundError):  # it ended just now
+                print({"step": lines, "s": round(time.perf_counter() - begun, 1), **memory(rank)}, flush=True)
+    return process.returncode
+
+
+def _rank(run: str) -> int:
+    """The process that trains the run of this file."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = entry.read_bytes().decode(errors="replace").split("\0")
+            if run in words and "finetune.worker" in words:
+                return int(entry.parent.name)
+    raise UserError(f"no process trains {run}")
 
 
 def main() -> int:
@@ -94,6 +148,7 @@ def main() -> int:
     parse.add_argument("--gigabytes", type=float, default=10.0, help="of tokens, masks and stages (default: 10)")
     parse.add_argument("--parts", type=int, default=100, help="folders that hold them (default: 100)")
     parse.add_argument("--packs", type=int, default=20_000, help="packs that are read, at random (default: 20000)")
+    parse.add_argument("--train", type=int, default=0, metavar="STEPS", help="train pico on it instead, so many steps")
     args = parse.parse_args()
     if args.parts < 1 or args.gigabytes <= 0 or args.packs < 1:
         raise UserError("--gigabytes, --parts and --packs must be above 0")
@@ -102,19 +157,16 @@ def main() -> int:
     try:
         make(store, int(args.gigabytes * 1e9), args.parts)
         print(conditions(), f"{args.gigabytes} GB in {args.parts} parts", flush=True)
+        if args.train:
+            return train(store, args.train)
         clock, cpu = time.perf_counter(), time.process_time()
         packs = PackedDataset(store, SEQ)
         opened = {"s": round(time.perf_counter() - clock, 4), "CPU s": round(time.process_time() - cpu, 4)}
         print({"what": f"open, {len(packs):,} packs", **opened, **memory()}, flush=True)
-        drawn = np.random.default_rng(0).integers(len(packs), size=args.packs).tolist()
-        for share in range(4):
-            begun = time.process_time()
-            for number in drawn[share::4]:
-                packs[number]
-            us = (time.process_time() - begun) / len(drawn[share::4]) * 1e6
-            print({"what": f"read {len(drawn[share::4]):,} packs", "us a pack": round(us, 1), **memory()}, flush=True)
+        read(packs, args.packs)
     finally:
-        shutil.rmtree(store, ignore_errors=True)
+        for made in (store, args.folder / "lora"):
+            shutil.rmtree(made, ignore_errors=True)
     return 0
 
 
