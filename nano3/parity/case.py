@@ -99,6 +99,8 @@ class Case:
         pattern: of the layers.
         nf4: whether the linear layers are frozen in 4 bits; the model is wider then.
         seed: of weights and batches.
+        adam_epsilon: None for Megatron-Core's 1e-8, and 1e-4 where adapters are "gated" in FP32: only tokens behind the
+            mark reach them, some of their gradients lie below 1e-8, and Adam would divide rounding by rounding.
         packs: document lengths of the packs of a global batch.
     """
 
@@ -111,12 +113,20 @@ class Case:
     pattern: str = PATTERN
     nf4: bool = False
     seed: int = 0
+    adam_epsilon: float | None = None
     packs: tuple[tuple[int, ...], ...] = PACKS
 
     @property
     def plain(self) -> Case:
         """What the case is compared with on one rank: nothing that only has a say in where and when it is computed."""
         return replace(self, dispatcher="alltoall", distributed=False, recompute=(), loss_chunk=0)
+
+    @property
+    def epsilon(self) -> float:
+        """Adam's, which it adds to the size of a gradient."""
+        if self.adam_epsilon is not None:
+            return self.adam_epsilon
+        return 1e-4 if self.adapters == "gated" and self.dtype == torch.float32 else 1e-8
 
     @cached_property
     def arch(self) -> Arch:

@@ -163,7 +163,7 @@ def optimizer_of(case: Case, model: Any) -> Any:
     """Megatron-Core's Adam. Clipping knows FP32 gradients only, so in FP64 there is none."""
     return get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam", lr=1e-3, min_lr=1e-3, weight_decay=0.1, params_dtype=case.dtype,
+            optimizer="adam", lr=1e-3, min_lr=1e-3, weight_decay=0.1, params_dtype=case.dtype, adam_eps=case.epsilon,
             clip_grad=0.0 if case.dtype == torch.float64 else 0.5, use_distributed_optimizer=case.distributed,
         ),
         [model],
