@@ -91,12 +91,13 @@ survive() { # srun ARGUMENTS
     ((code == 0)) || give_way "$code"
 }
 
-state() { # of this job; where Slurm does not answer it is the one that a script sees: its job runs
+runs() { # whether this job does, as far as Slurm says; where Slurm does not answer it is what a script sees: it runs
     local said
     if said="$(squeue --noheader --jobs="$JOB" --format=%T 2>&1)"; then
-        tail -n 1 <<< "$said" # below a warning
-    elif [[ $said != *"Invalid job id"* ]]; then
-        echo RUNNING
+        said="$(tail -n 1 <<< "$said")" # below a warning
+        [[ $said == RUNNING || $said == SIGNALING ]] # the signal that we have may still be on its way to others
+    else
+        [[ $said != *"Invalid job id"* ]]
     fi
 }
 
@@ -104,7 +105,7 @@ state() { # of this job; where Slurm does not answer it is the one that a script
 asked="" gone=""
 terminated() {
     interrupted=yes
-    if [[ $(state) != RUNNING ]]; then
+    if ! runs; then
         taken
     else
         asked=yes
@@ -158,7 +159,7 @@ finished() {
 give_way() { # EXIT_CODE
     local words
     trap '' TERM
-    if [[ $(state) != RUNNING ]]; then
+    if ! runs; then
         taken
         exit "$1"
     fi

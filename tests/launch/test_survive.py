@@ -180,7 +180,10 @@ def is_told_to_end(job: Job) -> None:
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
 
 
-def test_sigterm_reaches_the_ranks_and_the_job_is_requeued(job):
+@pytest.mark.parametrize("state", ["RUNNING", "SIGNALING"])
+def test_sigterm_reaches_the_ranks_and_the_job_is_requeued(job, state):
+    """Slurm calls a job SIGNALING while its signal is on the way to all nodes."""
+    (job.here / "state-7").write_text(f"{state}\n")
     is_told_to_end(job)
     assert (job.here / "told").read_text() == "--signal=TERM 7\n"
     assert job.attempts()[-1] == ["ended", "0", "exit code 143; the time limit came"]
