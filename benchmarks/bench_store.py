@@ -67,8 +67,9 @@ def make(store: Path, size: int, parts: int) -> None:
                 file.truncate(length)
                 if name == "loss_mask.bin":
                     file.write(counted * each)
-            first = store / part_name(0) / name  # all parts are alike
-            files[f"{part}/{name}"] = {"bytes": length, "sha256": digests.setdefault(name, file_sha256(first))}
+            if name not in digests:  # all parts are alike
+                digests[name] = file_sha256(path)
+            files[f"{part}/{name}"] = {"bytes": length, "sha256": digests[name]}
     supervised = documents * sum(counted)
     counts = {"documents": documents, "tokens": documents * LENGTH, "supervised_tokens": supervised}
     facts = {"format": KIND, "version": VERSION, **counts, "max_token_id": 0, "sources": {"sparse": counts}}

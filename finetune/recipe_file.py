@@ -100,11 +100,15 @@ def _opened(name: str, file: Path) -> ModuleType:
     module = sys.modules.get(name)
     if module is not None and Path(module.__file__ or "").resolve() == file:
         return module
+    return _executed(name, file)
+
+
+def _executed(name: str, file: Path) -> ModuleType:
+    """The module of `file`, made anew. What the recipe defines is found by its module's name."""
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -143,13 +147,8 @@ def load_recipe(recipe: Recipe | None, out: Path) -> Callable[[Any], Any]:
             _require(ROOT / name, digest, f"{recipe.key} imports it. Put it back, or start the run again")
     module = recipe.name.rpartition(":")[0]
     with _loads(module):
-        spec = importlib.util.spec_from_file_location(module.removesuffix(".py"), kept)
-        assert spec is not None
-        assert spec.loader is not None
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = loaded  # so that what the recipe defines is found by its module's name
         try:
-            spec.loader.exec_module(loaded)
+            loaded = _executed(module.removesuffix(".py"), kept)
         except ModuleNotFoundError as error:
             raise UserError(
                 f"the recipe {recipe.file} cannot be loaded here: {error}. A recipe may import this project and "
