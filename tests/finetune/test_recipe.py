@@ -11,6 +11,7 @@ from finetune.settings import LoraSettings, Run, Settings
 from launch.plan.layout import Layout
 from nano3.sealed_folder import seal
 from tests.helpers.tiny_store import tiny_store
+from tests.launch.test_users_line import recipe
 
 SCRIPT = "recipes/nemotron_lora.py"
 
@@ -28,14 +29,16 @@ def refused(*arguments: str) -> str:
     return line
 
 
-def test_dry_run_of_two_nodes_is_the_published_recipe_in_numbers():
-    done = run("--nodes", "2", "--dry-run")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("roomy_disk")
+def test_dry_run_of_two_nodes_is_the_published_recipe_in_numbers(monkeypatch, capsys):
+    code = recipe(monkeypatch, "--nodes", "2", "--dry-run")
+    said = capsys.readouterr()
+    assert code == 0, said.err
     # Rank 32 on every linear layer, one adapter for all routed experts of a layer: 33.4M as Megatron-Bridge counts.
-    assert "33,368,064 parameters" in done.stdout
-    assert "31,577,937,344 parameters, 3,580,073,408 active" in done.stdout
-    assert "layout.ep=8" in done.stdout
-    assert "16 of 128 experts per rank" in done.stdout
+    assert "33,368,064 parameters" in said.out
+    assert "31,577,937,344 parameters, 3,580,073,408 active" in said.out
+    assert "layout.ep=8" in said.out
+    assert "16 of 128 experts per rank" in said.out
 
 
 def test_trainable_parameters_by_hand():

@@ -26,6 +26,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None
     return end.value.code
 
 
+@pytest.mark.usefixtures("roomy_disk")
 def test_a_dry_run_in_an_empty_folder_prints_preflight_and_the_script_with_its_blanks(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert recipe(monkeypatch, "--nodes", "2", "--dry-run") == 0
