@@ -44,13 +44,14 @@ LARGEST_STAGE = 255
 
 Message = Mapping[str, Any]
 
+_EACH = {"role", "content", "weight", "loss"}
 _MESSAGE_KEYS = {
-    "system": {"content"},
-    "user": {"content"},
-    "assistant": {"content", "reasoning_content", "tool_calls", "spans"},
-    "tool": {"content", "name", "tool_call_id"},
+    "system": _EACH,
+    "user": _EACH,
+    "assistant": _EACH | {"reasoning_content", "tool_calls", "spans"},
+    "tool": _EACH | {"name", "tool_call_id"},
 }
-"""What a message of each role may have, besides `role`, `weight` and `loss`."""
+"""What a message of each role may have."""
 _INSTEAD = {
     **dict.fromkeys(("train", "training", "trainable", "mask", "masked", "loss_mask"), "say 'loss': true or false"),
     **dict.fromkeys(("prefix", "prefill"), "nothing in the template begins an answer; remove it"),
@@ -213,8 +214,8 @@ def _checked_message(message: object, before: Sequence[Message]) -> dict[str, An
         hint = "; give the text as a system message" if role == "developer" else ""
         raise UserError(f"role {_short(role)} is not one of {', '.join(_MESSAGE_KEYS)}{hint}")
     given = {key: value for key, value in message.items() if value is not None and value not in ("", [], {})}
-    unknown = sorted(set(given) - _MESSAGE_KEYS[role] - {"role", "weight", "loss"})
-    if unknown:
+    if given.keys() - _MESSAGE_KEYS[role]:
+        unknown = sorted(given.keys() - _MESSAGE_KEYS[role])
         remedy = _INSTEAD.get(unknown[0], "remove it or put its text into 'content'")
         raise UserError(f"a message of role {role} cannot have {', '.join(map(repr, unknown))}; {remedy}")
     if role == "system" and before:
@@ -224,6 +225,8 @@ def _checked_message(message: object, before: Sequence[Message]) -> dict[str, An
     if role != "assistant" and message.get("content") is None:
         raise UserError("'content' is missing; it must be text")
     checked: dict[str, Any] = {"role": role, "content": _text("'content'", message.get("content") or "")}
+    if len(given) == 2 and "content" in given:
+        return checked
     checked |= _checked_loss(role, given)
     return checked | _checked_assistant(given) if role == "assistant" else checked
 
@@ -386,7 +389,7 @@ def _text(key: str, text: object) -> str:
             if mark in text:
                 raise UserError(_about(key, mark))
     try:
-        text.encode()
+        text.isascii() or text.encode()
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X}"
         raise UserError(f"{key} holds {half}, half of a character (a lone surrogate); write it whole") from None

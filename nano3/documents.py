@@ -30,6 +30,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
+import jiter
 from annotated_types import Ge, Gt, Le, MaxLen, Predicate
 
 from nano3.errors import UserError
@@ -230,6 +231,18 @@ def _load_json(text: bytes | str, where: str, remedy: str, limit: int = MAX_BYTE
     if len(text) > limit:
         raise UserError(f"{where}: larger than {limit >> 20} MiB; {remedy}")
     try:
+        data = text.encode() if isinstance(text, str) else text
+        value = jiter.from_json(data, cache_mode="keys", catch_duplicate_keys=True)
+    except ValueError:  # what it refuses is read again by Python's own decoder, which says what is wrong and where
+        return _load_json_slowly(text, where, remedy)
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH:  # fewer brackets cannot nest deeper
+        _check_nesting(value, where, remedy)
+    return value
+
+
+def _load_json_slowly(text: bytes | str, where: str, remedy: str) -> Any:
+    """The same by Python's decoder."""
+    try:
         if isinstance(text, bytes):
             text = text.decode()
         value = _DECODER.decode(text)
@@ -239,10 +252,8 @@ def _load_json(text: bytes | str, where: str, remedy: str, limit: int = MAX_BYTE
         raise UserError(f"{where}: nested deeper than {MAX_DEPTH}; {remedy}") from None
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}); {remedy}") from None
-    if text.count("[") + text.count("{") > MAX_DEPTH:  # fewer brackets cannot nest deeper
-        _check_nesting(value, where, remedy)
-    if "\\ud" in text or "\\uD" in text:
-        _check_characters(value, where, remedy)
+    _check_nesting(value, where, remedy)
+    _check_characters(value, where, remedy)
     return value
 
 

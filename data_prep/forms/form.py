@@ -51,10 +51,12 @@ def to_chat(form: Form, fields: Fields, unused: Counter[str], ignored: Iterable[
     Raises `UserError`, naming the key, for a row that lacks what the form needs, or has a key that would change prompt
     or loss and that the form does not understand. Keys in `ignored` are left out first.
     """
-    left_out = set(ignored)
-    given = {key: value for key, value in fields.items() if value is not None and key not in left_out}
-    row = {key: given[key] for key in FACTS if key in given and key not in form.keys} | form.chat(given)
-    for key in sorted(given.keys() - form.keys - set(FACTS)):
+    given = {key: value for key, value in fields.items() if value is not None}
+    for key in ignored:
+        given.pop(key, None)
+    others = given.keys() - form.keys
+    row = {key: given[key] for key in FACTS if key in others} | form.chat(given)
+    for key in sorted(others.difference(FACTS)):
         if form.others == "pass":
             row.setdefault(key, given[key])
         elif (

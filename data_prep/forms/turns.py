@@ -21,6 +21,7 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
 """What others call a role -> ours; `call` is an assistant that calls a tool, as JSON."""
+_PLAIN = ("system", "user", "assistant", "tool")
 _SHAREGPT = {"from", "value", "weight", "loss"}
 _REASONING = ("reasoning", "thinking")
 """What servers and data sets call `reasoning_content`."""
@@ -35,7 +36,15 @@ def messages_of(fields: Fields, key: str) -> list[Any]:
         value = _rows_of_columns(key, value)
     if not isinstance(value, list):
         raise UserError(f"{key!r} is {short(value)}; it must be a list of messages")
-    return [message_of(f"{key}[{number}]", one) for number, one in enumerate(value)]
+    return [one if _is_message(one) else message_of(f"{key}[{number}]", one) for number, one in enumerate(value)]
+
+
+def _is_message(one: Any) -> bool:
+    """Whether a turn is a plain message already, as most are: a role of ours and a text with no mark before it."""
+    if not isinstance(one, dict) or len(one) != 2 or one.get("role") not in _PLAIN:
+        return False
+    content = one.get("content")
+    return isinstance(content, str) and not content.lstrip().startswith("<")
 
 
 def message_of(where: str, one: Any) -> dict[str, Any]:
