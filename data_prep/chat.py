@@ -256,6 +256,8 @@ def spans_of(number: int, message: Message, thinks: bool, written: str, no_loss:
     `number` is the message's, and `thinks` says whether `written` holds its reasoning. Raises `UserError` for a span
     that is not in it, and for two that overlap.
     """
+    if not message.get("spans") and not no_loss:
+        return ()
     given = enumerate(message.get("spans", ()))
     spans = sorted(_located(f"messages[{number}].spans[{place}]", span, written) for place, span in given)
     for left, right in pairwise(spans):
@@ -308,9 +310,11 @@ def _parameter(value: Any) -> str:
 def merged(pieces: Sequence[Segment]) -> list[Segment]:
     """Joins neighbours of equal kind, so that a tokenizer meets as few boundaries as possible."""
     merged: list[Segment] = []
+    last: Segment | None = None
     for piece in pieces:
-        if merged and merged[-1].weight == piece.weight and not merged[-1].spans and not piece.spans:
-            merged[-1] = Segment(merged[-1].text + piece.text, piece.weight)
+        if last and last.weight == piece.weight and not last.spans and not piece.spans:
+            last = merged[-1] = Segment(last.text + piece.text, piece.weight)
         elif piece.text:
+            last = piece
             merged.append(piece)
     return merged

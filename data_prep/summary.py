@@ -93,7 +93,8 @@ class Finds:
 
     def read(self, row: Conversation) -> None:
         """Takes note of a row's unused keys, empty turns and null arguments."""
-        self.other_keys.update(row.fields.keys() - set(FACTS))
+        if others := row.fields.keys() - FACTS:
+            self.other_keys.update(others)
         if row.fields.get("evaluation_only"):
             self.evaluation_only[row.source] += 1
         for message in row.messages:

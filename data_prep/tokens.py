@@ -37,6 +37,7 @@ _HEAD = 32
 
 _MARKS = {"\n": "<think>", "\n\n": "</think>"}
 """White space behind which what the model writes begins, and the mark before it."""
+_OPEN = tuple(mark + before for before, mark in _MARKS.items())
 
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = {chr(byte): byte for byte in _SHOWN} | {
@@ -232,7 +233,7 @@ class ChatTokenizer:
             (left.text.rpartition(">")[2], right.text[:_HEAD]): number
             for number, segments in reversed(list(enumerate(documents)))
             for left, right in pairwise(segments)
-            if left.text.endswith(tuple(mark + before for before, mark in _MARKS.items()))
+            if left.text.endswith(_OPEN)
         }
         if not heads:
             return

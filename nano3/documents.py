@@ -30,10 +30,14 @@ from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
-import jiter
 from annotated_types import Ge, Gt, Le, MaxLen, Predicate
 
 from nano3.errors import UserError
+
+try:
+    from jiter import from_json as _fast_json
+except ModuleNotFoundError:  # it is compiled for one Python, so a container may lack it: the same, slower
+    _fast_json = None
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -232,8 +236,10 @@ def _load_json(text: bytes | str, where: str, remedy: str, limit: int = MAX_BYTE
         raise UserError(f"{where}: larger than {limit >> 20} MiB; {remedy}")
     try:
         data = text.encode() if isinstance(text, str) else text
-        value = jiter.from_json(data, cache_mode="keys", catch_duplicate_keys=True)
-    except ValueError:  # what it refuses is read again by Python's own decoder, which says what is wrong and where
+        value = _fast_json(data, cache_mode="keys", catch_duplicate_keys=True) if _fast_json else None
+    except ValueError:
+        value = None
+    if value is None:  # what the fast decoder refuses, Python's reads again: it says what is wrong, and where
         return _load_json_slowly(text, where, remedy)
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH:  # fewer brackets cannot nest deeper
         _check_nesting(value, where, remedy)

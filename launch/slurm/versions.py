@@ -38,8 +38,9 @@ IMAGE = {
     "wandb": "",
 }
 """Of requirements.txt: compiled for one Python, CUDA or torch, hence the image's; the lowest version, or any."""
-CPU_ONLY = ("numba",)
-"""Of requirements.txt: what only the CPU backend needs. Packing runs without it too, slower (data_prep/best_fit.py)."""
+CPU_ONLY = ("numba", "jiter")
+"""Of requirements.txt: what only the CPU backend needs, and what only makes faster: packing runs without numba too
+(data_prep/best_fit.py), and JSON is read without jiter (nano3/documents.py)."""
 GPU = {"transformer-engine": ("2.9", "2.12"), "mamba-ssm": ("2.0", ""), "causal-conv1d": ("1.4", "")}
 """What a GPU run needs besides: from, and below (requirements-gpu.txt says why)."""
 

@@ -143,6 +143,30 @@ def test_other_spellings_are_read_as_they_are_meant(form: str, row: dict, chat: 
     conversation(chat, "x:1", "x")
 
 
+@pytest.mark.parametrize(
+    ("one", "message"),
+    [
+        (answer(" \n<think>r</think> a"), answer("a", reasoning_content="r")),
+        (answer("\u00a0<think>r</think>a"), answer("a", reasoning_content="r")),
+        (answer("<b>a</b>"), answer("<b>a</b>")),
+        (answer("a <think>r</think>"), answer("a <think>r</think>")),
+        ({"role": "Human ", "content": "a"}, user("a")),
+        ({"role": "gpt", "content": "a"}, answer("a")),
+        ({"role": "user", "content": [{"type": "text", "text": "a"}]}, user("a")),
+        ({"role": ["user"], "content": "a"}, {"role": ["user"], "content": "a"}),
+        ({"role": "user", "from": "human"}, {"role": "user", "from": "human"}),
+        ({"role": "user", "content": None}, {"role": "user"}),
+        (
+            {"role": "function_call", "content": '{"name": "f"}'},
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f"}}]},
+        ),
+    ],
+)
+def test_a_plain_turn_stays_and_any_other_is_looked_at(one: dict, message: dict) -> None:
+    given = {"messages": [user("q"), answer("x"), one]}
+    assert to_chat(form_named("messages"), given, Counter())["messages"] == [user("q"), answer("x"), message]
+
+
 def test_a_number_names_an_option_by_its_place_whatever_the_options_say() -> None:
     """MMLU has options such as "1" and "0", and the right one as a number from 0."""
     row = {"question": "q?", "choices": ["1", "0"], "answer": 1}

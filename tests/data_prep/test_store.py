@@ -5,10 +5,13 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, normalizers
 
+from data_prep import tokens
 from data_prep.chat import render
 from data_prep.packing import PackedDataset, build_packs
 from data_prep.store import StoreWriter
@@ -17,7 +20,7 @@ from nano3.cli import UserError, fresh_output
 from nano3.conversations import CONTROL_TOKENS
 from nano3.file_digests import file_sha256
 from nano3.store_contents import check_store
-from nano3.token_store import FILES, KIND, TokenStore
+from nano3.token_store import FILES, KIND, TokenStore, tokenizer_sha256
 from tests.helpers.data_fixtures import ids, row, write_tokenizer
 
 START, END, THINK, THOUGHT = (CONTROL_TOKENS[mark] for mark in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"))
@@ -54,6 +57,45 @@ def test_batch_equals_one_by_one(tokenizer: ChatTokenizer) -> None:
         (alone,) = tokenizer.encode([document])
         assert alone.tokens.tolist() == encoded.tokens.tolist()
         assert alone.mask.tolist() == encoded.mask.tolist()
+
+
+NORMALIZED = {
+    "NFC": (normalizers.NFC(), lambda text: normalize("NFC", text)),
+    "NFKD": (normalizers.NFKD(), lambda text: normalize("NFKD", text)),
+    "none": (None, str),
+    "several": (
+        normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]),
+        lambda t: normalize("NFC", t).lower(),
+    ),
+    "lower case": (normalizers.Lowercase(), str.lower),
+}
+
+
+def _normalizing(folder: Path, normalizer: normalizers.Normalizer | None) -> Path:
+    written = Tokenizer.from_file(str(write_tokenizer(folder) / "tokenizer.json"))
+    written.normalizer = normalizer  # type: ignore[assignment]
+    written.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", NORMALIZED)
+def test_a_tokenizers_normal_form_holds_for_every_text(tmp_path: Path, kind: str) -> None:
+    normalizer, expected = NORMALIZED[kind]
+    folder = _normalizing(tmp_path, normalizer)
+    encoder = ChatTokenizer(folder)
+    answers = ["Plain", "cafe\u0301", "ﬁ", "K\u212a", "Plain", "a\u0338>"]
+    documents = [render(row("q", answer)["messages"], True) for answer in answers]
+    for answer, encoded in zip(answers, encoder.encode(documents), strict=True):
+        assert encoded.tokens[encoded.mask > 0].tolist() == [*ids(expected(answer)), END]
+    assert encoder.sha256 == tokenizer_sha256(folder), "it is the tokenizer of the file afterwards too"
+
+
+def test_a_normalizer_that_changes_ascii_must_not_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = ChatTokenizer(_normalizing(tmp_path, normalizers.Lowercase()))
+    document = render(row("q", "Plain")["messages"], True)
+    right = encoder.encode([document])[0].tokens.tolist()
+    monkeypatch.setattr(tokens, "_NORMAL_FORMS", (normalizers.Lowercase,))
+    assert encoder.encode([document])[0].tokens.tolist() != right
 
 
 def test_vocabulary_size_is_the_largest_id_plus_one(tokenizer: ChatTokenizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from typing import Annotated, Literal, NotRequired
@@ -12,6 +13,7 @@ import pytest
 from annotated_types import MaxLen
 from typing_extensions import TypedDict
 
+from nano3 import documents
 from nano3.cli import UserError
 from nano3.documents import (
     MAX_BYTES,
@@ -84,6 +86,58 @@ def test_a_bad_document_is_refused_by_file_field_and_value(text):
     assert said.endswith("; paint it again")
     assert said.isprintable()
     assert len(said) < 500
+
+
+NUMBERS = {
+    "-0": 0,
+    "-0.0": -0.0,
+    "9007199254740993": 9007199254740993,
+    "123456789012345678901234567890": 123456789012345678901234567890,
+    "0.1": 0.1,
+    "2.2250738585072011e-308": 2.2250738585072011e-308,
+    "1e-400": 0.0,
+    "1E5": 100000.0,
+    '"\\u0000\\ud83d\\ude00"': "\0\N{GRINNING FACE}",
+}
+"""Where decoders of JSON differ."""
+ROW = json.dumps({"id": 7, "messages": [{"role": "user", "content": 'é"\\n'}], "x": [1.5, -2e3, None, True, {}]})
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_values_are_those_that_the_text_says(fast, monkeypatch):
+    if not fast:
+        monkeypatch.setattr(documents, "_fast_json", None)
+    for text, value in NUMBERS.items():
+        found = parse_json(text, object, "x.json")
+        assert (type(found), repr(found)) == (type(value), repr(value))
+
+
+def test_both_decoders_read_the_same_or_both_refuse(monkeypatch):
+    drawn, changed = random.Random(0), 0
+    for _ in range(3000):
+        text = list(ROW)
+        for _ in range(drawn.randint(1, 3)):
+            place = drawn.randrange(len(text))
+            text[place : place + drawn.randint(0, 2)] = drawn.choice('{}[]",:\\u0d19eE+-. \n\0\ud800é') * drawn.randint(
+                0, 2
+            )
+        said = []
+        for decoder in (documents._fast_json, None):
+            with monkeypatch.context() as patched:
+                patched.setattr(documents, "_fast_json", decoder)
+                try:
+                    said.append(repr(parse_json("".join(text), object, "x.json")))
+                except UserError as error:
+                    said.append(str(error))
+        assert said[0] == said[1], text
+        changed += not said[0].startswith("x.json: ")
+    assert 300 < changed < 2700, "some are read and some refused"
+
+
+def test_without_the_fast_decoder_everything_is_read_by_pythons():
+    code = "import sys; sys.modules['jiter'] = None; from nano3.documents import *; print(parse_json('[1]', list, ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[1]\n"
 
 
 def test_bytes_that_are_no_text_are_refused():
