@@ -26,7 +26,7 @@ import math
 import os
 import reprlib
 import stat
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
@@ -35,7 +35,9 @@ from annotated_types import Ge, Gt, Le, MaxLen, Predicate
 from nano3.errors import UserError
 
 try:
-    from jiter import from_json as _fast_json
+    import jiter
+
+    _fast_json: Callable[..., Any] | None = jiter.from_json
 except ModuleNotFoundError:  # it is compiled for one Python, so a container may lack it: the same, slower
     _fast_json = None
 
