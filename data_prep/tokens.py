@@ -31,6 +31,7 @@ TOKENIZERS = "tokenizers"
 BACKENDS = (TOKENIZERS, NAME)
 """What may encode."""
 _NORMAL_FORMS = (NFC, NFD, NFKC, NFKD)
+"""Normalizers that leave ASCII as it is."""
 _HEAD = 32
 """Characters after a boundary that settle how text splits there: pre-tokenizers look at one word or blank run."""
 

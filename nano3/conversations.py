@@ -214,8 +214,7 @@ def _checked_message(message: object, before: Sequence[Message]) -> dict[str, An
         hint = "; give the text as a system message" if role == "developer" else ""
         raise UserError(f"role {_short(role)} is not one of {', '.join(_MESSAGE_KEYS)}{hint}")
     given = {key: value for key, value in message.items() if value is not None and value not in ("", [], {})}
-    if given.keys() - _MESSAGE_KEYS[role]:
-        unknown = sorted(given.keys() - _MESSAGE_KEYS[role])
+    if unknown := sorted(given.keys() - _MESSAGE_KEYS[role]):
         remedy = _INSTEAD.get(unknown[0], "remove it or put its text into 'content'")
         raise UserError(f"a message of role {role} cannot have {', '.join(map(repr, unknown))}; {remedy}")
     if role == "system" and before:
@@ -225,7 +224,7 @@ def _checked_message(message: object, before: Sequence[Message]) -> dict[str, An
     if role != "assistant" and message.get("content") is None:
         raise UserError("'content' is missing; it must be text")
     checked: dict[str, Any] = {"role": role, "content": _text("'content'", message.get("content") or "")}
-    if len(given) == 2 and "content" in given:
+    if given.keys() <= {"role", "content"}:  # most messages say no more
         return checked
     checked |= _checked_loss(role, given)
     return checked | _checked_assistant(given) if role == "assistant" else checked

@@ -260,8 +260,10 @@ def _load_json_slowly(text: bytes | str, where: str, remedy: str) -> Any:
         raise UserError(f"{where}: nested deeper than {MAX_DEPTH}; {remedy}") from None
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}); {remedy}") from None
-    _check_nesting(value, where, remedy)
-    _check_characters(value, where, remedy)
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_nesting(value, where, remedy)
+    if not text.isascii() or "\\ud" in text or "\\uD" in text:
+        _check_characters(value, where, remedy)
     return value
 
 

@@ -21,7 +21,7 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
 """What others call a role -> ours; `call` is an assistant that calls a tool, as JSON."""
-_PLAIN = ("system", "user", "assistant", "tool")
+_PLAIN = tuple(role for role, ours in ROLES.items() if role == ours)
 _SHAREGPT = {"from", "value", "weight", "loss"}
 _REASONING = ("reasoning", "thinking")
 """What servers and data sets call `reasoning_content`."""
