@@ -47,9 +47,9 @@ def write_parts(job: Job, work: Work, workers: int = 1, first: int = 0, step: in
 def _write(job: Job, work: Work, numbers: Iterator[int], report: Callable[[int], Any]) -> None:
     """Writes the missing parts of ascending `numbers`, until the input ends."""
     files = job.identity()["inputs"]
-    writer: _PartWriter | None = None
+    writer: PartWriter | None = None
     for number in work.missing(numbers):
-        writer = writer or _PartWriter(job, work)
+        writer = writer or PartWriter(job, work)
         if not writer.reader.begin(number):
             return
         writer.write(number, report)
@@ -59,7 +59,7 @@ def _write(job: Job, work: Work, numbers: Iterator[int], report: Callable[[int],
             return
 
 
-class _PartWriter:
+class PartWriter:
     """What a process needs for all of its parts: the tokenizer is opened once, the inputs are read once."""
 
     def __init__(self, job: Job, work: Work) -> None:

@@ -32,13 +32,16 @@ class Supervision(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         del pl_module
         tell_supervisor(f"step {trainer.global_step + 1}")
+        supervisor = supervision.running()
+        if supervisor is not None:
+            supervisor.work.begin()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         del pl_module
         tell_supervisor(f"what follows step {trainer.global_step}")
         supervisor = supervision.running()
         if supervisor is not None:
-            supervisor.work.step()
+            supervisor.work.end()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         del pl_module

@@ -111,33 +111,44 @@ def process_began(pid: int) -> str:
 
 
 class Work:
-    """How a rank's main thread spends a step: at its own work, or waiting for other ranks.
+    """How a rank's main thread spends its steps: at its own work, or waiting for other ranks.
 
-    Looked at every `SAMPLE_SECONDS`: the function that it is in decides. True on CPU ranks, whose collectives block in
-    torch.distributed; on a GPU they do not, and kernels' times are what tells (docs/launch.md).
+    Looked at every `SAMPLE_SECONDS` of a step: the function that it is in decides. What lies between steps, a
+    validation or a checkpoint, is no step's work. True on CPU ranks, whose collectives block in torch.distributed; on
+    a GPU they do not, and kernels' times are what tells (docs/launch.md).
     """
 
     def __init__(self, main_thread: int) -> None:
         self.main_thread = main_thread
-        self.looks = self.waits = 0
-        self.began, self.steps = time.monotonic(), 0
-        self.seconds = 0.0
+        self.looks = self.waits = self.steps = 0
+        self.spent = self.seconds = 0.0
+        self.began: float | None = None
+        """When the step began; None between steps."""
 
     def look(self) -> None:
-        """Notes what the main thread does at this moment."""
+        """Notes what the main thread does at this moment of a step."""
+        if self.began is None:
+            return
         frame = sys._current_frames().get(self.main_thread)
         self.looks += 1
         self.waits += frame is not None and any(part in frame.f_code.co_filename for part in WAITING)
 
-    def step(self) -> None:
-        """A step has ended."""
+    def begin(self) -> None:
+        """A step begins."""
+        self.began = time.monotonic()
+
+    def end(self) -> None:
+        """The step has ended."""
+        if self.began is None:
+            return
+        self.spent += time.monotonic() - self.began
         self.steps += 1
+        self.began = None
         if self.looks < FEWEST_SAMPLES:
             return
-        now = time.monotonic()
-        self.seconds = (now - self.began) / self.steps * (1 - self.waits / self.looks)
+        self.seconds = self.spent / self.steps * (1 - self.waits / self.looks)
         self.looks = self.waits = self.steps = 0
-        self.began = now
+        self.spent = 0.0
 
 
 class Supervisor:

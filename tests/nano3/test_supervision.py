@@ -188,10 +188,28 @@ def test_a_slow_rank_is_compared_with_those_that_do_equal_work(beats, slow):
 
 
 def test_work_is_what_is_left_of_a_step_without_the_waiting(monkeypatch):
-    work = Work(0)
-    work.looks, work.waits, work.began = 100, 75, 0.0
-    monkeypatch.setattr("nano3.training.supervision.time.monotonic", lambda: 8.0)
-    work.step()
+    work, clock = Work(0), [0.0]
+    monkeypatch.setattr("nano3.training.supervision.time.monotonic", lambda: clock[0])
+    work.begin()
+    work.looks, work.waits, clock[0] = 100, 75, 8.0
+    work.end()
     assert (work.seconds, work.looks) == (2.0, 0)  # a quarter of 8 s
-    work.step()
+    work.begin()
+    work.end()
     assert work.seconds == 2.0  # too few looks to know better
+
+
+def test_what_lies_between_steps_is_no_work(monkeypatch):
+    """Rank 0 keeps the best adapters after a validation: that made it look as slow as a rank that is."""
+    work, clock = Work(0), [100.0]
+    monkeypatch.setattr("nano3.training.supervision.time.monotonic", lambda: clock[0])
+    for _ in range(2):
+        for _ in range(50):
+            work.look()  # before the first step, and while a validation runs
+        work.begin()
+        for _ in range(20):
+            work.look()
+        clock[0] += 3.0
+        work.end()
+        clock[0] += 40.0
+    assert (work.seconds, work.looks) == (3.0, 0)  # 6 s in two steps, 40 looks
