@@ -197,7 +197,9 @@ def main() -> None:
     import finetune.configuration
     import finetune.eval_only
     import finetune.worker  # noqa: F401  # the expensive part
+    from nano3.cpu.compiled import load_compiler
 
+    load_compiler()
     gc.collect()
     gc.freeze()  # a collection in a fork would copy the pages of all that it looks at
     serve(answers)
