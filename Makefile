@@ -15,6 +15,8 @@ PACKAGES := nano3 finetune recipes pico data_prep conversion evaluation launch t
 
 # The models are tiny: one thread per process is fastest, and ranks do not fight over cores.
 export OMP_NUM_THREADS := 1
+# Tests start a thousand processes: none of them should compile our modules again.
+export PYTHONDONTWRITEBYTECODE :=
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help install demo medical-smoke challenge-demo reasoning-demo test test-full check check-vllm gpu-check clean

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.chat_formats import NEMOTRON
 from nano3.cli import UserError
+from nano3.imports import uncollected
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,8 @@ class Answer:
 
 def load_tokenizer(folder: str) -> Any:
     """The tokenizer of a Hugging Face folder. Raises `UserError` when there is none or it has no chat template."""
-    from transformers import AutoTokenizer
+    with uncollected():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

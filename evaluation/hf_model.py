@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nano3.cli import UserError
 from nano3.hf_config import DT_RANGE, read_config
-from nano3.imports import hidden
+from nano3.imports import hidden, uncollected
 from nano3.sealed_folder import check_seal
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _import_without_stand_ins() -> None:
     The code takes `mamba_ssm` and `causal_conv1d` from wherever they are at its first import. In a process on the CPU
     backend those are this project's stand-ins (`nano3.cpu`), and the reference would run on the code that it checks.
     """
-    with hidden(*(name for name in KERNEL_PACKAGES if _is_stand_in(sys.modules.get(name)))):
+    with hidden(*(name for name in KERNEL_PACKAGES if _is_stand_in(sys.modules.get(name)))), uncollected():
         code = importlib.import_module(_MODEL_CODE)
     for name in ("causal_conv1d_fn", "mamba2_chunk_scan"):
         chosen = inspect.getclosurevars(getattr(code, name)).nonlocals.get("implementation")

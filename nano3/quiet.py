@@ -6,13 +6,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nano3.imports import uncollected
+
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
     """Around imports of NeMo, whose loggers cannot be told anything before they exist; errors still come through."""
     logging.disable(logging.WARNING)
     try:
-        yield
+        with uncollected():
+            yield
     finally:
         logging.disable(logging.NOTSET)
 

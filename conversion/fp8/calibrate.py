@@ -28,7 +28,7 @@ from conversion.checkpoint.output_folder import UnfinishedOutput
 from conversion.fp8.layerwise import Hidden, build_layer, count_tokens, hidden_bytes
 from conversion.fp8.selection import Selection, matrices
 from nano3.cli import UserError
-from nano3.imports import hidden
+from nano3.imports import hidden, uncollected
 
 _RECORD = "calibration"
 _CACHE = {part: f"mixer.{part}_bmm_quantizer" for part in "kv"}
@@ -170,7 +170,8 @@ def _modelopt() -> Iterator[Any]:
     """ModelOpt's quantization, without its plugins for Megatron: when loaded and when used it would import that."""
     with hidden("megatron", "nemo", "transformer_engine"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tests/conversion/test_fp8.py has tried it with this transformers
-        import modelopt.torch.quantization as mtq
+        with uncollected():
+            import modelopt.torch.quantization as mtq
 
         yield mtq
 
