@@ -24,6 +24,7 @@ from data_prep.store import StoreWriter, identity
 from data_prep.summary import Finds, Turns
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError
+from nano3.imports import uncollected
 from nano3.store_parts import MARKER
 
 _LOOK_S = 0.5
@@ -71,7 +72,7 @@ class PartWriter:
     def write(self, number: int, report: Callable[[int], Any]) -> None:
         """Writes the part of the shard at whose start the reader is."""
         turns, finds, options = Turns(), Finds(), self.job.options
-        with self.work.new_part(number) as folder, ExitStack() as stack:
+        with self.work.new_part(number) as folder, ExitStack() as stack, uncollected():
             writer = StoreWriter(folder, options.kept)
             stack.callback(writer.close)
             add_documents(

@@ -87,6 +87,8 @@ class ChatTokenizer:
         self._added = self._tokenizer.get_added_tokens_decoder()
         added = sorted((token.content for token in self._added.values()), key=len, reverse=True)
         self._reserved = re.compile("|".join(map(re.escape, added)))
+        self._marks = {mark: [number] for mark, number in self.format.control_tokens.items()}
+        self._cuts = re.compile(f"({'|'.join(map(re.escape, sorted(self._marks, key=len, reverse=True)))})")
         self.backend = backend
         self._ids: Ids = self._plain_ids
         if backend == NAME:
@@ -149,12 +151,8 @@ class ChatTokenizer:
         """
         self._check_open_boundaries(documents, places)
         segments = [segment for document in documents for segment in document]
-        texts = list(dict.fromkeys(segment.text for segment in segments))
-        ids_of = dict(zip(texts, self._ids(texts), strict=True))
-        ids = [ids_of[segment.text] for segment in segments]
-        sizes = np.fromiter(map(len, ids), np.int64, len(ids))
-        tokens = np.fromiter(chain.from_iterable(ids), np.int32, int(sizes.sum()))
-        mask = np.fromiter((segment.weight for segment in segments), np.float32, len(ids)).repeat(sizes)
+        tokens, sizes = self._encode_texts([segment.text for segment in segments])
+        mask = np.fromiter((segment.weight for segment in segments), np.float32, len(segments)).repeat(sizes)
         stages = np.zeros(len(tokens), dtype=np.uint8)
         # Where each document's segments begin, and each segment's tokens.
         firsts = np.cumsum([0, *map(len, documents)])
@@ -164,6 +162,20 @@ class ChatTokenizer:
                 with _placed(places, number):
                     self._mark_spans(document, starts[firsts[number] :].tolist(), mask, stages)
         return EncodedBatch(tokens, mask, stages, np.diff(starts[firsts]))
+
+    def _encode_texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of all texts, one after the other, (n,) int32, and how many each has, (texts,) int64.
+
+        Control tokens cut the texts (`_check_boundaries`), so only what stands between them is encoded, each once.
+        """
+        pieces = [self._cuts.split(text) for text in texts]
+        words = [word for word in dict.fromkeys(chain.from_iterable(pieces)) if word not in self._marks]
+        ids_of = dict(zip(words, self._ids(words), strict=True)) | self._marks
+        ids = [ids_of[word] for word in chain.from_iterable(pieces)]
+        sizes = np.fromiter(map(len, ids), np.int64, len(ids))
+        counts = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        tokens = np.fromiter(chain.from_iterable(ids), np.int32, int(sizes.sum()))
+        return tokens, np.add.reduceat(sizes, np.cumsum(counts) - counts)
 
     def _mark_spans(
         self, segments: Sequence[Segment], starts: Sequence[int], mask: np.ndarray, stages: np.ndarray
@@ -219,7 +231,7 @@ class ChatTokenizer:
                 thinking=True,
             )
             (whole,) = self._ids([text_of(segments)])
-            if [token for part in self._ids([segment.text for segment in segments]) for token in part] != whole:
+            if self._encode_texts([segment.text for segment in segments])[0].tolist() != whole:
                 raise UserError(
                     f"{self.path} encodes a chat turn differently in one piece and in parts (turn text {text!r}), "
                     "so the loss mask would be wrong; use the tokenizer of the model that you tune"

@@ -23,8 +23,9 @@ def hidden(*names: str) -> Iterator[None]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Around imports of large libraries. The garbage collector would look at their objects whenever there are a quarter
-    more of them, and they all stay: NeMo's million costs 4 of 11 s. Nor does it look at them later, or at the end."""
+    """Around what makes many objects and no cycles: imports of large libraries, rows of data. The garbage collector
+    would look at all objects whenever there are a quarter more: for NeMo's million, which all stay, 4 of 11 s. Nor does
+    it look at them later, or at the end."""
     collects = gc.isenabled()
     gc.disable()
     try:

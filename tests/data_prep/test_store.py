@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import normalize
 
@@ -12,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, normalizers
 
 from data_prep import tokens
-from data_prep.chat import render
+from data_prep.chat import render, text_of
 from data_prep.packing import PackedDataset, build_packs
 from data_prep.store import StoreWriter
 from data_prep.tokens import ChatTokenizer
@@ -137,6 +138,24 @@ def test_a_tokenizer_without_hard_control_tokens_is_refused(tmp_path: Path) -> N
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match="differently in one piece and in parts"):
         ChatTokenizer(tmp_path)
+
+
+def test_what_stands_between_control_tokens_is_encoded_once(tmp_path: Path) -> None:
+    """Two documents that differ in their questions only; the empty text stands between two marks."""
+    encoder, given = ChatTokenizer(write_tokenizer(tmp_path)), []
+    ids_of = encoder._ids
+
+    def recorded(texts: Sequence[str]) -> list[list[int]]:
+        given.extend(texts)
+        return ids_of(texts)
+
+    encoder._ids = recorded
+    documents = [render(row(question, "4.")["messages"], True) for question in ("2+2?", "1+3?")]
+    batch = encoder.encode_batch(documents)
+    assert sorted(given) == ["", "\n", "4.", "assistant\n", "system\n", "user\n1+3?", "user\n2+2?"]
+    whole = [encoder._tokenizer.encode(text_of(one), add_special_tokens=False).ids for one in documents]
+    assert batch.tokens.tolist() == [*whole[0], *whole[1]]
+    assert batch.lengths.tolist() == [*map(len, whole)]
 
 
 def test_store_round_trip(store: Path) -> None:
