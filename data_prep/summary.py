@@ -58,13 +58,15 @@ class Turns:
 
     def count(self, turns: int, segments: Sequence[Segment]) -> None:
         """Adds the assistant's turns of a rendered document, of which there are `turns`."""
-        before = ["", *(segment.text for segment in segments)]
-        pairs = zip(before, segments, strict=False)
-        supervised = [prompt for prompt, segment in pairs if segment.supervised]
-        thought = sum(prompt.endswith("<think>\n") for prompt in supervised)
-        self.thought += thought
-        self.answered += len(supervised) - thought
-        self.context_only += turns - len(supervised)
+        before = ""
+        for segment in segments:
+            if segment.supervised:
+                thought = before.endswith("<think>\n")
+                self.thought += thought
+                self.answered += not thought
+                turns -= 1
+            before = segment.text
+        self.context_only += turns
 
     def merge(self, later: Mapping[str, int]) -> None:
         """Adds the `vars` of another one."""
