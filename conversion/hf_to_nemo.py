@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("source", metavar="SRC", help="Hugging Face model folder, or a preset name such as pico")
     parser.add_argument("out", metavar="OUT", type=Path, help="NeMo checkpoint folder to write")
     parser.add_argument(
-        "--no-context", action="store_true", help="leave out context/ and do not import NeMo (saves about 15 s)"
+        "--no-context", action="store_true", help="leave out context/ and do not import NeMo (saves some 10 s)"
     )
     args = parser.parse_args()
     begin = time.monotonic()
