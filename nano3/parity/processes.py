@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nano3 import cpu
 from nano3.parity.case import Sizes
 from nano3.parity.worker import rank_main
 
@@ -34,6 +35,10 @@ def on_ranks(sizes: Sizes, work: Callable[..., Any], *arguments: Any) -> list[An
         RankFailed: a rank raised, died or ran out of time; the others are ended.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if cpu.enabled():
+        from nano3.cpu.compiled import load_compiler
+
+        load_compiler()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

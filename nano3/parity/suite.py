@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from nano3 import cpu
 from nano3.lora import lora  # noqa: F401  # imported here once, not by every rank
 from nano3.parity.case import Case, Sizes
 from nano3.parity.comparison import NEAREST_TIE, Outcome, Row, compare, run
@@ -22,10 +21,6 @@ def run_suite(layouts: Sequence[Wanted], precisions: Iterable[str]) -> Iterator[
     Raises:
         ValueError: a case in which a token is so near a routing tie that rounding may decide it.
     """
-    if cpu.enabled():
-        from nano3.cpu.compiled import load_compiler
-
-        load_compiler()
     for precision in precisions:
         single: dict[Case, Outcome] = {}
         for text, sizes, wide in layouts:

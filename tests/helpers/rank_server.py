@@ -9,7 +9,6 @@ A fork is a process of its own, with environment, sockets and files of its own. 
 from __future__ import annotations
 
 import atexit
-import gc
 import json
 import os
 import runpy
@@ -31,6 +30,7 @@ import psutil
 
 from finetune.settings import Run
 from launch.local import die_with_parent, rendezvous_store, world_of
+from nano3.imports import uncollected
 
 ROOT = Path(__file__).resolve().parents[2]
 LINGER_SECONDS = 15.0
@@ -191,17 +191,16 @@ def _kill_session(leader: int) -> None:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from nano3 import cpu
+    with uncollected():  # in a fork too: a collection would copy the pages of all that it looks at
+        from nano3 import cpu
 
-    cpu.enable()
-    import finetune.configuration
-    import finetune.eval_only
-    import finetune.worker  # noqa: F401  # the expensive part
-    from nano3.cpu.compiled import load_compiler
+        cpu.enable()
+        import finetune.configuration
+        import finetune.eval_only
+        import finetune.worker  # noqa: F401  # the expensive part
+        from nano3.cpu.compiled import load_compiler
 
-    load_compiler()
-    gc.collect()
-    gc.freeze()  # a collection in a fork would copy the pages of all that it looks at
+        load_compiler()
     serve(answers)
 
 
