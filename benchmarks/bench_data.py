@@ -45,7 +45,7 @@ def memory(folder: Path, tokenizer: Path, rows: int, backend: str) -> dict[str, 
     command = [sys.executable, str(ROOT / "data_prep" / "prepare.py"), "--input", str(folder / "rows.jsonl")]
     command += ["--tokenizer", str(tokenizer), "--out", str(folder / "store"), "--seq-length", str(SEQ)]
     subprocess.run([*command, "--backend", backend, "--shard", "1/1"], check=True, capture_output=True)
-    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1000
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 // 10**6
     return {"what": f"a worker's {rows:,} short documents", "backend": backend, "peak MB": most}
 
 
