@@ -126,12 +126,13 @@ def settings(cell: Cell, steps: int, rate: float, rank: int, stages: StageSettin
 def train(model: Path, nemo: Path, data: Path, out: Path, defaults: Callable[[], Settings]) -> Path:
     """Trains one adapter of the Hugging Face folder `model`, whose NeMo checkpoint is `nemo`; returns its folder."""
     from finetune import worker
-    from finetune.run_local import claim, write_run
+    from finetune.run_local import KIND, write_run
     from launch.local import rendezvous_store, world_of
+    from nano3.cli import claim
 
     flags = ["--model", str(model), "--base", str(nemo), "--data", str(data), "--out", str(out), "--local"]
     run, _ = command.resolve(command.parser().parse_args(flags), defaults, recipe_of(step_aware_lora))
-    claim(out)
+    claim(out, KIND)
     write_run(run)
 
     def rank() -> None:

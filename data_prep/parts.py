@@ -29,11 +29,12 @@ from data_prep.documents import Options
 from data_prep.drops import Drops
 from data_prep.own_template import TemplateCheck
 from data_prep.summary import FindFacts, TurnFacts
-from nano3.cli import UserError
+from nano3.cli import UserError, discard
 from nano3.conversations import Conversation, conversation
 from nano3.documents import AboveZero, Count, FileName, Name, Text, as_json, read_json
 from nano3.file_digests import file_sha256
 from nano3.rows import Row, files_of
+from nano3.sealed_folder import is_ours, mark
 from nano3.store_parts import MARKER, PREPARE_AGAIN, finished_parts
 from nano3.token_store import Counts, FileFacts, part_name, tokenizer_file, unfinished_folder
 
@@ -42,6 +43,8 @@ SHARD_ROWS = 50_000
 FORMAT = "token-part"
 VERSION = 1
 JOB = "job.json"
+WORK = "unfinished-preparation"
+"""Kind of the folder (`nano3.sealed_folder.mark`)."""
 
 
 class Marker(Counts):
@@ -187,12 +190,14 @@ class Work:
         """Resumes from the parts of the same job; those of another one are thrown away."""
         content = job.file()
         if self.job() == content:
+            mark(self.folder, WORK)
             print(f"resuming from {len(self.parts())} finished parts in {self.folder}", file=sys.stderr)
             for left in self.folder.glob("part-*.partial-*"):
                 shutil.rmtree(left)
             return
         self.remove()
         self.folder.mkdir()
+        mark(self.folder, WORK)
         self._write_job(content)
 
     def share(self, job: Job) -> None:
@@ -202,6 +207,7 @@ class Work:
             UserError: the parts there are of another job.
         """
         content = job.file()
+        mark(self.folder, WORK)
         if self.job() is None:
             self._write_job(content)
         if self.job() != content:
@@ -226,15 +232,12 @@ class Work:
         os.replace(new, self.folder / JOB)
 
     def remove(self) -> None:
-        """Removes all of it; the job goes last, since it says that the folder is ours."""
+        """Removes all of it, at once for whoever looks: half of it must not be resumed from."""
         if not self.folder.is_dir():
             return
-        if not (self.folder / JOB).is_file() and any(self.folder.iterdir()):
+        if not is_ours(self.folder):
             raise UserError(f"{self.folder} holds files that no tool of this project left there; move them")
-        for path in self.folder.iterdir():
-            if path.name != JOB:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shutil.rmtree(self.folder)
+        discard(self.folder, self.out)
 
     def parts(self) -> list[int]:
         """The numbers of the finished parts, ascending."""

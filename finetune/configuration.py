@@ -29,6 +29,7 @@ from finetune.settings import Run
 from finetune.sweep.pruning import Pruning
 from nano3.arch import Arch
 from nano3.checkpoints.adapter_checkpoint import SaveAdapter
+from nano3.checkpoints.checkpoint_folder import BEST
 from nano3.checkpoints.run_checkpoint import RunCheckpoints
 from nano3.gate import mark_ids
 from nano3.hf_config import read_config
@@ -125,7 +126,7 @@ def _trainer(run: Run) -> nemo_run.Config:
             progress(run),
             nemo_run.Config(
                 Validation,
-                out=str(out / "best"),
+                out=str(out / BEST),
                 patience=train.patience,
                 min_improvement=train.min_improvement,
             ),

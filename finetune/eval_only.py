@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.run_local import claim, import_base, run_worker, write_run
+from finetune.run_local import KIND, import_base, run_worker, write_run
 from finetune.settings import Run
-from nano3.cli import UserError
+from nano3.cli import UserError, claim
 from nano3.documents import read_json
 from nano3.ranges import MOST_STEPS
 from nano3.sealed_folder import check_seal
@@ -47,7 +47,7 @@ def evaluation_run(run: Run, adapter: str | None) -> Run:
 def evaluate(run: Run) -> int:
     """Runs the evaluation on this machine's ranks and prints its results; returns the exit code."""
     out = Path(run.out)
-    claim(out)
+    claim(out, KIND)
     import_base(run)
     folder = out / FOLDER
     folder.mkdir(exist_ok=True)

@@ -25,10 +25,10 @@ from typing_extensions import TypedDict
 
 from conversion.adapters.trained_json import TRAINED
 from conversion.identity import model_sha256
-from nano3.cli import UserError, alone, check_output, fresh_file, fresh_output
+from nano3.cli import UserError, alone, claim, fresh_file, fresh_output, put_back
 from nano3.documents import Count, Name, NotNegative, as_json, read_json
 from nano3.file_digests import file_sha256
-from nano3.sealed_folder import check_seal, mark, owner_of
+from nano3.sealed_folder import check_seal
 from nano3.token_store import MANIFEST
 from nano3.training.journal import Journal, Row
 
@@ -83,6 +83,7 @@ class PlainRun:
         Raises `UserError` for a damaged checkpoint.
         """
         folder = self.out / CHECKPOINT
+        put_back(folder)
         if folder.exists():
             check_seal(folder, required=True)
             self.progress = Progress(**read_json(folder / _PROGRESS, ProgressFile, _REMEDY))
@@ -150,12 +151,9 @@ def open_run(out: Path, run: dict[str, Any], trained_on: dict[str, Any]) -> Iter
 
     Raises `UserError` where `out` holds something else, or another run.
     """
-    check_output(out, KIND)
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out, KIND)
     with alone(out, f"another run is writing to {out}; wait for it, or choose another --out"):
         file, run = out / RUN, as_json(run)
-        if owner_of(out) is None:
-            mark(out, KIND)
         if file.exists():
             recorded = read_json(file, RunFile, _REMEDY)["identity"]
             names = sorted(name for name in recorded.keys() | run["identity"].keys())

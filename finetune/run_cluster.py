@@ -14,8 +14,8 @@ from pathlib import Path
 
 from finetune.checks import plan_of
 from finetune.run_local import (
+    KIND,
     check_data,
-    claim,
     import_base,
     last_checkpoint,
     length_of_run,
@@ -36,7 +36,7 @@ from launch.slurm.sbatch import Job, hand_in, private_note, render
 from launch.slurm.shell import write_private
 from nano3.arch import Arch
 from nano3.checkpoints.checkpoint_folder import clear_unfinished, newest
-from nano3.cli import UserError, run
+from nano3.cli import UserError, claim, run
 
 JOB = "job"
 """In OUT: the number of the one job that may write there, `12` or `12_SEED`; launch/slurm/survive.sh sees to that."""
@@ -149,7 +149,7 @@ def refuse_second_job(out: Path) -> None:
 
 def make_ready(out: Path) -> None:
     """The folder `out`, made a run's; `UserError` for a finished run, another job's, or a damaged checkpoint in it."""
-    claim(out)
+    claim(out, KIND)
     refuse_finished(out)
     refuse_second_job(out)
     newest(out)  # a damaged checkpoint is refused before the queue; one of another run before the ranks start

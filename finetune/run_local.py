@@ -18,8 +18,16 @@ from finetune.recipe_file import keep
 from finetune.settings import Run
 from launch.plan.run_length import RunLength, length_of
 from nano3.arch import Arch, is_nemo_checkpoint
-from nano3.checkpoints.checkpoint_folder import FOLDER, checkpoints, clear_unfinished, newest, refuse_other_run, step_of
-from nano3.cli import UserError, alone, fresh_file, fresh_output, owner_of
+from nano3.checkpoints.checkpoint_folder import (
+    BEST,
+    FOLDER,
+    checkpoints,
+    clear_unfinished,
+    newest,
+    refuse_other_run,
+    step_of,
+)
+from nano3.cli import UserError, alone, claim, fresh_file
 from nano3.mixture import read_mixture
 from nano3.sealed_folder import check_seal
 
@@ -41,7 +49,7 @@ def train(run: Run, overwrite: bool = False) -> int:
     length = length_of_run(run)
     print("\n".join(length.describe()), file=sys.stderr)
     run, out = with_steps(run, length), Path(run.out)
-    claim(out)
+    claim(out, KIND)
     with alone(out, f"another run is writing to {out}; wait for it, or choose another --out"):
         # Alone in OUT: make sure of what lies there, and import the base, before ranks start.
         if overwrite:
@@ -64,13 +72,6 @@ def train(run: Run, overwrite: bool = False) -> int:
     return code
 
 
-def claim(out: Path) -> None:
-    """Makes the folder `out` a run's. Raises `UserError` where it holds something else."""
-    if owner_of(out) != KIND:
-        with fresh_output(out, KIND, grows=True):
-            pass
-
-
 def run_worker(run: Run, folder: Path) -> int:
     """Runs what `folder`/run.json says on this machine's ranks, whose logs go to `folder`/logs; the exit code."""
     from launch.local import run_ranks
@@ -86,7 +87,7 @@ def refuse_finished(out: Path) -> None:
 
 def _put_aside(out: Path) -> None:
     """Makes room for a new run: the finished adapter stays as `adapter.previous`."""
-    for old in (FOLDER, "best", "evaluation", "tensorboard", "wandb"):
+    for old in (FOLDER, BEST, "evaluation", "tensorboard", "wandb"):
         shutil.rmtree(out / old, ignore_errors=True)
     (out / "metrics.jsonl").unlink(missing_ok=True)
     if (out / "adapter").exists():

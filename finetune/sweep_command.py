@@ -17,7 +17,7 @@ from finetune.sweep.study import KIND, Plan, Study
 from finetune.sweep_trials import array_of, check_space, common, run_here, run_on_cluster
 from launch.slurm.cluster import Cluster
 from launch.slurm.sbatch import render
-from nano3.cli import UserError, alone, check_output, fresh_output, owner_of
+from nano3.cli import UserError, alone, claim
 
 NOT_OF_A_SWEEP = ("eval_only", "adapter", "after", "array", "overwrite", "help_settings")
 """Flags of a recipe that a sweep does not take."""
@@ -55,10 +55,7 @@ def main(description: str | None) -> int:
     run, site = _run_of(args)
     if args.dry_run:
         return _show(args, run, site)
-    out = check_output(run.out, KIND)
-    if owner_of(out) != KIND:
-        with fresh_output(out, KIND, grows=True):
-            pass
+    out = claim(run.out, KIND)
     with alone(out, f"another process runs the sweep in {out}; wait for it, or choose another --out"):
         study = Study.begin(out, _plan(args, run))
         check_space(run, study)

@@ -17,7 +17,7 @@ Nothing here imports what they run.
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, alone, check_output, free_disk, fresh_output, run
+    from nano3.cli import UserError, alone, check_output, claim, free_disk, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -210,9 +210,7 @@ def start(arguments: list[str]) -> int:
         else:
             print("\n".join(f"python {shlex.join(command)}" for stage in todo for command in stage.commands))
         return 0
-    if not chain.out.exists():
-        with fresh_output(chain.out, KIND, grows=True):
-            pass
+    claim(chain.out, KIND)
     with alone(chain.out, f"another pipeline is at work on {chain.out}; wait for it, or choose another --out"):
         alive = {} if cluster is None else queue()  # before what is finished: a job that ends now is one or the other
         if args.again:

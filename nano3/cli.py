@@ -17,13 +17,13 @@ import uuid
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from nano3.errors import UserError
-from nano3.file_system import LOCK, locked
-from nano3.sealed_folder import came_later, mark, owner_of, seal
+from nano3.file_system import LOCK, locked, remove_folder
+from nano3.sealed_folder import MARKER, came_later, is_ours, mark, owner_of, seal
 
 _INTERRUPTED = "interrupted"
 """All that Ctrl-C says."""
@@ -135,8 +135,8 @@ def check_output(out: Path | str, kind: str) -> Path:
 
 @contextmanager
 def alone(folder: Path, refusal: str) -> Iterator[None]:
-    """Holds the lock of an existing folder whose files change while it stays. `UserError` with the text `refusal`
-    while another process holds it."""
+    """Holds the lock of a folder whose files change while it stays, and which is there (`claim`). `UserError` with the
+    text `refusal` while another process holds it."""
     with locked(folder / LOCK) as mine:
         if not mine:
             raise UserError(refusal)
@@ -165,8 +165,20 @@ def fresh_output(out: Path | str, kind: str, grows: bool = False) -> Iterator[Pa
                 seal(temporary)
             replace_folder(temporary, out)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
             raise
+
+
+def claim(out: Path | str, kind: str) -> Path:
+    """Makes the folder `out`, whose files change while it stays, one of `kind`, unless it is one. Returns its path.
+
+    Raises `UserError` where it holds something else.
+    """
+    out = check_output(out, kind)
+    if owner_of(out) != kind:
+        with fresh_output(out, kind, grows=True):
+            pass
+    return out
 
 
 @contextmanager
@@ -192,7 +204,7 @@ def scratch_folder(out: Path) -> Iterator[Path]:
             mark(scratch, "scratch")
             yield scratch
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _remove(scratch)
 
 
 @contextmanager
@@ -211,6 +223,12 @@ def only_writer(out: Path) -> Iterator[None]:
         yield
 
 
+def put_back(out: Path) -> None:
+    """Puts back the output `out` that a killed writer was replacing, and removes what else it left."""
+    with only_writer(out):
+        pass
+
+
 def replace_folder(new: Path, out: Path) -> None:
     """Renames `new` to `out`, in place of the folder there; that one comes back when the renaming fails."""
     old = hidden_beside(out, "old")
@@ -222,7 +240,16 @@ def replace_folder(new: Path, out: Path) -> None:
         if old.exists():
             os.rename(old, out)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        discard(old, out)
+
+
+def discard(folder: Path, out: Path) -> None:
+    """Removes a folder of ours that lies beside the output `out`: out of sight first, so that a kill while it goes
+    leaves no half of it under its name."""
+    going = hidden_beside(out, "partial")
+    os.rename(folder, going)
+    _remove(going)
 
 
 def hidden_beside(out: Path, what: str) -> Path:
@@ -237,18 +264,19 @@ def _tidy(out: Path) -> None:
     """
     for what in ("old", "partial"):
         name = re.compile(rf"\.{re.escape(out.name)}\.{what}-\d+-[0-9a-f]{{8}}")
-        for left in [path for path in out.parent.iterdir() if name.fullmatch(path.name) and _is_ours(path)]:
-            if what == "old" and not out.exists():
-                os.rename(left, out)
-            elif left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
+        for left in [path for path in out.parent.iterdir() if name.fullmatch(path.name)]:
+            if left.is_file():
                 left.unlink()
+            elif what == "old" and is_ours(left) and not out.exists():
+                os.rename(left, out)
+            elif is_ours(left):
+                _remove(left)
 
 
-def _is_ours(hidden: Path) -> bool:
-    """A file, or a folder with our marker or none at all in it: killed before the marker was there."""
-    return not hidden.is_dir() or owner_of(hidden) is not None or not any(hidden.iterdir())
+def _remove(hidden: Path) -> None:
+    """Removes a hidden folder, or leaves what cannot be removed to the next run."""
+    with suppress(OSError):
+        remove_folder(hidden, MARKER)
 
 
 def _imported_for_a_script() -> bool:

@@ -1,4 +1,5 @@
-"""What a file system promises: which one a path lies on, and one process at a time. Imports neither torch nor NeMo.
+"""What a file system promises: which one a path lies on, one process at a time, and folders that go so that a kill
+does not make them a stranger's. Imports neither torch nor NeMo.
 
 A lock on a file dies with the process that holds it. It is the kernel's `flock`. Containers and hosts that share a disk
 see it where the file system passes locks on, as NFS, GPFS, BeeGFS and Lustre (mounted with `flock`) do. Where it does
@@ -10,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -71,6 +73,18 @@ def locked(file: Path, remove: bool = False) -> Iterator[bool]:
             if remove:
                 file.unlink(missing_ok=True)  # first: whoever waits for the lock sees that its file is gone
             _let_go(handle)
+
+
+def remove_folder(folder: Path, *last: str) -> None:
+    """Removes a folder. The files or folders in it that are named in `last`, which say whose it is, go at the end: when
+    a kill comes between, the next run still knows that it may remove the rest.
+
+    Raises:
+        OSError: something cannot be removed; what is named in `last` is still there.
+    """
+    for path in [path for path in folder.iterdir() if path.name not in last]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(folder)
 
 
 def _take(file: Path) -> int | None:

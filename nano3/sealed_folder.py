@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired
@@ -21,6 +24,7 @@ from nano3.file_digests import remembered_sha256
 
 MARKER = "nano3.json"
 """File that says a folder was written by this project, and by which of its tools."""
+_NEW_MARKER = re.compile(rf"{re.escape(MARKER)}\.\d+-[0-9a-f]{{8}}")
 SEAL = "files.json"
 FORMAT = 2
 """Of the seal. Format 1 had sizes only."""
@@ -56,8 +60,15 @@ def owner_of(folder: Path) -> str | None:
 
 
 def mark(folder: Path, kind: str, sealed: bool = False) -> None:
-    """Writes `nano3.json`: the folder is ours, of this kind, and has a seal or not."""
-    (folder / MARKER).write_text(json.dumps({"kind": kind, "format": 2, "sealed": sealed}) + "\n")
+    """Writes `nano3.json`: the folder is ours, of this kind, and has a seal or not. No kill leaves half of it."""
+    new = folder / f"{MARKER}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    new.write_text(json.dumps({"kind": kind, "format": 2, "sealed": sealed}) + "\n")
+    os.replace(new, folder / MARKER)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder has our marker, or nothing yet: its writer was killed before the marker was there."""
+    return owner_of(folder) is not None or all(_NEW_MARKER.fullmatch(path.name) for path in folder.iterdir())
 
 
 def seal(folder: Path, names: Mapping[str, str] | None = None, leave_out: str = "") -> None:

@@ -17,14 +17,15 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nano3.arch import is_nemo_checkpoint
 from nano3.cli import UserError, check_output, free_disk, only_writer, replace_folder
 from nano3.documents import as_json, read_json
-from nano3.sealed_folder import mark, owner_of, seal
+from nano3.file_system import remove_folder
+from nano3.sealed_folder import MARKER, mark, owner_of, seal
 
 NEMO_KIND = "nemo-checkpoint"
 HF_KIND = "hf-model"
@@ -142,7 +143,8 @@ def unfinished_output(
             if isinstance(error, (KeyboardInterrupt, *stays)):
                 print(f"unfinished work stays in {folder}: the same command resumes from it", file=sys.stderr)
             else:
-                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):
+                    remove_folder(folder, _RECORDS, MARKER)
             raise
 
 
@@ -160,10 +162,8 @@ def _begin(folder: Path, job: dict[str, Any]) -> bool:
         raise UserError(
             f"{folder} holds files that no tool of this project left there; move them, or choose another output"
         )
-    for path in [path for path in folder.iterdir() if path.name != _RECORDS]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(folder / _RECORDS, ignore_errors=True)  # last: it says that the folder is ours
-    (folder / _RECORDS).mkdir()
+    remove_folder(folder, _RECORDS, MARKER)
+    (folder / _RECORDS).mkdir(parents=True)
     (folder / _RECORDS / _JOB).write_text(json.dumps(job))
     return False
 

@@ -15,11 +15,12 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from nano3.cli import UserError, free_disk
+from nano3.cli import UserError, free_disk, put_back
 from nano3.documents import Count, Name, check, read_json, shown
 from nano3.sealed_folder import check_seal
 
-FOLDER = "checkpoints"
+FOLDER, BEST = "checkpoints", "best"
+"""In a run's folder: its checkpoints, and the adapter of the best validation."""
 TRAINING = "training"
 STATE = "state.json"
 """In `training/`: step, samples, the identity of the run, and the layout of the ranks that wrote it."""
@@ -128,9 +129,11 @@ def prune(out: Path | str, keep: int) -> None:
 
 
 def clear_unfinished(out: Path | str) -> None:
-    """Removes what a killed run left half-written or half-removed. Only while no other run writes to `out`."""
+    """Removes what a killed run left half-written or half-removed, and puts back the best adapter, if it was just being
+    replaced. Only while no other run writes to `out`."""
     for hidden in [path for path in (Path(out) / FOLDER).glob(".step-*") if _LEFT.fullmatch(path.name)]:
         hidden.unlink() if hidden.is_file() else shutil.rmtree(hidden, ignore_errors=True)
+    put_back(Path(out) / BEST)
 
 
 def sync(folder: Path) -> None:

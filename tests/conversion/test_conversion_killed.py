@@ -29,8 +29,10 @@ from conversion.merge_lora import merge
 from conversion.quantize_fp8 import weight_scales, write
 from nano3 import file_digests
 from nano3.cli import UserError
+from nano3.sealed_folder import owner_of
 from tests.conversion.test_merge import write_adapter
 from tests.helpers.damage import change_keeping_size_and_time
+from tests.helpers.killed import at_every_change
 from tests.helpers.tiny import TINY_CONFIG, tiny_hf_folder
 
 MOMENTS = 10
@@ -147,6 +149,27 @@ def test_killed_at_ten_moments_nothing_that_loads_is_left(tool: str, inputs: Pat
     TOOLS[tool](inputs, out)  # goes on from what the last one left
     assert os.listdir(out.parent) == ["out"]
     assert same(out, expected)
+
+
+@pytest.mark.parametrize("tool", ["import", "merge"])
+def test_killed_at_every_change_of_the_disk_it_goes_on_and_leaves_nothing(tool: str, inputs: Path, tmp_path: Path):
+    """In the place of an older output, which is there until the new one is."""
+    expected, older, out = tmp_path / "expected", tmp_path / "older", tmp_path / "work" / "out"
+    TOOLS[tool](inputs, expected)
+    with unfinished_output(older, owner_of(expected) or "", {}, 0) as work:
+        work.hide("old").write_text("old")
+    shutil.copytree(older, out)
+    moments = []
+    for event in at_every_change(lambda: TOOLS[tool](inputs, out), out.parent):
+        if out.is_dir():
+            assert content(out).get("old") == b"old" or same(out, expected), event
+        TOOLS[tool](inputs, out)
+        assert os.listdir(out.parent) == ["out"], event
+        assert same(out, expected), event
+        moments.append(event)
+        shutil.rmtree(out)
+        shutil.copytree(older, out)
+    assert len(moments) > 50
 
 
 def same(folder: Path, expected: Path) -> bool:

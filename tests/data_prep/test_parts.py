@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +19,13 @@ from data_prep.chat_rows import form_named
 from data_prep.documents import Options
 from data_prep.packing import PackedDataset, build_packs
 from data_prep.parts import Job, Work
-from data_prep.prepare import join_shards, prepare, prepare_shards
+from data_prep.prepare import join_shards, prepare, prepare_job, prepare_shards
 from nano3.cli import UserError
 from nano3.sealed_folder import seal
 from nano3.store_contents import check_store
 from nano3.token_store import TokenStore, unfinished_folder
 from tests.helpers.data_fixtures import row, write_jsonl, write_tokenizer
+from tests.helpers.killed import at_every_change, killed
 
 ROWS, SHARD, SEQ = 50, 8, 256
 """Seven shards, of which the last has two rows."""
@@ -170,21 +169,6 @@ def test_rows_left_out_are_counted_once_wherever_they_are_cut(tmp_path: Path, to
         assert cut.manifest["documents"] == 6
 
 
-def killed(run: Callable[[], object], after: float | None = None) -> bool:
-    """Runs it in a process of its own, which is killed after so many seconds, or kills itself; whether it was."""
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        try:
-            run()
-        finally:
-            os._exit(1)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
 def fail_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, done: bool) -> None:
     """From now on the `call`-th call of a function kills its process: before it does anything, or when it is `done`."""
     original, calls = getattr(owner, name), iter(range(1, 1000))
@@ -247,6 +231,39 @@ def test_killed_at_random_it_resumes_to_the_same_bytes(
     run()
     assert contents(tmp_path / "store") == contents(undisturbed)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("elements", [False, True])
+def test_killed_at_every_change_of_the_disk_it_resumes_and_leaves_nothing(
+    elements: bool, tmp_path: Path, tokenizer: Path
+) -> None:
+    """Of two parts, in the place of an older store; as one command, and as two elements and a join."""
+    folder, out, older = tmp_path / "work", tmp_path / "work" / "store", tmp_path / "older"
+    two = write_jsonl(tmp_path / "two.jsonl", [row("q", "a"), row("q", "bb")])
+
+    def run() -> None:
+        job = Job.of([two], tokenizer, Options(), 1)
+        if elements:
+            prepare_shards(job, out, 1, 2)
+            prepare_shards(job, out, 2, 2)
+            join_shards(out, job, seq_length=SEQ)
+        else:
+            prepare_job(job, out, 1, seq_length=SEQ)
+
+    prepare([two], tokenizer, older, SEQ)
+    folder.mkdir()
+    run()
+    expected, moments = contents(out), []
+    for event in at_every_change(run, folder):
+        if out.is_dir():
+            check_store(TokenStore(out))
+        run()
+        assert contents(out) == expected, event
+        assert os.listdir(folder) == ["store"], event
+        moments.append(event)
+        shutil.rmtree(out)
+        shutil.copytree(older, out)
+    assert len(moments) > 100
 
 
 def test_packs_that_cannot_be_made_leave_the_tokens(tmp_path: Path, rows: list[Path], tokenizer: Path) -> None:

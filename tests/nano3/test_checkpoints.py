@@ -36,7 +36,7 @@ from nano3.checkpoints.checkpoint_folder import (
     step_of,
 )
 from nano3.checkpoints.replicas import disagreements
-from nano3.cli import UserError
+from nano3.cli import UserError, fresh_output
 from nano3.sealed_folder import seal
 from nano3.token_store import TokenStore
 from tests.helpers.damage import change_keeping_size_and_time
@@ -69,9 +69,12 @@ def test_what_a_kill_leaves_is_neither_read_nor_kept(tmp_path):
     for left in (".step-000004.partial-1-0123abcd", ".step-000004.removed", ".step-notes"):
         (tmp_path / "checkpoints" / left / "weights").mkdir(parents=True)
     (tmp_path / "checkpoints/.step-000004.lock").touch()
+    with fresh_output(tmp_path / ".best.old-1-0123abcd", "lora-adapter"):
+        pass  # killed between two renames
     assert newest(tmp_path) == step_folder(tmp_path, 2)
     clear_unfinished(tmp_path)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == [".step-notes", "step-000002"]
+    assert sorted(os.listdir(tmp_path)) == ["best", "checkpoints"]
 
 
 def test_pruning_keeps_the_newest(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from nano3.cli import UserError, fresh_file, fresh_output, owner_of, run
+from nano3.sealed_folder import check_seal
+from tests.helpers.killed import at_every_change
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +72,44 @@ def test_what_a_killed_run_left_is_put_back_or_removed(tmp_path):
         write(out, 1 / 2)
     assert (out / "result").read_text() == "old"
     assert hidden(out) == []
+
+
+def test_killed_at_every_change_of_the_disk_the_next_run_leaves_nothing(tmp_path):
+    out, moments = tmp_path / "out", []
+
+    def new():
+        with fresh_output(out, "test") as folder:
+            (folder / "inner").mkdir()
+            for name in ("result", "a", "inner/z"):
+                (folder / name).write_text("new")
+
+    write(out, "old")
+    for event in at_every_change(new, tmp_path):
+        there = [path for path in tmp_path.iterdir() if (path / "result").exists() and (path / "files.json").exists()]
+        assert out in there or any(path.name.startswith(".out.old-") for path in there), event
+        with pytest.raises(TypeError, match="str"):  # who fails puts back what was there
+            write(out, 1 / 2)
+        assert hidden(out) == [], event
+        assert (out / "result").read_text() in ("old", "new"), event
+        check_seal(out, required=True)
+        moments.append(event)
+        shutil.rmtree(out)
+        write(out, "old")
+    assert len(moments) > 25
+
+
+def test_what_a_removal_that_was_killed_left_is_not_put_back(tmp_path):
+    out = tmp_path / "out"
+    write(out, "old")
+    for event in at_every_change(lambda: write(out, "new"), tmp_path):
+        if event.startswith("os.remove"):  # the new one has its name, and the first file of the old one is about to go
+            break
+        write(out, "old")
+    assert (out / "result").read_text() == "new"
+    shutil.rmtree(out)
+    with pytest.raises(TypeError, match="str"):
+        write(out, 1 / 2)
+    assert os.listdir(tmp_path) == []
 
 
 def test_two_writers_of_one_output_exclude_each_other_whatever_their_process_numbers(tmp_path):

@@ -115,8 +115,9 @@ def test_it_stops_when_nothing_gets_better(folder: Path, monkeypatch: pytest.Mon
     assert len(rows) == 2
 
 
-def test_a_killed_run_is_resumed_bit_for_bit(folder: Path, qlora: list[dict], monkeypatch: pytest.MonkeyPatch):
-    """Killed after 7 of 8 steps, when the last checkpoint is of step 5: the same metrics, the same adapter."""
+def test_a_killed_run_is_resumed_bit_for_bit(folder: Path, qlora: list[dict], monkeypatch: pytest.MonkeyPatch, capsys):
+    """Killed after 7 of 8 steps, when the last checkpoint is of step 5: the same metrics, the same adapter. It is found
+    where a kill left it while it was being replaced, too."""
     steps, one_step = [], qwen3_qlora.one_step
 
     def killed(*args):
@@ -132,7 +133,9 @@ def test_a_killed_run_is_resumed_bit_for_bit(folder: Path, qlora: list[dict], mo
     assert (folder / "killed/metrics.jsonl").read_text().count("\n") == 7
     with pytest.raises(UserError, match=r"holds another run: lr was 0\.01 and is 0\.02\. Run with what it was"):
         trained(folder, monkeypatch, "killed", "--lr", "2e-2")
+    (folder / "killed/checkpoint").rename(folder / "killed/.checkpoint.old-1-00000000")
     rows = trained(folder, monkeypatch, "killed")
+    assert "resuming after step 5" in capsys.readouterr().out
     same = ("step", "loss", "grad_norm", "lr", "validation_loss")
     assert [[row.get(name) for name in same] for row in rows] == [[row.get(name) for name in same] for row in qlora]
     name = "adapter/adapter_model.safetensors"
