@@ -11,7 +11,7 @@ Each reason is printed with its count and three examples, and stands in `clean.j
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, run
+    from nano3.cli import UserError, fresh_files, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -23,7 +23,6 @@ import json
 import tempfile
 from array import array
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,10 @@ def clean(rows: ChatRows, out: Path, limits: Limits, exclude: Sequence[str] = ()
     """
     held_out = [(Path(name).name, HeldOut(read_conversations(name))) for name in exclude]
     templates, answers, places, drops = Templates(), Consistency(), array("q"), rows.drops
-    with ExitStack() as stack:
-        temporary = stack.enter_context(fresh_file(out))
-        scratch = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", dir=temporary.parent))
+    with (
+        fresh_files(out, about_file(out)) as (temporary, beside),
+        tempfile.TemporaryFile("w+", encoding="utf-8", dir=temporary.parent) as scratch,
+    ):
         # What a row says by itself, and what all of them say together.
         for row in tqdm(rows, desc=rows.name, unit="row", disable=None):
             one = Candidate.of(conversation(row.fields, row.where, rows.name))
@@ -68,7 +68,6 @@ def clean(rows: ChatRows, out: Path, limits: Limits, exclude: Sequence[str] = ()
         if not count:
             raise UserError(f"nothing is left of {rows.name}:\n" + "\n".join(drops.lines()))
         about = {"inputs": rows.facts, "rows": count, "limits": vars(limits), "drops": drops.facts()}
-        beside = stack.enter_context(fresh_file(about_file(out)))
         beside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return about
 

@@ -13,7 +13,7 @@ left out and why.
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, run
+    from nano3.cli import UserError, fresh_files, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -26,7 +26,6 @@ import heapq
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,30 +50,36 @@ def convert(rows: ChatRows, out: Path, held_out: int = 0) -> dict[str, Any]:
 
     Returns what is written to `about_file(out)` too: inputs, form, rows, drops with reasons, keys that were not used.
     """
+    beside = held_out_file(out)
     held: list[Row] = []
-    with ExitStack() as stack:
-        temporary = stack.enter_context(fresh_file(out))
-        target = stack.enter_context(temporary.open("w", encoding="utf-8"))
-        if not held_out:
-            count = _write(target, (row for row, _ in _checked(rows)))
-        else:
-            out.resolve().parent.mkdir(parents=True, exist_ok=True)
-            scratch = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", dir=out.resolve().parent))
-            chosen, count = _write_and_choose(scratch, rows, held_out)
-            if count < 2 * held_out:
-                raise UserError(f"--held-out {held_out} of {count} rows leaves fewer to train on; ask for fewer")
-            held = [row for number, row, _ in _numbered(scratch) if number in chosen]
-            beside = stack.enter_context(fresh_file(held_out_file(out)))
-            with beside.open("w", encoding="utf-8") as file:
-                _write(file, held)
-            lines = tqdm(_numbered(scratch), desc="held-out questions", total=count, unit="row", disable=None)
-            rest = ((row, compared) for number, row, compared in lines if number not in chosen)
-            count = _write(target, _clear_of(held, rest, rows))
-        target.flush()
+    if not held_out and beside.exists():
+        raise UserError(
+            f"{beside} is there: without --held-out its questions would be in {out} too. Give --held-out, another "
+            "--out, or remove the file"
+        )
+    with fresh_files(out, about_file(out), *([beside] if held_out else [])) as (temporary, about_it, *held_file):
+        with temporary.open("w", encoding="utf-8") as target:
+            if not held_out:
+                count = _write(target, (row for row, _ in _checked(rows)))
+            else:
+                held, count = _held_and_rest(rows, held_out, target)
+                with held_file[0].open("w", encoding="utf-8") as file:
+                    _write(file, held)
         about = _about(rows, count, len(held))
-        beside_it = stack.enter_context(fresh_file(about_file(out)))
-        beside_it.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        about_it.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return about
+
+
+def _held_and_rest(rows: ChatRows, held_out: int, target: IO[str]) -> tuple[list[Row], int]:
+    """Writes to `target` what is clear of the held-out rows; returns these, and how many it wrote."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=Path(target.name).parent) as scratch:
+        chosen, count = _write_and_choose(scratch, rows, held_out)
+        if count < 2 * held_out:
+            raise UserError(f"--held-out {held_out} of {count} rows leaves fewer to train on; ask for fewer")
+        held = [row for number, row, _ in _numbered(scratch) if number in chosen]
+        lines = tqdm(_numbered(scratch), desc="held-out questions", total=count, unit="row", disable=None)
+        rest = ((row, compared) for number, row, compared in lines if number not in chosen)
+        return held, _write(target, _clear_of(held, rest, rows))
 
 
 def held_out_file(out: Path) -> Path:

@@ -13,7 +13,7 @@ It stands here and not in data_prep/, which knows no judges.
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, require_counts, run
+    from nano3.cli import UserError, fresh_files, require_counts, run
 except ModuleNotFoundError as missing:
     import sys
 
@@ -41,7 +41,7 @@ from evaluation.models import Written
 from evaluation.server import ServerModel
 from evaluation.tasks import Task, load_task, names
 from nano3.conversations import conversation
-from nano3.rows import about_file, write_rows
+from nano3.rows import about_file, put_rows
 
 
 @dataclass(frozen=True)
@@ -151,14 +151,15 @@ def distill(model: ServerModel, task: Task, args: argparse.Namespace) -> dict[st
     answers = model.answers(questions, args.max_new_tokens, sampling)
     traces = Traces(task, questions, answers, args.keep or args.samples)
     traces.drops = drops
-    count = write_rows(args.out, traces.rows())
     price = None if args.price_in is None else Price(args.price_in, args.price_out)
-    about = {
-        "teacher": model.served, "server": model.url, "task": task.name, "questions": len(questions),
-        "questions_sha256": questions_sha256(questions), "sampling": vars(sampling), "outcomes": dict(traces.outcomes),
-        "rows": count, "questions_with_rows": traces.answered, **cost_of(answers, price), "drops": drops.facts(),
-    }  # fmt: skip
-    with fresh_file(about_file(args.out)) as beside:
+    with fresh_files(args.out, about_file(args.out)) as (temporary, beside):
+        count = put_rows(temporary, traces.rows())
+        about = {
+            "teacher": model.served, "server": model.url, "task": task.name, "questions": len(questions),
+            "questions_sha256": questions_sha256(questions), "sampling": vars(sampling),
+            "outcomes": dict(traces.outcomes), "rows": count, "questions_with_rows": traces.answered,
+            **cost_of(answers, price), "drops": drops.facts(),
+        }  # fmt: skip
         beside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return about
 

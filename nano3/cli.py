@@ -17,7 +17,7 @@ import uuid
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -184,14 +184,28 @@ def claim(out: Path | str, kind: str) -> Path:
 @contextmanager
 def fresh_file(out: Path | str) -> Iterator[Path]:
     """Gives a temporary file name beside `out`; on success the file replaces `out`, on an error nothing of it stays."""
-    out = Path(out).resolve()
-    with only_writer(out):
-        temporary = hidden_beside(out, "partial")
+    with fresh_files(out) as (temporary,):
+        yield temporary
+
+
+@contextmanager
+def fresh_files(out: Path | str, *beside: Path | str) -> Iterator[list[Path]]:
+    """`fresh_file` for a file and those `beside` it that speak of it. A kill leaves none of an older run beside one of
+    this: the old ones go before `out` is replaced, and theirs come after it."""
+    places = [Path(place).resolve() for place in (out, *beside)]
+    with ExitStack() as stack:
+        for place in places:
+            stack.enter_context(only_writer(place))
+        temporaries = [hidden_beside(place, "partial") for place in places]
         try:
-            yield temporary
-            os.replace(temporary, out)
+            yield temporaries
+            for place in places[1:]:
+                place.unlink(missing_ok=True)
+            for temporary, place in zip(temporaries, places, strict=True):
+                os.replace(temporary, place)
         finally:
-            temporary.unlink(missing_ok=True)
+            for temporary in temporaries:
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager

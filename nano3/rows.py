@@ -136,8 +136,14 @@ def open_rows(source: Path | str) -> Rows:
 
 def write_rows(path: Path | str, rows: Iterable[dict[str, Any]]) -> int:
     """Writes rows as JSONL, whole or not at all, and returns how many. An existing file is replaced."""
+    with fresh_file(path) as temporary:
+        return put_rows(temporary, rows)
+
+
+def put_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Writes rows as JSONL to a temporary file, and returns how many."""
     count = 0
-    with fresh_file(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+    with path.open("w", encoding="utf-8") as out:
         for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1

@@ -16,6 +16,7 @@ from data_prep.forms.mapping import mapped_form
 from data_prep.overlap import overlap_of_files
 from nano3.cli import UserError
 from nano3.rows import about_file
+from tests.helpers.killed import at_every_change
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +58,38 @@ def test_a_csv_with_a_map_through_the_script(tmp_path: Path) -> None:
     about = json.loads(about_file(out).read_text())
     assert (about["form"], about["rows"], about["held_out"], about["drops"]) == ("map", 30, 10, [])
     assert about["inputs"][0]["name"] == "t.csv"
+
+
+def test_no_held_out_question_of_one_run_lies_beside_the_rows_of_another(tmp_path: Path) -> None:
+    """Whatever is killed while it is written, and where the next run holds nothing out."""
+    folder, out = tmp_path / "work", tmp_path / "work" / "my.jsonl"
+    folder.mkdir()
+    table = write_csv(tmp_path / "t.csv", 20)
+
+    def run(held_out: int) -> None:
+        convert(ChatRows(table, mapped_form(MAP)), out, held_out)
+
+    run(0)
+    moments = []
+    for event in at_every_change(lambda: run(5), folder):
+        if held_out_file(out).exists():
+            assert len(written(out)) == 15, event
+        if about_file(out).exists():
+            assert json.loads(about_file(out).read_text())["rows"] == len(written(out)), event
+        run(5)
+        assert sorted(path.name for path in folder.iterdir()) == sorted(
+            [out.name, held_out_file(out).name, about_file(out).name]
+        ), event
+        moments.append(event)
+        held_out_file(out).unlink()
+        run(0)
+    assert len(moments) > 10
+    run(5)
+    with pytest.raises(
+        UserError, match=r"my\.held-out\.jsonl is there: without --held-out its questions would be in .*my"
+    ):
+        run(0)
+    assert len(written(out)) == 15
 
 
 def test_what_is_held_out_depends_on_the_questions_alone(tmp_path: Path) -> None:

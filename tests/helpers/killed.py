@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ def at_every_change(run: Callable[[], object], folder: Path, every: int = 1) -> 
         if not child:
             status = 1
             try:
-                sys.addaudithook(_Killer(folder, moment, write))
+                killer = _Killer(folder, moment, write)
+                sys.addaudithook(killer)
                 run()
+                assert killer.left > 0, "the moment came, and it lives"
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -76,7 +79,8 @@ class _Killer:
                 self._moment(f"open {path}")
                 if self.left == 1:
                     self.left = 0  # what this opens is no moment
-                    os.close(os.open(path, flags, 0o666))
+                    with suppress(OSError):  # which the work will meet itself
+                        os.close(os.open(path, flags, 0o666))
                     self.left = 1
                 self._moment(f"write {path}")
         elif event in CHANGES:
