@@ -179,7 +179,7 @@ class Records:
 
     def _remember(self, name: str, job: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{name}.job").write_text(f"{job}\n")
+        self._write(self.folder / f"{name}.job", job)
 
     def shards_job(self) -> int | None:
         """The array that was last given the data; None where it was prepared by one process."""
