@@ -12,7 +12,7 @@ from typing import Any
 from results import ROOT
 
 from nano3.cli import UserError
-from nano3.conversations import CONTROL_TOKENS
+from nano3.messages import CONTROL_TOKENS
 
 PACKAGES = ROOT / "build" / "reference" / "data"
 """What `make build/reference/data` fetches."""

@@ -23,7 +23,7 @@ from data_prep.steps.grammar import BETWEEN, OK, WRONG, write
 from data_prep.steps.graph import Problem, Step, Trace, Value, applied, show
 from data_prep.steps.programs import another_value, with_an_error
 from data_prep.steps.rows import chat_row
-from nano3.conversations import AFTER_REASONING
+from nano3.messages import AFTER_REASONING
 from pico.pretrain import IGNORED, Example
 
 SHORTEST, LONGEST, LARGEST = 2, 4, 9

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nano3.cli import UserError
-from nano3.conversations import AFTER_REASONING, CONTROL_TOKENS, Message
+from nano3.messages import AFTER_REASONING, CONTROL_TOKENS, Message
 
 TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
 """The same format as a Jinja template for `tokenizer_config.json`."""
@@ -99,11 +99,11 @@ def render(
     Joined, the segments are the whole text; there is no BOS token.
 
     Args:
-        messages: as `nano3.conversations.checked_messages` returns them.
+        messages: as `nano3.messages.checked_messages` returns them.
         thinking: chooses between the two generation prompts and, as in the published template, changes nothing else:
             whether a turn shows its reasoning depends on the turn (use `without_reasoning` to train answers only).
         add_generation_prompt: whether the text ends where the model's turn begins.
-        tools: their definitions, as `nano3.conversations.checked_tools` returns them.
+        tools: their definitions, as `nano3.messages.checked_tools` returns them.
         no_loss: `PARTS` of the turns that are context only.
         trained_from: messages before this number are context only.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep import chat, qwen3
-from nano3.conversations import CONTROL_TOKENS, TURN_ENDS, Message
+from nano3.messages import CONTROL_TOKENS, TURN_ENDS, Message
 
 
 class ChatFormat(NamedTuple):

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 from data_prep.chat import text_of
 from data_prep.chat_formats import NEMOTRON, ChatFormat
 from nano3.cli import UserError
-from nano3.conversations import checked_messages, checked_tools
 from nano3.documents import read_json
+from nano3.messages import checked_messages, checked_tools
 from nano3.token_store import tokenizer_file
 
 LARGEST_TEMPLATE = 1 << 20

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep.chat import TURN_END, Segment, is_empty, merged, spans_of
 from nano3.cli import UserError
-from nano3.conversations import Message
+from nano3.messages import Message
 
 CONTROL_TOKENS = {
     "<|endoftext|>": 151643,

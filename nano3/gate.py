@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from nano3.cli import UserError
-from nano3.conversations import TURN_ENDS
+from nano3.messages import TURN_ENDS
 
 
 def mark_ids(folder: Path | str, mark: str) -> list[int]:

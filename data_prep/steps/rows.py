@@ -15,7 +15,7 @@ from data_prep.steps.grammar import STAGES, VERIFY, TraceText, write
 from data_prep.steps.graph import Problem, Trace, Value, show
 from data_prep.steps.programs import STEPS, draw_problem, with_an_error
 from nano3.cli import UserError
-from nano3.conversations import AFTER_REASONING
+from nano3.messages import AFTER_REASONING
 
 SOURCE = "steps/lists"
 """Source of the rows, and what `generate.py --task` calls them."""

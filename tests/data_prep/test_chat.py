@@ -6,7 +6,7 @@ import pytest
 
 from data_prep import chat
 from nano3.cli import UserError
-from nano3.conversations import checked_messages, checked_tools
+from nano3.messages import checked_messages, checked_tools
 
 SYSTEM = "<|im_start|>system\n<|im_end|>\n"
 

@@ -13,7 +13,7 @@ from data_prep.chat import TEMPLATE_FILE
 from data_prep.own_template import TemplateCheck
 from data_prep.prepare import prepare
 from nano3.cli import UserError
-from nano3.conversations import checked_messages, checked_tools
+from nano3.messages import checked_messages, checked_tools
 from tests.helpers.data_fixtures import row, write_jsonl, write_tokenizer
 
 OURS = TEMPLATE_FILE.read_text()

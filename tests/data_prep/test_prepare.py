@@ -14,7 +14,8 @@ from data_prep.prepare import Options, prepare
 from data_prep.sources.reasoning_gym import reasoning_gym_rows
 from data_prep.summary import print_summary
 from nano3.cli import UserError
-from nano3.conversations import CONTROL_TOKENS, Conversation, Conversations
+from nano3.conversations import Conversation, Conversations
+from nano3.messages import CONTROL_TOKENS
 from nano3.rows import write_rows
 from nano3.store_contents import check_store
 from nano3.token_store import TokenStore

@@ -13,7 +13,7 @@ from data_prep.own_template import TemplateCheck
 from data_prep.prepare import prepare
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError
-from nano3.conversations import checked_messages
+from nano3.messages import checked_messages
 from tests.helpers.data_fixtures import row, write_jsonl, write_tokenizer
 
 ASKED = {"role": "user", "content": "q"}

@@ -18,8 +18,8 @@ from data_prep.packing import PackedDataset, build_packs
 from data_prep.store import StoreWriter
 from data_prep.tokens import ChatTokenizer
 from nano3.cli import UserError, fresh_output
-from nano3.conversations import CONTROL_TOKENS
 from nano3.file_digests import file_sha256
+from nano3.messages import CONTROL_TOKENS
 from nano3.store_contents import check_store
 from nano3.token_store import FILES, KIND, TokenStore, tokenizer_sha256
 from tests.helpers.data_fixtures import ids, row, write_tokenizer

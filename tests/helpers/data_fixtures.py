@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from nano3.conversations import CONTROL_TOKENS
+from nano3.messages import CONTROL_TOKENS
 
 FIRST_BYTE = 16
 """Id of byte 0: byte b has id 16 + b, so that tests can compute tokens by hand."""

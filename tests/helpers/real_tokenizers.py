@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.qwen3 import TEMPLATE_FILE
 from data_prep.tokens import ChatTokenizer
-from nano3.conversations import CONTROL_TOKENS
+from nano3.messages import CONTROL_TOKENS
 from tests.helpers.data_fixtures import byte_characters
 from tests.helpers.public_data import package
 

@@ -16,7 +16,7 @@ from data_prep.overlap import HeldOut
 from evaluation.hf_model import load_reference
 from nano3.arch import PRESETS, Arch
 from nano3.cli import UserError
-from nano3.conversations import CONTROL_TOKENS
+from nano3.messages import CONTROL_TOKENS
 from pico import pretrain
 from pico import tasks as pico_tasks
 from pico.model import (

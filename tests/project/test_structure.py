@@ -213,7 +213,7 @@ def test_light_modules_load_neither_torch_nor_nemo():
 READERS = {
     "nano3/documents.py": "the one reader of JSON and YAML",
     "nano3/pickles.py": "the one reader of what torch.save wrote",
-    "nano3/conversations.py": "text inside a row that was read",
+    "nano3/messages.py": "text inside a row that was read",
     "nano3/file_digests.py": "what we remember ourselves, in a folder that only you can write to",
     "nano3/parity/processes.py": "what our own ranks wrote into a folder of this process",
     "nano3/token_store.py": "what the tokenizers library wrote a moment ago",
