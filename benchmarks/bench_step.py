@@ -70,7 +70,7 @@ def write_data(folder: Path, arch: Arch, length: int, documents: int) -> Path:
     from data_prep.packing import build_packs
     from data_prep.store import StoreWriter
     from data_prep.tokens import ChatTokenizer
-    from nano3.cli import fresh_output
+    from nano3.outputs import fresh_output
     from nano3.token_store import KIND, TokenStore
 
     rng = np.random.default_rng(length)

@@ -14,7 +14,8 @@ import numpy as np
 from results import ROOT
 
 from data_prep.best_fit import best_fit
-from nano3.cli import UserError, fresh_file
+from nano3.cli import UserError
+from nano3.outputs import fresh_file
 
 SEQ = 4096
 BRIDGE = ROOT / "build/reference/readers/megatron/bridge/data/packing/algorithms.py"

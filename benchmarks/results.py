@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nano3.cli import fresh_file
+from nano3.outputs import fresh_file
 
 ROOT = Path(__file__).resolve().parents[1]
 

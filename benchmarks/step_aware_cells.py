@@ -128,7 +128,7 @@ def train(model: Path, nemo: Path, data: Path, out: Path, defaults: Callable[[],
     from finetune import worker
     from finetune.run_local import KIND, write_run
     from launch.local import rendezvous_store, world_of
-    from nano3.cli import claim
+    from nano3.outputs import claim
 
     flags = ["--model", str(model), "--base", str(nemo), "--data", str(data), "--out", str(out), "--local"]
     run, _ = command.resolve(command.parser().parse_args(flags), defaults, recipe_of(step_aware_lora))

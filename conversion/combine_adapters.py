@@ -14,7 +14,8 @@ parents with their hashes, and so does the certificate of its merge.
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, check_output, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import check_output
 except ModuleNotFoundError as missing:
     import sys
 

@@ -11,7 +11,8 @@ both as a server would (nano3/fp8_emulation.py). So the cost of FP8 is measured 
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, check_output, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import check_output
 except ModuleNotFoundError as missing:
     import sys
 

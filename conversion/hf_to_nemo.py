@@ -11,7 +11,8 @@ conversion/identity.py). `conversion/nemo_to_hf.py` gives SRC back, bit for bit.
 from __future__ import annotations
 
 try:
-    from nano3.cli import check_output, run
+    from nano3.cli import run
+    from nano3.outputs import check_output
 except ModuleNotFoundError as missing:
     import sys
 

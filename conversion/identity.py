@@ -10,7 +10,8 @@ given. Tensors are read in pieces, on all cores, so a 63 GB model costs one pass
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import fresh_file
 except ModuleNotFoundError as missing:
     import sys
 
@@ -19,6 +20,7 @@ except ModuleNotFoundError as missing:
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -31,6 +33,7 @@ from conversion.checkpoint.tensor_digests import Facts, content_hash, facts_of
 from nano3.arch import is_nemo_checkpoint
 from nano3.checkpoints.base_identity import FILE, recorded_sha256
 from nano3.file_digests import file_sha256, recall, remember, stamp
+from nano3.file_system import is_transient
 from nano3.hf_config import is_plain
 from nano3.sealed_folder import PROSE, check_seal
 
@@ -88,15 +91,14 @@ def record(checkpoint: Path, facts: Facts, base: dict[str, str]) -> None:
 
 
 def is_record(folder: Path) -> bool:
-    """Whether a folder only says which weights a base has, as `record_only` left it."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {FILE}
+    """Whether a folder only says which weights a base has, as `record_only` left it, or was about to."""
+    return folder.is_dir() and all(path.name == FILE or is_transient(path.name) for path in folder.iterdir())
 
 
 def drop_record(folder: Path) -> None:
     """Removes such a folder, where there is one."""
     if is_record(folder):
-        (folder / FILE).unlink(missing_ok=True)
-        folder.rmdir()
+        shutil.rmtree(folder)
 
 
 def record_only(folder: Path, source: Path) -> None:

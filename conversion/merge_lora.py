@@ -14,7 +14,8 @@ OUT/certificate.json says so tensor by tensor; conversion/certify.py recomputes 
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, check_output, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import check_output
 except ModuleNotFoundError as missing:
     import sys
 

@@ -10,7 +10,8 @@ checkpoint, the vocabulary's padding is cut off, config.json and tokenizer come 
 from __future__ import annotations
 
 try:
-    from nano3.cli import check_output, run
+    from nano3.cli import run
+    from nano3.outputs import check_output
 except ModuleNotFoundError as missing:
     import sys
 

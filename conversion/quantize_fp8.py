@@ -12,7 +12,8 @@ leaves its work beside OUT, and the same command resumes from it.
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, check_output, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import check_output
 except ModuleNotFoundError as missing:
     import sys
 

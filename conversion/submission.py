@@ -13,7 +13,8 @@ vllm serve BASE --enable-lora --max-lora-rank 32 --lora-modules mine=FOLDER, FOL
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, run, scratch_folder
+    from nano3.cli import UserError, run
+    from nano3.outputs import scratch_folder
 except ModuleNotFoundError as missing:
     import sys
 

@@ -11,7 +11,8 @@ Each reason is printed with its count and three examples, and stands in `clean.j
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_files, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import fresh_files
 except ModuleNotFoundError as missing:
     import sys
 

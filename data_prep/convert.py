@@ -13,7 +13,8 @@ left out and why.
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_files, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import fresh_files
 except ModuleNotFoundError as missing:
     import sys
 

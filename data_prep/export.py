@@ -12,7 +12,8 @@ it and do not read it. A store that is made of packs is packed anew, by --seq-le
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, fresh_output, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import fresh_file, fresh_output
 except ModuleNotFoundError as missing:
     import sys
 
@@ -29,7 +30,7 @@ from data_prep.exchange import FORMATS, documents_of, write_npy, write_parquet
 from data_prep.packing import PackedDataset, build_packs
 from data_prep.store import StoreWriter
 from data_prep.tokens import ChatTokenizer
-from nano3.cli import check_output
+from nano3.outputs import check_output
 from nano3.rows import open_rows
 from nano3.token_store import KIND, TokenStore, tokenizer_file
 

@@ -19,9 +19,9 @@ from data_prep.packing import build_packs
 from data_prep.parts import Work
 from data_prep.store import HashedFile, write_manifest
 from data_prep.summary import Finds, Turns
-from nano3.cli import UserError, replace_folder
+from nano3.cli import UserError
 from nano3.file_digests import remembered_sha256
-from nano3.file_system import locked
+from nano3.outputs import replace_folder
 from nano3.sealed_folder import mark, seal
 from nano3.store_parts import PREPARE_AGAIN
 from nano3.token_store import (
@@ -72,10 +72,7 @@ def join(work: Work, seq_length: int, **packing: Any) -> tuple[TokenStore, dict[
 
 def _markers(work: Work) -> list[Any]:
     """part.json of every part, up to the last."""
-    for lock in work.folder.glob(".shard-*.lock"):
-        with locked(lock) as free:
-            if not free:
-                raise UserError(f"another process is writing parts ({lock.name}); join when it has ended")
+    work.refuse_running()
     numbers = work.parts()
     missing = sorted(set(range(max(numbers, default=0) + 1)) - set(numbers))
     if missing:

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from nano3.cli import UserError, fresh_output
+from nano3.cli import UserError
 from nano3.file_digests import file_sha256
+from nano3.outputs import fresh_output
 from nano3.pack_index import DOCUMENTS, FACTS, KIND, OFFSETS, VERSION, Curriculum, index_name, read_index
 from nano3.store_contents import check_index, check_store
 from nano3.token_store import MANIFEST, TokenStore, mapped

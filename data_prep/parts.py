@@ -29,10 +29,12 @@ from data_prep.documents import Options
 from data_prep.drops import Drops
 from data_prep.own_template import TemplateCheck
 from data_prep.summary import FindFacts, TurnFacts
-from nano3.cli import UserError, discard
+from nano3.cli import UserError
 from nano3.conversations import Conversation, conversation
 from nano3.documents import AboveZero, Count, FileName, Name, Text, as_json, read_json
-from nano3.file_digests import file_sha256
+from nano3.file_digests import file_sha256, remembered_sha256
+from nano3.file_system import locked, unique
+from nano3.outputs import discard
 from nano3.rows import Row, files_of
 from nano3.sealed_folder import is_ours, mark
 from nano3.store_parts import MARKER, PREPARE_AGAIN, finished_parts
@@ -100,6 +102,12 @@ class Job:
         """The inputs, to be read from their start."""
         return [ChatRows(source, form_named(self.form), self.options.ignored) for source in self.inputs]
 
+    def input_files(self) -> list[dict[str, str]]:
+        """Name and SHA-256 of every file of the inputs, as a store's manifest has them."""
+        files = [file for source in self.inputs for file in _files(Path(source))]
+        digests = remembered_sha256(files)
+        return [{"name": file.name, "sha256": digests[file]} for file in files]
+
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the parts, as JSON values; files by name, size and mtime in ns."""
         inputs: list[Any] = (
@@ -125,9 +133,12 @@ class Job:
         }
 
 
+def _files(path: Path) -> list[Path]:
+    return files_of(path) if path.is_dir() else [path]
+
+
 def _stamps(path: Path) -> list[Any]:
-    files = files_of(path) if path.is_dir() else [path]
-    stats = [(str(file.resolve()), file.stat()) for file in files]
+    stats = [(str(file.resolve()), file.stat()) for file in _files(path)]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
@@ -187,33 +198,51 @@ class Work:
         self.folder = unfinished_folder(out)
 
     def begin(self, job: Job) -> None:
-        """Resumes from the parts of the same job; those of another one are thrown away."""
+        """Resumes from the parts of the same job; those of another one are thrown away.
+
+        Raises:
+            UserError: the folder is somebody else's, or another process writes parts.
+        """
         content = job.file()
-        if self.job() == content:
-            mark(self.folder, WORK)
-            print(f"resuming from {len(self.parts())} finished parts in {self.folder}", file=sys.stderr)
-            for left in self.folder.glob("part-*.partial-*"):
-                shutil.rmtree(left)
+        if self.job() != content:
+            self.remove()
+        self.make()
+        self.refuse_running()
+        if self.job() is None:
+            self._write_job(content)
             return
-        self.remove()
-        self.folder.mkdir()
+        print(f"resuming from {len(self.parts())} finished parts in {self.folder}", file=sys.stderr)
+        for left in self.folder.glob("part-*.partial-*"):
+            shutil.rmtree(left)
+
+    def make(self) -> None:
+        """Makes the folder, and makes it ours. Raises `UserError` where it is somebody else's."""
+        # A version before markers had the job alone.
+        if self.folder.exists() and not is_ours(self.folder, WORK) and not (self.folder / JOB).is_file():
+            raise UserError(f"{self.folder} holds what no preparation left there; move it, or choose another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
         mark(self.folder, WORK)
-        self._write_job(content)
 
     def share(self, job: Job) -> None:
-        """The same where other processes may be writing parts: nothing is thrown away.
+        """The same as `begin` where other processes may be writing parts: nothing is thrown away.
 
         Raises:
             UserError: the parts there are of another job.
         """
         content = job.file()
-        mark(self.folder, WORK)
         if self.job() is None:
             self._write_job(content)
         if self.job() != content:
             raise UserError(
                 f"{self.folder} has parts of other inputs or options; join or remove them, or choose another --out"
             )
+
+    def refuse_running(self) -> None:
+        """Raises `UserError` while another process writes parts for `--shard`."""
+        for lock in self.folder.glob(".shard-*.lock"):
+            with locked(lock) as free:
+                if not free:
+                    raise UserError(f"another process is writing parts ({lock.name}) of {self.out}; wait until it ends")
 
     def job(self) -> dict[str, Any] | None:
         """The content of job.json; None without one that can be read."""
@@ -227,17 +256,23 @@ class Work:
         return read_json(self.folder / JOB, JobFile, PREPARE_AGAIN)
 
     def _write_job(self, content: dict[str, Any]) -> None:
-        new = self.folder / f"{JOB}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        """Whole, and not in the place of what another process wrote meanwhile."""
+        new = self.folder / f"{JOB}.{unique()}"
         new.write_text(json.dumps(content))
-        os.replace(new, self.folder / JOB)
+        try:
+            os.link(new, self.folder / JOB)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(new, self.folder / JOB)
+        new.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Removes all of it, at once for whoever looks: half of it must not be resumed from."""
-        if not self.folder.is_dir():
-            return
-        if not is_ours(self.folder):
-            raise UserError(f"{self.folder} holds files that no tool of this project left there; move them")
-        discard(self.folder, self.out)
+        """Removes all of it, at once for whoever looks: half of it must not be resumed from. Raises as `begin` does."""
+        if self.folder.is_dir():
+            self.make()
+            self.refuse_running()
+            discard(self.folder, self.out)
 
     def parts(self) -> list[int]:
         """The numbers of the finished parts, ascending."""
@@ -263,7 +298,7 @@ class Work:
     @contextmanager
     def new_part(self, number: int) -> Iterator[Path]:
         """A folder for a part, which gets its name in the end; where another process was faster its part stays."""
-        folder = self.part(number).with_name(f"{part_name(number)}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        folder = self.part(number).with_name(f"{part_name(number)}.partial-{unique()}")
         folder.mkdir()
         try:
             yield folder

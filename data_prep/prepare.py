@@ -13,7 +13,8 @@ all have ended once with `--join`. The bytes are the same in every way.
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, check_output, only_writer, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import check_output, only_writer
 except ModuleNotFoundError as missing:
     import sys
 
@@ -31,7 +32,7 @@ from data_prep.chat import PARTS
 from data_prep.chat_rows import form_named
 from data_prep.documents import Options
 from data_prep.join import join
-from data_prep.packing import check_settings
+from data_prep.packing import build_packs, check_settings
 from data_prep.parts import SHARD_ROWS, Job, Work
 from data_prep.shards import write_parts
 from data_prep.store_view import Viewer
@@ -41,6 +42,7 @@ from data_prep.xray import print_documents, some_rows
 from nano3.file_system import locked
 from nano3.pack_index import Curriculum
 from nano3.rows import open_rows
+from nano3.sealed_folder import owner_of
 from nano3.token_store import KIND, TokenStore, tokenizer_file
 
 
@@ -90,7 +92,7 @@ def prepare_shards(job: Job, out: Path, element: int, elements: int, workers: in
     """
     _check_again(job, True, "--shard")
     work = Work(check_output(out, KIND))
-    work.folder.mkdir(parents=True, exist_ok=True)
+    work.make()
     with locked(work.folder / f".shard-{element}-of-{elements}.lock", remove=True) as mine:
         if not mine:
             raise UserError(f"another process is writing --shard {element}/{elements} of {out}; wait for it")
@@ -101,14 +103,26 @@ def prepare_shards(job: Job, out: Path, element: int, elements: int, workers: in
 
 def join_shards(out: Path, job: Job | None, **packing: Any) -> tuple[TokenStore, dict[str, Any]]:
     """Makes the store of all parts that `prepare_shards` wrote, with its packs. They must be of `job` where it is
-    given."""
+    given. Where it is made already, as after a kill in the last moment, it stays."""
     work = Work(check_output(out, KIND))
-    if work.job() is None:
-        raise UserError(f"{out} has no parts to join (no {work.folder}); write them with --shard 1/N to N/N")
     with only_writer(work.out):
+        if not work.folder.exists() and owner_of(work.out) == KIND:
+            return _joined_before(work.out, job, **packing)
+        if work.job() is None:
+            raise UserError(f"{out} has no parts to join (no {work.folder}); write them with --shard 1/N to N/N")
+        work.make()
         if job is not None:
             work.share(job)
         return join(work, **packing)
+
+
+def _joined_before(out: Path, job: Job | None, seq_length: int, **packing: Any) -> tuple[TokenStore, dict[str, Any]]:
+    """The store that is there; `UserError` where it is one of other inputs than the job's."""
+    store = TokenStore(out)
+    if job is not None and store.manifest.get("inputs") != job.input_files():
+        raise UserError(f"{out} has no parts to join, and is of other inputs; write them with --shard 1/N to N/N")
+    print(f"{out} is joined already", file=sys.stderr)
+    return store, build_packs(store, seq_length, **packing)
 
 
 def _check_again(job: Job, needed: bool, option: str) -> None:

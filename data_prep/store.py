@@ -39,8 +39,8 @@ class HashedFile:
 class StoreWriter:
     """Writes a token store into an existing empty folder, in constant memory.
 
-    Use it inside `nano3.cli.fresh_output(out, KIND)`, so that the store appears whole or not at all. `order` names the
-    row key whose value every document brings along, for packs in that order.
+    Use it inside `nano3.outputs.fresh_output(out, KIND)`, so that the store appears whole or not at all. `order` names
+    the row key whose value every document brings along, for packs in that order.
     """
 
     def __init__(self, folder: Path, order: str | None = None) -> None:

@@ -10,7 +10,8 @@ Text that the loss counts is coloured by its weight, and stands in [[ ]] where t
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import fresh_file
 except ModuleNotFoundError as missing:
     import sys
 

@@ -94,7 +94,7 @@ def main() -> int:
     with ExitStack() as stack:
         models = []
         for number, (name, folder) in enumerate(zip(names, folders, strict=True)):
-            plain = stack.enter_context(plain_folder(folder, Path.cwd()))
+            plain = stack.enter_context(plain_folder(folder, Path("chat")))
             prepare = beside(args.adapter if number == len(names) - 1 else None, plain)
             model = HFModel(plain, 1, args.thinking, threads=args.threads, progress=False, prepare=prepare)
             models.append(Talk(Path(name).name, model, args.system))

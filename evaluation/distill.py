@@ -13,7 +13,8 @@ It stands here and not in data_prep/, which knows no judges.
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_files, require_counts, run
+    from nano3.cli import UserError, require_counts, run
+    from nano3.outputs import fresh_files
 except ModuleNotFoundError as missing:
     import sys
 

@@ -14,7 +14,8 @@ are put side by side by evaluation/compare.py, and shown by evaluation/report.py
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, require_counts, run
+    from nano3.cli import UserError, require_counts, run
+    from nano3.outputs import fresh_file
 except ModuleNotFoundError as missing:
     import sys
 
@@ -292,14 +293,14 @@ def _on_ranks(args: argparse.Namespace, task: Task) -> Model:
 
     folder, name = _folder(args), f"{args.model} + {args.adapter}" if args.adapter else args.model
     run = by_recipe(folder, args.adapter, shlex.split(args.ranks))
-    model = RankModel(folder, args.out.parent, run, _completion(args, task), name)
+    model = RankModel(folder, args.out, run, _completion(args, task), name)
     model.identity = identity_of(folder, args.adapter)
     return model
 
 
 def _local_model(args: argparse.Namespace, task: Task, stack: ExitStack) -> Model:
     folder = _folder(args)
-    plain = stack.enter_context(plain_folder(folder, args.out.parent))
+    plain = stack.enter_context(plain_folder(folder, args.out))
     name = f"{args.model} + {args.adapter}" if args.adapter else args.model
     prepare = beside(args.adapter, plain)
     model = HFModel(

@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, require_counts, run
+    from nano3.cli import UserError, require_counts, run
+    from nano3.outputs import fresh_file
 except ModuleNotFoundError as missing:
     import sys
 
@@ -94,7 +95,7 @@ def main() -> int:
     folder = resolve_model(args.model)
     read_config(folder)
     with fresh_file(args.out) as temporary, ExitStack() as stack:  # from here on nobody else writes it
-        plain = stack.enter_context(plain_folder(folder, args.out.parent))
+        plain = stack.enter_context(plain_folder(folder, args.out))
         model = HFModel(plain, args.batch_size, prepare=beside(args.adapter, plain), name=args.model)
         found = _evaluated(harness_model(model), args.tasks.split(","), args.include, args.limit)
         temporary.write_text(json.dumps({"kind": KIND, "model": args.model, "results": found}, indent=1) + "\n")

@@ -6,7 +6,6 @@ behind an OpenAI-compatible server is in `evaluation/server.py`, one on ranks in
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from evaluation.judging.extraction import THINK_END
 from evaluation.judging.questions import Question
 from evaluation.prompts import Prompts
 from nano3.hf_config import FP8_ACTIVATIONS, is_plain, read_config
+from nano3.outputs import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ class HFModel:
 
 @contextmanager
 def plain_folder(folder: Path, near: Path) -> Iterator[Path]:
-    """The folder itself; for a ModelOpt FP8 folder what its values stand for, in a folder in `near` while it is needed.
+    """The folder itself; for a ModelOpt FP8 folder what its values stand for, in a folder beside the path `near` while
+    it is needed.
 
     conversion/dequantize.py writes it; activations and cache are rounded as a server would.
     """
@@ -169,9 +170,8 @@ def plain_folder(folder: Path, near: Path) -> Iterator[Path]:
         return
     from conversion.dequantize import dequantize
 
-    near.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".dequantized-", dir=near) as temporary:
-        plain = Path(temporary) / "plain"
+    with scratch_folder(near) as scratch:
+        plain = scratch / "plain"
         count = dequantize(folder, plain)
         print(f"{folder}: {count} FP8 matrices read as the values they stand for", flush=True)
         yield plain

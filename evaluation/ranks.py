@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from evaluation.judging.questions import Question
 from evaluation.models import Written
 from evaluation.prompts import Pair, Prompts
 from nano3.arch import is_nemo_checkpoint
-from nano3.cli import UserError, fresh_output
+from nano3.cli import UserError
 from nano3.documents import NotNegative, check, read_json
+from nano3.outputs import fresh_output, scratch_folder
 from nano3.token_store import KIND, TokenStore
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "nemotron_lora.py"
@@ -44,7 +44,7 @@ class RankModel:
 
     Args:
         folder: NeMo checkpoint or Hugging Face folder.
-        near: folder for what is needed meanwhile.
+        near: path beside which there is room for what is needed meanwhile.
         completion: prompts without chat format, by question.
         evaluate: computes the losses (`by_recipe`).
         name: what results call it.
@@ -68,9 +68,8 @@ class RankModel:
     def letters(self, questions: Sequence[Question]) -> list[list[float]]:
         """As `Model.letters`. Raises `UserError` where the recipe fails or has no loss of a letter."""
         pairs = self.prompts.letter_pairs(questions)
-        self.near.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".letters-", dir=self.near) as scratch:
-            store, out = Path(scratch) / "store", Path(scratch) / "out"
+        with scratch_folder(self.near) as scratch:
+            store, out = scratch / "store", scratch / "out"
             seq_length = write_store(pairs, store, ChatTokenizer(self.side))
             self.evaluate(store, seq_length, out)
             losses = read_json(out / RESULTS, dict[str, Any], "look at the recipe's messages above")

@@ -10,7 +10,8 @@ base's is known from their names (scores-base.json, scores.json), or said by --b
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import fresh_file
 except ModuleNotFoundError as missing:
     import sys
 

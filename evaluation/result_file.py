@@ -10,8 +10,9 @@ from typing import Annotated, Any, NotRequired
 from annotated_types import Ge, Le
 from typing_extensions import TypedDict
 
-from nano3.cli import UserError, fresh_file
+from nano3.cli import UserError
 from nano3.documents import Name, Positive, Sha256, check, read_json, shown
+from nano3.outputs import fresh_file
 
 Result = Mapping[str, Any]
 

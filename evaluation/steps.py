@@ -11,7 +11,8 @@ EXECUTE after one value of its own was replaced. docs/step_aware.md says what ea
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_file, require_counts, run
+    from nano3.cli import UserError, require_counts, run
+    from nano3.outputs import fresh_file
 except ModuleNotFoundError as missing:
     import sys
 
@@ -230,7 +231,7 @@ def main() -> int:
     folder = resolve_model(args.model)
     questions = load_questions(args.questions, args.limit)
     with ExitStack() as stack:
-        plain = stack.enter_context(plain_folder(folder, args.out.parent))
+        plain = stack.enter_context(plain_folder(folder, args.out))
         model = HFModel(plain, args.batch_size, True, threads=args.threads, prepare=beside(args.adapter, plain))
         found = measure_model(model, questions)
         facts = {"model": args.model, "adapter": str(args.adapter) if args.adapter else None}

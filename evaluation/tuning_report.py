@@ -14,7 +14,7 @@ from typing import Any
 
 from evaluation.charts import Series, bar_chart, line_chart, stage_bar
 from evaluation.page import facts_table, page, points, section, signed, table
-from nano3.cli import fresh_file
+from nano3.outputs import fresh_files
 
 REQUIRED = (
     "n",
@@ -66,8 +66,8 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "report.json", folder / "report.html"
     texts = json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", render(report, curve, examples)
-    for path, text in zip(paths, texts, strict=True):
-        with fresh_file(path) as temporary:
+    with fresh_files(*paths) as temporaries:
+        for temporary, text in zip(temporaries, texts, strict=True):
             temporary.write_text(text, encoding="utf-8")
     return paths
 

@@ -26,8 +26,9 @@ from launch.plan.run_length import DEFAULT_EPOCHS
 from launch.slurm.cluster import CPU, Cluster
 from launch.slurm.sbatch import read_seeds
 from nano3.arch import PRESETS, Arch, is_nemo_checkpoint, resolve_model
-from nano3.cli import UserError, check_output
+from nano3.cli import UserError
 from nano3.mixture import is_mixture, read_mixture
+from nano3.outputs import check_claim
 from nano3.overrides import apply_overrides, apply_values, flatten
 from nano3.tensor_names import adaptable, adapter_shapes
 
@@ -306,7 +307,7 @@ def main(
         args.gpus_per_node = gpus_per_node
     run, arch = resolve(args, defaults, recipe_of(recipe))
     won, site = winners(given, args, defaults(), run), args.site
-    check_output(run.out, KIND)
+    check_claim(run.out, KIND)
     if site is None and (args.after is not None or args.follow or args.array):
         raise UserError("--after, --follow and --array are about jobs of Slurm; give --cluster too")
     if args.dry_run:

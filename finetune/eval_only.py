@@ -13,8 +13,9 @@ from typing import Any
 
 from finetune.run_local import KIND, import_base, run_worker, write_run
 from finetune.settings import Run
-from nano3.cli import UserError, claim
+from nano3.cli import UserError
 from nano3.documents import read_json
+from nano3.outputs import claim
 from nano3.ranges import MOST_STEPS
 from nano3.sealed_folder import check_seal
 

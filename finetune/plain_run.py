@@ -25,9 +25,10 @@ from typing_extensions import TypedDict
 
 from conversion.adapters.trained_json import TRAINED
 from conversion.identity import model_sha256
-from nano3.cli import UserError, alone, claim, fresh_file, fresh_output, put_back
+from nano3.cli import UserError
 from nano3.documents import Count, Name, NotNegative, as_json, read_json
 from nano3.file_digests import file_sha256
+from nano3.outputs import alone, claim, fresh_file, fresh_output, put_back
 from nano3.sealed_folder import check_seal
 from nano3.token_store import MANIFEST
 from nano3.training.journal import Journal, Row
@@ -83,7 +84,8 @@ class PlainRun:
         Raises `UserError` for a damaged checkpoint.
         """
         folder = self.out / CHECKPOINT
-        put_back(folder)
+        for place in (folder, self.out / ADAPTER):
+            put_back(place)
         if folder.exists():
             check_seal(folder, required=True)
             self.progress = Progress(**read_json(folder / _PROGRESS, ProgressFile, _REMEDY))

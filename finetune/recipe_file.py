@@ -18,7 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nano3.cli import UserError, fresh_file
+from nano3.cli import UserError
+from nano3.outputs import fresh_file
 from nano3.token_store import file_sha256
 
 ROOT = Path(__file__).resolve().parents[1]

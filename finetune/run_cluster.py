@@ -36,7 +36,8 @@ from launch.slurm.sbatch import Job, hand_in, private_note, render
 from launch.slurm.shell import write_private
 from nano3.arch import Arch
 from nano3.checkpoints.checkpoint_folder import clear_unfinished, newest
-from nano3.cli import UserError, claim, run
+from nano3.cli import UserError, run
+from nano3.outputs import claim, fresh_file
 
 JOB = "job"
 """In OUT: the number of the one job that may write there, `12` or `12_SEED`; launch/slurm/survive.sh sees to that."""
@@ -205,7 +206,8 @@ def hand_in_runs(cluster: Cluster, job: Job, out: Path, runs: Mapping[int, Run] 
     write_private(out / "job.sbatch", render(cluster, job))
     number = hand_in(cluster, job)
     for element, one in runs.items():
-        (Path(one.out) / JOB).write_text(f"{number}\n" if element is None else f"{number}_{element}\n")
+        with fresh_file(Path(one.out) / JOB) as temporary:
+            temporary.write_text(f"{number}\n" if element is None else f"{number}_{element}\n")
     print(f"submitted job {number}; logs in {cluster.logs}", flush=True)
     return number
 

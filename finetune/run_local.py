@@ -27,8 +27,9 @@ from nano3.checkpoints.checkpoint_folder import (
     refuse_other_run,
     step_of,
 )
-from nano3.cli import UserError, alone, claim, fresh_file
+from nano3.cli import UserError
 from nano3.mixture import read_mixture
+from nano3.outputs import alone, claim, fresh_file
 from nano3.sealed_folder import check_seal
 
 RUN, CONFIG = "run.json", "config.yaml"
@@ -52,10 +53,10 @@ def train(run: Run, overwrite: bool = False) -> int:
     claim(out, KIND)
     with alone(out, f"another run is writing to {out}; wait for it, or choose another --out"):
         # Alone in OUT: make sure of what lies there, and import the base, before ranks start.
+        clear_unfinished(out)
         if overwrite:
             _put_aside(out)
         refuse_finished(out)
-        clear_unfinished(out)
         import_base(run)
         _announce(run)
         write_run(run)

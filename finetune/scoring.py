@@ -15,7 +15,7 @@ from evaluation.judging.questions import load_questions
 from evaluation.models import HFModel, beside
 from evaluation.result_file import Result, write_result
 from evaluation.tasks import load_task
-from nano3.cli import scratch_folder
+from nano3.outputs import scratch_folder
 
 Prepare = Callable[[Any], Any]
 """What changes a loaded model before it is asked."""

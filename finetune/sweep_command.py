@@ -17,7 +17,8 @@ from finetune.sweep.study import KIND, Plan, Study
 from finetune.sweep_trials import array_of, check_space, common, run_here, run_on_cluster
 from launch.slurm.cluster import Cluster
 from launch.slurm.sbatch import render
-from nano3.cli import UserError, alone, claim
+from nano3.cli import UserError
+from nano3.outputs import alone, claim
 
 NOT_OF_A_SWEEP = ("eval_only", "adapter", "after", "array", "overwrite", "help_settings")
 """Flags of a recipe that a sweep does not take."""

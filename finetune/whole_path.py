@@ -14,7 +14,8 @@ from typing import Any
 from finetune.recipe_file import recipe_of
 from finetune.setting_sentences import text_of
 from finetune.settings import Run, Settings
-from nano3.cli import UserError, check_output, fresh_output
+from nano3.cli import UserError
+from nano3.outputs import check_output, fresh_output
 from nano3.overrides import flatten
 
 CALIBRATION_SAMPLES = 256

@@ -17,7 +17,9 @@ Nothing here imports what they run.
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, alone, check_output, claim, free_disk, run
+    from nano3.cli import UserError, run
+    from nano3.file_system import free_disk
+    from nano3.outputs import alone, check_claim, claim
 except ModuleNotFoundError as missing:
     import sys
 
@@ -196,7 +198,7 @@ def start(arguments: list[str]) -> int:
     if args.local and args.shards:
         raise UserError('--shards is a Slurm array; here several processes prepare with --with prepare="--workers 4"')
     chain, site = chain_of(args), (args.cluster or Path("cluster.yaml")).resolve()
-    check_output(chain.out, KIND)
+    check_claim(chain.out, KIND)
     os.chdir(ROOT)  # where stages run; a site file's relative paths mean the same for all of them then
     cluster = None if args.local else Cluster.load(site)
     if cluster is not None and cluster.container is not None:

@@ -1,5 +1,5 @@
-"""What a file system promises: which one a path lies on, one process at a time, and folders that go so that a kill
-does not make them a stranger's. Imports neither torch nor NeMo.
+"""What a file system promises: which one a path lies on, how much of it is free, one process at a time, names that
+nobody else has, and folders that go so that a kill does not make them a stranger's. Imports neither torch nor NeMo.
 
 A lock on a file dies with the process that holds it. It is the kernel's `flock`. Containers and hosts that share a disk
 see it where the file system passes locks on, as NFS, GPFS, BeeGFS and Lustre (mounted with `flock`) do. Where it does
@@ -8,11 +8,13 @@ not, a note says that nobody watches.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from pathlib import Path
 
 LOCK = ".lock"
 """The file that is locked in a folder that stays while its files change."""
+UNIQUE = r"\d+-[0-9a-f]{8}"
+"""How what `unique` gives looks, as a regular expression."""
+_TRANSIENT = re.compile(rf"\.lock|\..+\.lock|\..+[.-]{UNIQUE}")
 _LOCAL = {"localflock", "local_lock=all", "local_lock=flock", "nolock"}
 """Options of network mounts whose locks other hosts do not see."""
 
@@ -58,6 +63,13 @@ def _mounts() -> tuple[Mount, ...]:
     return tuple(found.values())
 
 
+def free_disk(path: Path) -> tuple[Path, int]:
+    """The nearest folder above `path`, or itself, that exists, and the bytes that are free on its disk."""
+    path = path.resolve()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    return there, shutil.disk_usage(there).free
+
+
 @contextmanager
 def locked(file: Path, remove: bool = False) -> Iterator[bool]:
     """Whether nobody else holds the lock on `file`, which is made and, with `remove`, goes when the lock does.
@@ -75,16 +87,29 @@ def locked(file: Path, remove: bool = False) -> Iterator[bool]:
             _let_go(handle)
 
 
-def remove_folder(folder: Path, *last: str) -> None:
-    """Removes a folder. The files or folders in it that are named in `last`, which say whose it is, go at the end: when
-    a kill comes between, the next run still knows that it may remove the rest.
+def unique() -> str:
+    """An ending for a name that no other process has, on no host."""
+    return f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def is_transient(name: str) -> bool:
+    """Whether a file or folder of this name is a lock of ours, or something that is not finished or about to go."""
+    return _TRANSIENT.fullmatch(name) is not None
+
+
+def remove_folder(folder: Path, marker: str) -> None:
+    """Removes a folder. The file `marker` in it, which says whose it is, goes when nothing else is left: when a kill
+    comes before that, the next run still knows that it may remove the rest.
 
     Raises:
-        OSError: something cannot be removed; what is named in `last` is still there.
+        OSError: something cannot be removed, or came meanwhile; the marker is still there.
     """
-    for path in [path for path in folder.iterdir() if path.name not in last]:
+    for path in [path for path in folder.iterdir() if path.name != marker]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    shutil.rmtree(folder)
+    if any(path.name != marker for path in folder.iterdir()):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+    (folder / marker).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _take(file: Path) -> int | None:

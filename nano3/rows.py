@@ -21,8 +21,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nano3.cli import UserError, fresh_file
+from nano3.cli import UserError
 from nano3.file_digests import file_sha256
+from nano3.outputs import fresh_file
 from nano3.row_formats import Fields, Numbered, csv_rows, json_array, json_lines, parquet_rows, unpacked
 
 ENDINGS = {

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired
@@ -21,10 +19,10 @@ from typing_extensions import TypedDict
 from nano3.documents import Count, InnerPath, Name, Sha256, parse_json, read_bytes, read_json
 from nano3.errors import UserError
 from nano3.file_digests import remembered_sha256
+from nano3.file_system import LOCK, is_transient, unique
 
 MARKER = "nano3.json"
 """File that says a folder was written by this project, and by which of its tools."""
-_NEW_MARKER = re.compile(rf"{re.escape(MARKER)}\.\d+-[0-9a-f]{{8}}")
 SEAL = "files.json"
 FORMAT = 2
 """Of the seal. Format 1 had sizes only."""
@@ -61,14 +59,25 @@ def owner_of(folder: Path) -> str | None:
 
 def mark(folder: Path, kind: str, sealed: bool = False) -> None:
     """Writes `nano3.json`: the folder is ours, of this kind, and has a seal or not. No kill leaves half of it."""
-    new = folder / f"{MARKER}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    new.write_text(json.dumps({"kind": kind, "format": 2, "sealed": sealed}) + "\n")
-    os.replace(new, folder / MARKER)
+    marker = {"kind": kind, "format": 2, "sealed": sealed}
+    if _marker(folder) != marker:
+        new = folder / f".{MARKER}.{unique()}"
+        new.write_text(json.dumps(marker) + "\n")
+        os.replace(new, folder / MARKER)
 
 
-def is_ours(folder: Path) -> bool:
-    """Whether a folder has our marker, or nothing yet: its writer was killed before the marker was there."""
-    return owner_of(folder) is not None or all(_NEW_MARKER.fullmatch(path.name) for path in folder.iterdir())
+def is_ours(folder: Path, kind: str | None = None) -> bool:
+    """Whether a folder has our marker, of `kind` if one is given, or nothing yet: who made it was killed before the
+    marker was there."""
+    owner = owner_of(folder)
+    if owner is None:
+        return all(path.name == LOCK or _is_new_marker(path) for path in folder.iterdir())
+    return kind in (None, owner)
+
+
+def _is_new_marker(path: Path) -> bool:
+    """Whether it is a marker that had not got its name when its writer was killed."""
+    return path.name.startswith(f".{MARKER}.") and is_transient(path.name)
 
 
 def seal(folder: Path, names: Mapping[str, str] | None = None, leave_out: str = "") -> None:
@@ -79,6 +88,8 @@ def seal(folder: Path, names: Mapping[str, str] | None = None, leave_out: str = 
         names: how files that are still hidden will be called: name now -> name then.
         leave_out: a folder in it that goes before it gets its name.
     """
+    for left in [path for path in folder.iterdir() if _is_new_marker(path)]:
+        left.unlink()
     kind = owner_of(folder)
     if kind is not None:
         mark(folder, kind, sealed=True)
@@ -146,13 +157,14 @@ def sealed(folder: Path) -> dict[str, SealLine] | None:
 
 
 def came_later(folder: Path) -> list[str]:
-    """Files in a folder of ours that it was not written with, but for `PROSE` and folders with a seal of their own;
-    none where no seal can tell."""
+    """Files in a folder of ours that it was not written with, but for `PROSE`, folders with a seal of their own, and
+    what a killed writer of one of them left; none where no seal can tell."""
     try:
         lines = sealed(folder)
     except UserError:
         return []
-    return [name for path in _files(folder) if (name := str(path.relative_to(folder))) not in lines] if lines else []
+    inner = [path.relative_to(folder) for path in _files(folder)] if lines else []
+    return [str(path) for path in inner if str(path) not in (lines or {}) and not any(map(is_transient, path.parts))]
 
 
 def require_inside(folder: Path, path: Path) -> None:

@@ -15,7 +15,8 @@ bias goes up by a fixed step for experts with less than their share of a batch's
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, check_output, fresh_output, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import check_output, fresh_output
 except ModuleNotFoundError as missing:
     import sys
 

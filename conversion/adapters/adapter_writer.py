@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from conversion.checkpoint.output_folder import WEIGHTS, require_space
 from conversion.checkpoint.torch_dist_writer import BACKENDS
-from nano3.cli import fresh_output
+from nano3.outputs import fresh_output
 
 KIND = "lora-adapter"
 

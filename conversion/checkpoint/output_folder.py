@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from nano3.arch import is_nemo_checkpoint
-from nano3.cli import UserError, check_output, free_disk, only_writer, replace_folder
+from nano3.cli import UserError
 from nano3.documents import as_json, read_json
-from nano3.file_system import remove_folder
-from nano3.sealed_folder import MARKER, mark, owner_of, seal
+from nano3.file_system import free_disk
+from nano3.outputs import check_output, claim, discard, only_writer, replace_folder
+from nano3.sealed_folder import MARKER, is_ours, mark, seal
 
 NEMO_KIND = "nemo-checkpoint"
 HF_KIND = "hf-model"
-"""Kinds of folders that we write (see `nano3.cli.fresh_output`)."""
+"""Kinds of folders that we write (see `nano3.outputs.fresh_output`)."""
 
 WEIGHTS = "weights"
 CONTEXT = "context"
@@ -115,7 +116,7 @@ def check_room(out: Path, needed: int) -> None:
 def unfinished_output(
     out: Path, kind: str, job: dict[str, Any], needed: int, stays: tuple[type[BaseException], ...] = ()
 ) -> Iterator[UnfinishedOutput]:
-    """Gives the work folder of `out`, which becomes `out` in the end, of `kind` as `nano3.cli.fresh_output` has it.
+    """Gives the work folder of `out`, which becomes `out` in the end, of `kind` as `nano3.outputs.fresh_output` has it.
 
     `job` is what decides the bytes of the output (JSON): the work of a killed run is gone on with when its job was the
     same, else thrown away. After Ctrl-C the work stays, and after `stays`; after any other error nothing does.
@@ -130,8 +131,7 @@ def unfinished_output(
     check_room(out, needed)
     with only_writer(out):
         folder = _folder(out)
-        folder.mkdir(exist_ok=True)
-        work = UnfinishedOutput(folder, resumed=_begin(folder, as_json(job)))
+        work = UnfinishedOutput(folder, resumed=_begin(out, kind, as_json(job)))
         try:
             yield work
             # All is written. In this order a kill leaves the old result or the new one, nothing between.
@@ -140,16 +140,20 @@ def unfinished_output(
             work.reveal()
             replace_folder(folder, out)
         except BaseException as error:
-            if isinstance(error, (KeyboardInterrupt, *stays)):
+            if not folder.exists():
+                pass  # it is the output, and what came in between came later
+            elif isinstance(error, (KeyboardInterrupt, *stays)):
                 print(f"unfinished work stays in {folder}: the same command resumes from it", file=sys.stderr)
             else:
-                with suppress(OSError):
-                    remove_folder(folder, _RECORDS, MARKER)
+                with suppress(OSError):  # the disk may be full; the next run goes on from here then
+                    mark(folder, kind)
+                    discard(folder, out)
             raise
 
 
-def _begin(folder: Path, job: dict[str, Any]) -> bool:
-    """Leaves in the folder only the finished files of the same job; returns whether it was the same."""
+def _begin(out: Path, kind: str, job: dict[str, Any]) -> bool:
+    """Leaves in the work folder only the finished files of the same job; returns whether it was the same."""
+    folder = _folder(out)
     try:
         same = read_json(folder / _RECORDS / _JOB, dict[str, Any]) == job
     except UserError:
@@ -158,12 +162,13 @@ def _begin(folder: Path, job: dict[str, Any]) -> bool:
         print(f"resuming the unfinished work in {folder}", file=sys.stderr)
         _only_weights(folder)
         return True
-    if not (folder / _RECORDS).is_dir() and owner_of(folder) is None and any(folder.iterdir()):
-        raise UserError(
-            f"{folder} holds files that no tool of this project left there; move them, or choose another output"
-        )
-    remove_folder(folder, _RECORDS, MARKER)
-    (folder / _RECORDS).mkdir(parents=True)
+    if folder.exists():
+        if not (folder / _RECORDS).is_dir() and not is_ours(folder, kind):
+            raise UserError(f"{folder} holds what no conversion left there; move it, or choose another output")
+        mark(folder, kind)
+        discard(folder, out)
+    claim(folder, kind)
+    (folder / _RECORDS).mkdir()
     (folder / _RECORDS / _JOB).write_text(json.dumps(job))
     return False
 
@@ -171,7 +176,8 @@ def _begin(folder: Path, job: dict[str, Any]) -> bool:
 def _only_weights(folder: Path) -> None:
     """Removes what is written anew whatever was there: `job` says nothing of a source's side files."""
     for path in [path for path in folder.rglob("*") if path.is_file()]:
-        if _RECORDS not in path.relative_to(folder).parts and path.suffix not in (PART, ".distcp"):
+        kept = path.suffix in (PART, ".distcp") or path == folder / MARKER
+        if _RECORDS not in path.relative_to(folder).parts and not kept:
             path.unlink()
 
 

@@ -20,8 +20,9 @@ import numpy as np
 from annotated_types import MinLen
 from typing_extensions import TypedDict
 
-from nano3.cli import UserError, fresh_file
+from nano3.cli import UserError
 from nano3.documents import Count, Name, NotNegative, Sha256, parse_json
+from nano3.outputs import fresh_file
 
 FORMAT = 3
 """Formats 1 and 2 had tolerances in place of the BF16 answers, and no other models."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.safetensors_layout import FP8
-from nano3.cli import scratch_folder
+from nano3.outputs import scratch_folder
 
 if TYPE_CHECKING:
     import torch

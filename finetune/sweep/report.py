@@ -14,7 +14,7 @@ from evaluation.charts import Series, dot_chart, line_chart
 from evaluation.page import facts_table, page, section, table
 from finetune.sweep.space import words_of
 from finetune.sweep.study import Study
-from nano3.cli import fresh_file
+from nano3.outputs import fresh_file
 
 RESULTS, REPORT = "results.json", "report.html"
 WORDS = {"COMPLETE": "finished", "PRUNED": "given up", "FAIL": "failed", "RUNNING": "not finished"}

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict
 
 from finetune.sweep.space import distributions, draw
-from nano3.cli import UserError, fresh_file
+from nano3.cli import UserError
 from nano3.documents import Count, Name, Text, as_json, check, closed, parse_json_line, read_json
+from nano3.outputs import fresh_file
 
 if TYPE_CHECKING:
     import optuna

@@ -19,13 +19,14 @@ from typing_extensions import TypedDict
 
 from launch.chain import shards
 from launch.chain.stages import NAMES, TRAIN, Stage
-from nano3.cli import UserError, alone, fresh_file
+from nano3.cli import UserError
 from nano3.documents import Name, Sha256, Text, read_json
 from nano3.file_digests import remembered_sha256
 from nano3.file_system import LOCK
+from nano3.outputs import alone, fresh_file
 
 KIND = "pipeline"
-"""Of the folder (see `nano3.cli.fresh_output`)."""
+"""Of the folder (see `nano3.outputs.fresh_output`)."""
 
 
 class StageRow(TypedDict):

@@ -19,11 +19,13 @@ from launch.plan.plan_settings import Plan
 from launch.plan.run_length import length_of
 from launch.plan.weights import adapter_weights
 from nano3.arch import Arch, is_nemo_checkpoint
-from nano3.cli import UserError, free_disk, owner_of
+from nano3.cli import UserError
 from nano3.documents import read_bytes
+from nano3.file_system import free_disk
 from nano3.mixture import data_size, is_mixture, read_mixture
 from nano3.pack_index import read_index
 from nano3.safetensors_header import AGAIN, INDEX, parse_header, parse_index, read_header
+from nano3.sealed_folder import is_ours
 from nano3.token_store import TokenStore
 
 WANTED = {"nemo-toolkit": "2.7.3", "megatron-core": "0.16.1"}
@@ -180,7 +182,7 @@ def check_output(plan: Plan, arch: Arch, paths: Paths, nodes: int) -> list[Findi
     if paths.out is None:
         return [Finding(False, "no --out: disk space and visibility of the output were not looked at")]
     out = paths.out.resolve()
-    if out.is_dir() and any(out.iterdir()) and owner_of(out) is None:
+    if out.is_dir() and not is_ours(out):
         return [Finding(True, f"{out} holds files that are no run of this project; choose another --out")]
     there, free = free_disk(out)
     found = []

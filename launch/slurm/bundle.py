@@ -13,7 +13,8 @@ Tried with an interpreter that lacks the packages (tests/launch/test_bundle.py).
 from __future__ import annotations
 
 try:
-    from nano3.cli import UserError, fresh_output, run
+    from nano3.cli import UserError, run
+    from nano3.outputs import fresh_output
 except ModuleNotFoundError as missing:
     import sys
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import shlex
 import unicodedata
-import uuid
 from pathlib import Path
 
 from nano3.cli import UserError
+from nano3.outputs import fresh_file
 
 SEED = "{seed}"
 """In a path of an array's jobs: the seed of each."""
@@ -50,11 +50,6 @@ def option(name: str, value: str) -> str:
 
 def write_private(path: Path, text: str) -> None:
     """Writes a file that only its owner can read, from its first moment; it replaces an older one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    try:
+    with fresh_file(path) as temporary:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

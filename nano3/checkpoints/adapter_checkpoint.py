@@ -24,7 +24,7 @@ from nano3.checkpoint_metadata import load_sharded
 from nano3.checkpoints.base_identity import recorded_sha256
 from nano3.checkpoints.checkpoint_folder import disk_full, sync
 from nano3.checkpoints.replicas import require_equal_replicas
-from nano3.cli import fresh_output
+from nano3.outputs import fresh_output
 from nano3.router import RouterGuard, balances, require_router
 from nano3.sealed_folder import seal
 

@@ -15,8 +15,10 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from nano3.cli import UserError, free_disk, put_back
+from nano3.cli import UserError
 from nano3.documents import Count, Name, check, read_json, shown
+from nano3.file_system import free_disk
+from nano3.outputs import put_back
 from nano3.sealed_folder import check_seal
 
 FOLDER, BEST = "checkpoints", "best"
@@ -133,6 +135,7 @@ def clear_unfinished(out: Path | str) -> None:
     replaced. Only while no other run writes to `out`."""
     for hidden in [path for path in (Path(out) / FOLDER).glob(".step-*") if _LEFT.fullmatch(path.name)]:
         hidden.unlink() if hidden.is_file() else shutil.rmtree(hidden, ignore_errors=True)
+    (Path(out) / f".{BEST}.lock").unlink(missing_ok=True)  # a server of files may hold it for a node that is gone
     put_back(Path(out) / BEST)
 
 

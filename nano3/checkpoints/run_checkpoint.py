@@ -53,8 +53,8 @@ from nano3.checkpoints.training_state import (
     set_random_state,
     set_schedules,
 )
-from nano3.cli import free_disk
 from nano3.documents import Count, Name, check
+from nano3.file_system import free_disk
 from nano3.pickles import REMEDY, load_state
 from nano3.router import require_router
 

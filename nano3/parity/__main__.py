@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from nano3.cli import fresh_file
 from nano3.cli import run as run_script
+from nano3.outputs import fresh_file
 
 
 def arguments() -> argparse.Namespace:

@@ -10,8 +10,9 @@ import lightning.pytorch as pl
 
 from nano3.checkpoints.adapter_checkpoint import load_adapter
 from nano3.checkpoints.base_identity import recorded_sha256
-from nano3.cli import UserError, fresh_file
+from nano3.cli import UserError
 from nano3.documents import read_json
+from nano3.outputs import fresh_file
 from nano3.sealed_folder import check_seal
 
 NOT_IN_THE_MODEL = ("dropout", "plus_ratio")

@@ -24,7 +24,7 @@ from conversion.checkpoint.tensor_digests import scan
 from conversion.checkpoint.torch_dist import TorchDistReader
 from conversion.fp8.calibrate import Activations
 from conversion.fp8.selection import Selection
-from conversion.identity import holds
+from conversion.identity import drop_record, holds, record_only
 from conversion.merge_lora import merge
 from conversion.quantize_fp8 import weight_scales, write
 from nano3 import file_digests
@@ -260,6 +260,43 @@ def test_a_source_that_changes_unseen_while_its_import_is_dead_is_found_by_conte
     assert holds(out, source)
 
 
+def test_what_says_only_which_weights_a_base_has_is_written_again(inputs: Path, tmp_path: Path):
+    folder, base, moments = tmp_path / "run", tmp_path / "run" / "base", []
+    folder.mkdir()
+    for event in at_every_change(lambda: record_only(base, inputs / "hf"), folder):
+        record_only(base, inputs / "hf")
+        assert os.listdir(base) == ["base.json"], event
+        drop_record(base)
+        assert os.listdir(folder) == [], event
+        moments.append(event)
+    assert len(moments) > 5
+
+
+def test_work_that_fails_and_is_killed_while_it_goes_is_not_resumed_from(tmp_path: Path):
+    """Half of it would be gone."""
+    out, kept = tmp_path / "work" / "out", []
+
+    def fails() -> None:
+        with unfinished_output(out, "x", {}, 0) as work:
+            for name in "abc":
+                work.scratch("states").joinpath(name).write_text(name)
+            raise UserError
+
+    def failed() -> None:
+        with pytest.raises(UserError):
+            fails()
+
+    out.parent.mkdir()
+    for _ in at_every_change(failed, out.parent):
+        with unfinished_output(out, "x", {}, 0) as work:
+            found = sorted(os.listdir(work.scratch("states")))
+            assert not work.resumed or found in ([], ["a"], ["a", "b"], ["a", "b", "c"]), found
+            kept.append(len(found))
+        shutil.rmtree(out)
+    assert max(kept) == 3
+    assert kept[-1] == 0
+
+
 def test_two_processes_do_not_write_one_output(tmp_path: Path):
     with unfinished_output(tmp_path / "out", "x", {}, 0) as work:
         with (
@@ -276,7 +313,7 @@ def test_a_folder_of_somebody_else_under_the_hidden_name_is_refused(tmp_path: Pa
     (tmp_path / ".out.unfinished").mkdir()
     (tmp_path / ".out.unfinished/thesis").write_text("years of work")
     with (
-        pytest.raises(UserError, match="holds files that no tool of this"),
+        pytest.raises(UserError, match="holds what no conversion left there"),
         unfinished_output(tmp_path / "out", "x", {}, 0),
     ):
         pass

@@ -16,7 +16,8 @@ from data_prep.export import export, import_packs
 from data_prep.packing import PackedDataset, build_packs
 from data_prep.prepare import prepare
 from data_prep.store import StoreWriter
-from nano3.cli import UserError, fresh_output
+from nano3.cli import UserError
+from nano3.outputs import fresh_output
 from nano3.store_contents import check_store
 from nano3.token_store import KIND, TokenStore
 from tests.helpers import packed_readers

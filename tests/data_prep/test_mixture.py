@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from data_prep.mixture import Blend, TrainingSamples, check_length
 from data_prep.packing import PackedDataset, build_packs
 from data_prep.store import StoreWriter
-from nano3.cli import UserError, fresh_output
+from nano3.cli import UserError
 from nano3.mixture import read_mixture
+from nano3.outputs import fresh_output
 from nano3.pack_index import Curriculum
 from nano3.token_store import KIND, TokenStore
 from tests.helpers.tiny_store import tiny_store

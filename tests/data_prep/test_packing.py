@@ -15,7 +15,8 @@ from data_prep.best_fit import best_fit
 from data_prep.packing import PADDING, PackedDataset, build_packs
 from data_prep.store import StoreWriter
 from data_prep.tokens import ChatTokenizer
-from nano3.cli import UserError, fresh_output
+from nano3.cli import UserError
+from nano3.outputs import fresh_output
 from nano3.token_store import FILES, KIND, TokenStore
 from tests.helpers.data_fixtures import write_tokenizer
 

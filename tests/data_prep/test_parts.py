@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conversion.checkpoint.output_folder import unfinished_output
 from data_prep import join as joining
 from data_prep import parts
 from data_prep.chat_rows import form_named
@@ -21,6 +22,7 @@ from data_prep.packing import PackedDataset, build_packs
 from data_prep.parts import Job, Work
 from data_prep.prepare import join_shards, prepare, prepare_job, prepare_shards
 from nano3.cli import UserError
+from nano3.file_system import locked
 from nano3.sealed_folder import seal
 from nano3.store_contents import check_store
 from nano3.token_store import TokenStore, unfinished_folder
@@ -237,23 +239,57 @@ def test_killed_at_random_it_resumes_to_the_same_bytes(
 def test_killed_at_every_change_of_the_disk_it_resumes_and_leaves_nothing(
     elements: bool, tmp_path: Path, tokenizer: Path
 ) -> None:
-    """Of two parts, in the place of an older store; as one command, and as two elements and a join."""
+    """Of two parts, in the place of an older store; as one command, and as two elements of an array."""
     folder, out, older = tmp_path / "work", tmp_path / "work" / "store", tmp_path / "older"
     two = write_jsonl(tmp_path / "two.jsonl", [row("q", "a"), row("q", "bb")])
+    job, moments = Job.of([two], tokenizer, Options(), 1), []
 
-    def run() -> None:
-        job = Job.of([two], tokenizer, Options(), 1)
-        if elements:
-            prepare_shards(job, out, 1, 2)
-            prepare_shards(job, out, 2, 2)
-            join_shards(out, job, seq_length=SEQ)
-        else:
-            prepare_job(job, out, 1, seq_length=SEQ)
+    def shards() -> None:
+        prepare_shards(job, out, 1, 2)
+        prepare_shards(job, out, 2, 2)
+
+    def whole() -> None:
+        prepare_job(job, out, 1, seq_length=SEQ)
 
     prepare([two], tokenizer, older, SEQ)
     folder.mkdir()
+    whole()
+    expected = contents(out)
+    shutil.rmtree(out)
+    shutil.copytree(older, out)
+    for event in at_every_change(shards if elements else whole, folder):
+        if out.is_dir():
+            check_store(TokenStore(out))
+        if elements:
+            shards()
+            join_shards(out, job, seq_length=SEQ)
+        else:
+            whole()
+        assert contents(out) == expected, event
+        assert os.listdir(folder) == ["store"], event
+        moments.append(event)
+        shutil.rmtree(out)
+        shutil.copytree(older, out)
+    assert len(moments) > 40
+
+
+def test_a_join_goes_on_by_itself_wherever_it_was_killed(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says so when it is given again; a store of other inputs is not taken for its own."""
+    folder, out, kept = tmp_path / "work", tmp_path / "work" / "store", tmp_path / "kept"
+    two = write_jsonl(tmp_path / "two.jsonl", [row("q", "a"), row("q", "bb")])
+    job, moments = Job.of([two], tokenizer, Options(), 1), []
+    folder.mkdir()
+    prepare([two], tokenizer, out, SEQ)
+    prepare_shards(job, out, 1, 1)
+    shutil.copytree(folder, kept)
+
+    def run() -> None:
+        join_shards(out, job, seq_length=SEQ)
+
     run()
-    expected, moments = contents(out), []
+    expected = contents(out)
     for event in at_every_change(run, folder):
         if out.is_dir():
             check_store(TokenStore(out))
@@ -261,9 +297,44 @@ def test_killed_at_every_change_of_the_disk_it_resumes_and_leaves_nothing(
         assert contents(out) == expected, event
         assert os.listdir(folder) == ["store"], event
         moments.append(event)
-        shutil.rmtree(out)
-        shutil.copytree(older, out)
-    assert len(moments) > 100
+        shutil.rmtree(folder)
+        shutil.copytree(kept, folder)
+    assert len(moments) > 50
+    join_shards(out, None, seq_length=SEQ)
+    assert "is joined already" in capsys.readouterr().err
+    two.write_text(two.read_text() * 2)
+    with pytest.raises(UserError, match=r"has no parts to join, and is of other inputs"):
+        join_shards(out, Job.of([two], tokenizer, Options(), 1), seq_length=SEQ)
+    assert contents(out) == expected
+
+
+def test_parts_that_are_being_written_and_what_others_left_stay(tmp_path: Path, tokenizer: Path) -> None:
+    two = write_jsonl(tmp_path / "two.jsonl", [row("q", "a"), row("q", "bb")])
+    work = Work(tmp_path / "store")
+    prepare_shards(Job.of([two], tokenizer, Options(), 1), work.out, 1, 1)
+    with locked(work.folder / ".shard-2-of-2.lock"):
+        for options in (Options(), Options(thinking=False)):
+            with pytest.raises(UserError, match=r"another process is writing parts \(\.shard-2-of-2\.lock\)"):
+                prepare([two], tokenizer, work.out, SEQ, options, shard_rows=1)
+    assert work.parts() == [0, 1]
+    with (
+        pytest.raises(UserError, match="holds what no conversion left there"),
+        unfinished_output(work.out, "hf-model", {}, 0),
+    ):
+        pass
+    assert work.parts() == [0, 1]
+    work.remove()
+
+    def converted() -> None:
+        with unfinished_output(work.out, "hf-model", {}, 0) as model:
+            model.hide("model").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        converted()
+    with pytest.raises(UserError, match="holds what no preparation left there"):
+        prepare([two], tokenizer, work.out, SEQ)
+    assert (work.folder / "model.part").read_text() == "half"
 
 
 def test_packs_that_cannot_be_made_leave_the_tokens(tmp_path: Path, rows: list[Path], tokenizer: Path) -> None:

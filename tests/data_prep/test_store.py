@@ -17,9 +17,10 @@ from data_prep.chat import render, text_of
 from data_prep.packing import PackedDataset, build_packs
 from data_prep.store import StoreWriter
 from data_prep.tokens import ChatTokenizer
-from nano3.cli import UserError, fresh_output
+from nano3.cli import UserError
 from nano3.file_digests import file_sha256
 from nano3.messages import CONTROL_TOKENS
+from nano3.outputs import fresh_output
 from nano3.store_contents import check_store
 from nano3.token_store import FILES, KIND, TokenStore, tokenizer_sha256
 from tests.helpers.data_fixtures import ids, row, write_tokenizer

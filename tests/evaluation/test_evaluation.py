@@ -31,7 +31,8 @@ from evaluation.generation import (
 from evaluation.hf_model import load_reference
 from evaluation.judging.questions import load_questions
 from nano3.arch import resolve_model
-from nano3.cli import UserError, only_writer
+from nano3.cli import UserError
+from nano3.outputs import only_writer
 from pico.tokenizer import save_tokenizer, vocabulary
 from tests.helpers.tiny import tiny_hf_folder
 

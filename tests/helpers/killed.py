@@ -13,9 +13,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-CHANGES = {"os.mkdir": (0, 2), "os.rename": (1, 3), "os.link": (1, 3), "os.remove": (0, 1), "os.rmdir": (0, 1)}
+CHANGES = {
+    "os.mkdir": (0, 2),
+    "os.rename": (1, 3),
+    "os.link": (1, 3),
+    "os.symlink": (1, 2),
+    "os.remove": (0, 1),
+    "os.rmdir": (0, 1),
+}
 """Audit events of calls that change the disk -> which arguments are the path that changes, and the open folder that it
-is relative to (-1: none). `open` is looked at itself."""
+is relative to (-1: none). `open` is looked at itself. Python sees no files that compiled code opens, and nothing of
+processes that are started."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -34,14 +42,14 @@ def killed(run: Callable[[], object], after: float | None = None) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def at_every_change(run: Callable[[], object], folder: Path, every: int = 1) -> Iterator[str]:
+def at_every_change(run: Callable[[], object], folder: Path) -> Iterator[str]:
     """Kills `run` right before its first change of the disk in `folder`, then, when it is called again, its second.
 
-    A file that is opened for writing is a moment more: it is there and empty. `every` takes each so-manieth moment
-    only. Yields what the killed process was about to do; ends with the first `run` that comes to its end, which must be
-    without an error.
+    A file that is opened for writing is a moment more: it is there and empty. Yields what the killed process was about
+    to do; whoever takes it must bring the folder back to where it was. Ends with the first `run` that comes to its end,
+    which must be without an error, and with as many moments as were tried.
     """
-    for moment in itertools.count(1, every):
+    for moment in itertools.count(1):
         read, write = os.pipe()
         child = os.fork()
         if not child:
@@ -50,7 +58,7 @@ def at_every_change(run: Callable[[], object], folder: Path, every: int = 1) -> 
                 killer = _Killer(folder, moment, write)
                 sys.addaudithook(killer)
                 run()
-                assert killer.left > 0, "the moment came, and it lives"
+                assert killer.left == 1, f"{moment - killer.left} moments where {moment - 1} were tried"
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -91,7 +99,7 @@ class _Killer:
                 self._moment(f"{event} {path}")
 
     def _inside(self, path: Any) -> bool:
-        return os.path.abspath(os.fspath(path)).startswith(self.folder)
+        return os.path.abspath(os.fspath(path)).startswith(self.folder + os.sep)
 
     def _moment(self, what: str) -> None:
         self.left -= 1

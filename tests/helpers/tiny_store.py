@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from data_prep.store import StoreWriter
-from nano3.cli import fresh_output
+from nano3.outputs import fresh_output
 from nano3.token_store import KIND
 
 

@@ -12,7 +12,7 @@ import torch
 
 from data_prep.store import StoreWriter
 from evaluation.hf_model import load_reference
-from nano3.cli import fresh_output
+from nano3.outputs import fresh_output
 from nano3.token_store import KIND, TokenStore
 
 WEIGHTS = (1.0, 0.5, 2.0, 0.3)

@@ -21,7 +21,8 @@ from launch.chain.records import Records
 from launch.chain.stages import NAMES, RECIPE, Chain, Stage, recipe_script
 from launch.slurm.cluster import Cluster
 from nano3.arch import resolve_model
-from nano3.cli import UserError, alone
+from nano3.cli import UserError
+from nano3.outputs import alone
 from nano3.rows import write_rows
 from nano3.token_store import TokenStore, tokenizer_sha256
 from pico.tasks import DEMO, rows

@@ -9,8 +9,9 @@ import os
 import pytest
 
 from nano3 import file_system
-from nano3.cli import UserError, alone
+from nano3.cli import UserError
 from nano3.file_system import Mount
+from nano3.outputs import alone
 
 
 def test_the_second_is_refused_until_the_first_has_left(tmp_path, capsys):

@@ -13,7 +13,8 @@ from data_prep.packing import build_packs
 from data_prep.store import StoreWriter
 from finetune.settings import CheckpointSettings, LogSettings, LoraSettings, Settings, StageSettings, TrainSettings
 from launch.plan.layout import Layout
-from nano3.cli import UserError, fresh_output
+from nano3.cli import UserError
+from nano3.outputs import fresh_output
 from nano3.stage_weights import FLOOR, LEAST, NAMES, UNTIL, StageWeights
 from nano3.token_store import KIND, TokenStore, tokenizer_sha256
 from tests.helpers.rank_server import RankServer
