@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from data_prep.chat import render, text_of
 from data_prep.documents import BATCH, Options
+from data_prep.job import Job
 from data_prep.join import join
 from data_prep.packing import PackedDataset
-from data_prep.parts import Job, Work
+from data_prep.part_folder import Work
 from data_prep.prepare import prepare
 from data_prep.shards import PartWriter
 from nano3.conversations import Conversations

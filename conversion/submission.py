@@ -14,7 +14,7 @@ from __future__ import annotations
 
 try:
     from nano3.cli import UserError, run
-    from nano3.outputs import scratch_folder
+    from nano3.outputs import only_writer, scratch_folder
 except ModuleNotFoundError as missing:
     import sys
 
@@ -68,7 +68,8 @@ def write_submission(adapter: Path, out: Path, max_rank: int = MAX_RANK) -> str:
     info = read_lora_json(adapter)
     assert info.base_config is not None  # `read_lora_json` demands it
     arch = Arch.from_config(info.base_config, f"{adapter}/lora.json")
-    with scratch_folder(out) as scratch:
+    out = out.resolve()
+    with only_writer(out), scratch_folder(out) as scratch:
         export(adapter, scratch / "adapter", "vllm")
         holds = check_folder(scratch / "adapter", arch, max_rank)
         # Weights do not compress, and a reader may map them where they are not.

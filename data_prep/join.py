@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.packing import build_packs
-from data_prep.parts import Work
+from data_prep.part_folder import Work
 from data_prep.store import HashedFile, write_manifest
 from data_prep.summary import Finds, Turns
 from nano3.cli import UserError
@@ -64,7 +64,7 @@ def join(work: Work, seq_length: int, **packing: Any) -> tuple[TokenStore, dict[
         refusal = error
     seal(store)
     replace_folder(store, work.out)
-    work.remove()
+    work.finish()
     if refusal is not None:
         raise UserError(f"{refusal}; the tokens stay in {work.out}: pack them with data_prep/repack.py") from refusal
     return TokenStore(work.out), facts

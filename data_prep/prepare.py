@@ -25,15 +25,17 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data_prep.chat import PARTS
 from data_prep.chat_rows import form_named
 from data_prep.documents import Options
+from data_prep.job import SHARD_ROWS, Job
 from data_prep.join import join
 from data_prep.packing import build_packs, check_settings
-from data_prep.parts import SHARD_ROWS, Job, Work
+from data_prep.part_folder import Work
 from data_prep.shards import write_parts
 from data_prep.store_view import Viewer
 from data_prep.summary import print_summary
@@ -42,7 +44,6 @@ from data_prep.xray import print_documents, some_rows
 from nano3.file_system import locked
 from nano3.pack_index import Curriculum
 from nano3.rows import open_rows
-from nano3.sealed_folder import owner_of
 from nano3.token_store import KIND, TokenStore, tokenizer_file
 
 
@@ -77,7 +78,8 @@ def prepare_job(job: Job, out: Path, workers: int, **packing: Any) -> tuple[Toke
             write_parts(job, work, workers)
             return join(work, **packing)
         except UserError:
-            work.remove()
+            with suppress(UserError):
+                work.remove()
             raise
         except (KeyboardInterrupt, OSError):
             print(f"finished parts stay in {work.folder}: the same command resumes from them", file=sys.stderr)
@@ -103,26 +105,24 @@ def prepare_shards(job: Job, out: Path, element: int, elements: int, workers: in
 
 def join_shards(out: Path, job: Job | None, **packing: Any) -> tuple[TokenStore, dict[str, Any]]:
     """Makes the store of all parts that `prepare_shards` wrote, with its packs. They must be of `job` where it is
-    given. Where it is made already, as after a kill in the last moment, it stays."""
+    given. Killed while the joined parts go, it is the store that is there."""
     work = Work(check_output(out, KIND))
     with only_writer(work.out):
-        if not work.folder.exists() and owner_of(work.out) == KIND:
-            return _joined_before(work.out, job, **packing)
+        if work.was_joined(job):
+            print(f"{out} is joined already", file=sys.stderr)
+            store = TokenStore(work.out)
+            facts = build_packs(store, **packing)
+            work.clear_joined()
+            return store, facts
         if work.job() is None:
-            raise UserError(f"{out} has no parts to join (no {work.folder}); write them with --shard 1/N to N/N")
+            raise UserError(
+                f"{out} has no parts to join (no {work.folder}). If a join of it has just ended, there is nothing left "
+                "to do; else write them with --shard 1/N to N/N"
+            )
         work.make()
         if job is not None:
             work.share(job)
         return join(work, **packing)
-
-
-def _joined_before(out: Path, job: Job | None, seq_length: int, **packing: Any) -> tuple[TokenStore, dict[str, Any]]:
-    """The store that is there; `UserError` where it is one of other inputs than the job's."""
-    store = TokenStore(out)
-    if job is not None and store.manifest.get("inputs") != job.input_files():
-        raise UserError(f"{out} has no parts to join, and is of other inputs; write them with --shard 1/N to N/N")
-    print(f"{out} is joined already", file=sys.stderr)
-    return store, build_packs(store, seq_length, **packing)
 
 
 def _check_again(job: Job, needed: bool, option: str) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.documents import add_documents
+from data_prep.job import VERSION, Job, ShardReader
 from data_prep.own_template import TemplateCheck
-from data_prep.parts import FORMAT, VERSION, Job, ShardReader, Work
+from data_prep.part_folder import FORMAT, Work
 from data_prep.store import StoreWriter, identity
 from data_prep.summary import Finds, Turns
 from data_prep.tokens import ChatTokenizer

@@ -97,6 +97,17 @@ def require_counts(options: Namespace, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
+def _lock_of_its_own() -> None:
+    """In a fork: the lock of tqdm's progress bars is one for all forks of a process, and they and their parent would
+    wait for ever for one that was killed while it held it."""
+    bars = sys.modules.get("tqdm.std")
+    if bars is not None:
+        bars.tqdm.set_lock(threading.RLock())
+
+
+os.register_at_fork(after_in_child=_lock_of_its_own)
+
+
 def _imported_for_a_script() -> bool:
     """Whether the file that Python was started with is what imports this module, by itself or through our modules."""
     frame: FrameType | None = sys._getframe()

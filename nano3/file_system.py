@@ -25,7 +25,7 @@ LOCK = ".lock"
 """The file that is locked in a folder that stays while its files change."""
 UNIQUE = r"\d+-[0-9a-f]{8}"
 """How what `unique` gives looks, as a regular expression."""
-_TRANSIENT = re.compile(rf"\.lock|\..+\.lock|\..+[.-]{UNIQUE}")
+_TRANSIENT = re.compile(rf"\.lock|\..+\.lock|\..+\.(partial|old|scratch)-{UNIQUE}")
 _LOCAL = {"localflock", "local_lock=all", "local_lock=flock", "nolock"}
 """Options of network mounts whose locks other hosts do not see."""
 
@@ -93,23 +93,42 @@ def unique() -> str:
 
 
 def is_transient(name: str) -> bool:
-    """Whether a file or folder of this name is a lock of ours, or something that is not finished or about to go."""
+    """Whether a file or folder of this name may be a lock of ours, or something that is not finished or about to go."""
     return _TRANSIENT.fullmatch(name) is not None
 
 
-def remove_folder(folder: Path, marker: str) -> None:
-    """Removes a folder. The file `marker` in it, which says whose it is, goes when nothing else is left: when a kill
-    comes before that, the next run still knows that it may remove the rest.
+def remove_folder(folder: Path, *last: str) -> None:
+    """Removes a folder. The files in it that are named in `last`, which say whose it is, go when nothing else is left,
+    in that order: when a kill comes before that, the next run still knows that it may remove the rest.
 
     Raises:
-        OSError: something cannot be removed, or came meanwhile; the marker is still there.
+        OSError: something cannot be removed, or came meanwhile; the files of `last` are still there.
     """
-    for path in [path for path in folder.iterdir() if path.name != marker]:
+    for path in [path for path in folder.iterdir() if path.name not in last]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    if any(path.name != marker for path in folder.iterdir()):
+    if any(path.name not in last for path in folder.iterdir()):
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
-    (folder / marker).unlink(missing_ok=True)
+    for name in last:
+        (folder / name).unlink(missing_ok=True)
     folder.rmdir()
+
+
+def is_abandoned(file: Path) -> bool:
+    """Whether surely nobody holds the lock on a file. Not where locks cannot be relied on, or the file is another
+    user's."""
+    try:
+        handle = os.open(file, os.O_RDWR)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return not _LOCAL.intersection(mount_of(file.parent).options)
 
 
 def _take(file: Path) -> int | None:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from nano3.errors import UserError
-from nano3.file_system import LOCK, UNIQUE, locked, remove_folder, unique
+from nano3.file_system import LOCK, UNIQUE, is_abandoned, locked, remove_folder, unique
 from nano3.sealed_folder import MARKER, came_later, is_ours, mark, owner_of, seal
 
 
@@ -83,6 +83,7 @@ def fresh_output(out: Path | str, kind: str, grows: bool = False) -> Iterator[Pa
     """
     out = check_output(out, kind)
     with only_writer(out):
+        check_output(out, kind)  # what a kill had left is back
         temporary = hidden_beside(out, "partial")
         temporary.mkdir()
         try:
@@ -106,8 +107,11 @@ def fresh_file(out: Path | str) -> Iterator[Path]:
 @contextmanager
 def fresh_files(out: Path | str, *beside: Path | str) -> Iterator[list[Path]]:
     """`fresh_file` for a file and those `beside` it that speak of it. A kill leaves none of an older run beside one of
-    this: the old ones go before `out` is replaced, and theirs come after it."""
+    this: the old ones go before `out` is replaced, and theirs come after it. `UserError` where one is a folder."""
     places = [Path(place).resolve() for place in (out, *beside)]
+    for place in places:
+        if place.is_dir():
+            raise UserError(f"output {place} is a folder; give a file name")
     with ExitStack() as stack:
         for place in places:
             stack.enter_context(only_writer(place))
@@ -145,13 +149,15 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
 
 def _clear_scratch(out: Path) -> None:
-    """Removes the scratch folders of processes that ended: nobody holds their locks, which are older than they."""
+    """Removes the scratch folders of processes that ended: nobody holds their locks, which were there before them."""
     name = re.compile(rf"(\.{re.escape(out.name)}\.scratch-{UNIQUE})(\.lock)?")
     for left in {match[1] for path in out.parent.iterdir() if (match := name.fullmatch(path.name))}:
         scratch = out.parent / left
-        with locked(_lock_of(scratch), remove=True) as free:
-            if free and scratch.is_dir() and is_ours(scratch):
+        if is_abandoned(_lock_of(scratch)):
+            if scratch.is_dir() and is_ours(scratch):
                 _remove(scratch)
+            with suppress(OSError):
+                _lock_of(scratch).unlink(missing_ok=True)
 
 
 def _lock_of(scratch: Path) -> Path:

@@ -61,7 +61,7 @@ def mark(folder: Path, kind: str, sealed: bool = False) -> None:
     """Writes `nano3.json`: the folder is ours, of this kind, and has a seal or not. No kill leaves half of it."""
     marker = {"kind": kind, "format": 2, "sealed": sealed}
     if _marker(folder) != marker:
-        new = folder / f".{MARKER}.{unique()}"
+        new = folder / f".{MARKER}.partial-{unique()}"
         new.write_text(json.dumps(marker) + "\n")
         os.replace(new, folder / MARKER)
 
@@ -69,10 +69,10 @@ def mark(folder: Path, kind: str, sealed: bool = False) -> None:
 def is_ours(folder: Path, kind: str | None = None) -> bool:
     """Whether a folder has our marker, of `kind` if one is given, or nothing yet: who made it was killed before the
     marker was there."""
+    # In this order: another process may mark it meanwhile.
+    nothing_yet = all(path.name in (LOCK, "lost+found") or _is_new_marker(path) for path in folder.iterdir())
     owner = owner_of(folder)
-    if owner is None:
-        return all(path.name == LOCK or _is_new_marker(path) for path in folder.iterdir())
-    return kind in (None, owner)
+    return nothing_yet if owner is None else kind in (None, owner)
 
 
 def _is_new_marker(path: Path) -> bool:
@@ -163,8 +163,14 @@ def came_later(folder: Path) -> list[str]:
         lines = sealed(folder)
     except UserError:
         return []
-    inner = [path.relative_to(folder) for path in _files(folder)] if lines else []
-    return [str(path) for path in inner if str(path) not in (lines or {}) and not any(map(is_transient, path.parts))]
+    later = [path for path in _files(folder) if str(path.relative_to(folder)) not in lines] if lines else []
+    return [str(path.relative_to(folder)) for path in later if not _is_left(path, folder)]
+
+
+def _is_left(path: Path, folder: Path) -> bool:
+    """Whether a file below a folder is what a killed writer left: an empty lock, or of an unfinished output."""
+    unfinished = any(is_transient(part) for part in path.parent.relative_to(folder).parts)
+    return unfinished or (is_transient(path.name) and (not path.name.endswith(".lock") or not path.stat().st_size))
 
 
 def require_inside(folder: Path, path: Path) -> None:

@@ -14,7 +14,7 @@ Nothing in it is a pickle, nothing is executed on load, and reading takes no mem
 int32, because a vocabulary of 131,072 does not fit 16 bits. `weights` of the manifest is `[1.0]` unless the data has
 weights: a store without them has masks of 0 and 1. Version 2, which is read too, lacks stages, origins and order.
 
-A store that was prepared in several parts (data_prep/parts.py) has the first three files in `part-00000/`,
+A store that was prepared in several parts (data_prep/part_folder.py) has the first three files in `part-00000/`,
 `part-00001/`, ... and the manifest's `parts` say how many documents and tokens each has, and its weights. A document
 lies in one part. All else is the same, over all parts. Readers before that refuse such a store for its missing files.
 """

@@ -130,6 +130,7 @@ def unfinished_output(
     out = check_output(out, kind)
     check_room(out, needed)
     with only_writer(out):
+        check_output(out, kind)  # what a kill had left is back
         folder = _folder(out)
         work = UnfinishedOutput(folder, resumed=_begin(out, kind, as_json(job)))
         try:
@@ -164,7 +165,7 @@ def _begin(out: Path, kind: str, job: dict[str, Any]) -> bool:
         return True
     if folder.exists():
         if not (folder / _RECORDS).is_dir() and not is_ours(folder, kind):
-            raise UserError(f"{folder} holds what no conversion left there; move it, or choose another output")
+            raise UserError(f"{folder} holds another tool's work or somebody's; move it, or choose another output")
         mark(folder, kind)
         discard(folder, out)
     claim(folder, kind)

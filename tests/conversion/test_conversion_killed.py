@@ -313,7 +313,7 @@ def test_a_folder_of_somebody_else_under_the_hidden_name_is_refused(tmp_path: Pa
     (tmp_path / ".out.unfinished").mkdir()
     (tmp_path / ".out.unfinished/thesis").write_text("years of work")
     with (
-        pytest.raises(UserError, match="holds what no conversion left there"),
+        pytest.raises(UserError, match="holds another tool's work"),
         unfinished_output(tmp_path / "out", "x", {}, 0),
     ):
         pass

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conversion import quantize_fp8
+from conversion.checkpoint import output_folder
 from conversion.checkpoint.model_folder import HFFolder
 from conversion.checkpoint.output_folder import UnfinishedOutput
 from conversion.fp8 import layerwise
@@ -131,9 +132,9 @@ class Steps(list):
 
 
 @pytest.mark.usefixtures("_one_each")
-@pytest.mark.parametrize(("work", "moment", "left"), [("calibration", 10, 5), ("writing", 22, 0)])
+@pytest.mark.parametrize(("work", "moment", "left"), [("calibration", 11, 5), ("writing", 23, 0)])
 def test_a_killed_quantization_calibrates_no_sample_twice(tmp_path, monkeypatch, capsys, work, moment, left):
-    """At its renaming 10, from 0, the first sample has passed the second layer."""
+    """At its renaming 11, from 0, of which the first is the marker's, the first sample has passed the second layer."""
     model, out = tiny_hf_folder(tmp_path / "hf", hybrid_override_pattern="ME*"), tmp_path / work
     selection, steps = Selection.published(Arch.load(model)), Steps()
     monkeypatch.setattr(quantize_fp8, "_progress", lambda _tokens: steps)
@@ -141,7 +142,7 @@ def test_a_killed_quantization_calibrates_no_sample_twice(tmp_path, monkeypatch,
     assert len(steps) == 1 + 9
     with monkeypatch.context() as patched:
         killed_at(moment, patched)
-        patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # who is killed does not tidy up
+        patched.setattr(output_folder, "discard", lambda *_: None)  # who is killed does not tidy up
         with pytest.raises(Killed):
             quantize(model, out, selection, samples())
     assert not out.exists()
@@ -161,7 +162,7 @@ def test_days_of_work_outlive_a_full_disk_but_not_a_user_error(tmp_path, monkeyp
     selection, steps = Selection.published(Arch.load(model)), Steps()
     monkeypatch.setattr(quantize_fp8, "_progress", lambda _tokens: steps)
     with monkeypatch.context() as patched:
-        killed_at(10, patched, error)
+        killed_at(11, patched, error)
         with pytest.raises(error):
             quantize(model, out, selection, samples())
     steps.clear()

@@ -15,11 +15,12 @@ import pytest
 
 from conversion.checkpoint.output_folder import unfinished_output
 from data_prep import join as joining
-from data_prep import parts
+from data_prep import part_folder
 from data_prep.chat_rows import form_named
 from data_prep.documents import Options
+from data_prep.job import Job
 from data_prep.packing import PackedDataset, build_packs
-from data_prep.parts import Job, Work
+from data_prep.part_folder import Work
 from data_prep.prepare import join_shards, prepare, prepare_job, prepare_shards
 from nano3.cli import UserError
 from nano3.file_system import locked
@@ -188,8 +189,8 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int
 
 
 MOMENTS = {
-    "before the first part": (parts.os, "rename", 1, False),
-    "behind the fourth": (parts.os, "rename", 4, True),
+    "before the first part": (part_folder.os, "rename", 1, False),
+    "behind the fourth": (part_folder.os, "rename", 4, True),
     "before the join": (joining, "_write_store", 1, False),
     "in the join": (joining, "_link", 9, True),
     "before packing": (joining, "build_packs", 1, False),
@@ -276,7 +277,7 @@ def test_killed_at_every_change_of_the_disk_it_resumes_and_leaves_nothing(
 def test_a_join_goes_on_by_itself_wherever_it_was_killed(
     tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And says so when it is given again; a store of other inputs is not taken for its own."""
+    """But for the moment when all is done, which it cannot tell from one in which nothing was."""
     folder, out, kept = tmp_path / "work", tmp_path / "work" / "store", tmp_path / "kept"
     two = write_jsonl(tmp_path / "two.jsonl", [row("q", "a"), row("q", "bb")])
     job, moments = Job.of([two], tokenizer, Options(), 1), []
@@ -293,19 +294,47 @@ def test_a_join_goes_on_by_itself_wherever_it_was_killed(
     for event in at_every_change(run, folder):
         if out.is_dir():
             check_store(TokenStore(out))
-        run()
+        if event.endswith("remove " + str(folder / ".store.lock")):  # all was done
+            with pytest.raises(UserError, match=r"If a join of it has just ended, there is nothing left to do"):
+                run()
+        else:
+            run()
         assert contents(out) == expected, event
         assert os.listdir(folder) == ["store"], event
         moments.append(event)
         shutil.rmtree(folder)
         shutil.copytree(kept, folder)
     assert len(moments) > 50
-    join_shards(out, None, seq_length=SEQ)
     assert "is joined already" in capsys.readouterr().err
-    two.write_text(two.read_text() * 2)
-    with pytest.raises(UserError, match=r"has no parts to join, and is of other inputs"):
-        join_shards(out, Job.of([two], tokenizer, Options(), 1), seq_length=SEQ)
-    assert contents(out) == expected
+
+
+def test_only_the_store_of_the_parts_that_go_is_taken_for_joined(tmp_path: Path, tokenizer: Path) -> None:
+    """Not one that other options made, and none where nothing says what it was made of."""
+    two = write_jsonl(tmp_path / "two.jsonl", [row("q", "a"), row("q", "bb")])
+    work, job = Work(tmp_path / "store"), Job.of([two], tokenizer, Options(), 1)
+    prepare_shards(job, work.out, 1, 1)
+    work.folder.rename(work.joined)
+    prepare([two], tokenizer, tmp_path / "other", SEQ)
+    shutil.copytree(tmp_path / "other", work.out)
+    for other in (Job.of([two], tokenizer, Options(thinking=False), 1), Job.of([two], tokenizer, Options(), 2)):
+        with pytest.raises(UserError, match=r"has no parts to join"):
+            join_shards(work.out, other, seq_length=SEQ)
+    assert contents(join_shards(work.out, job, seq_length=SEQ)[0].folder) == contents(tmp_path / "other")
+    for given in (job, None):
+        with pytest.raises(UserError, match=r"has no parts to join"):
+            join_shards(work.out, given, seq_length=SEQ)
+    assert sorted(os.listdir(tmp_path)) == ["other", "store", "two.jsonl"]
+
+
+def test_a_job_that_cannot_be_read_is_written_again(tmp_path: Path, tokenizer: Path) -> None:
+    two = write_jsonl(tmp_path / "two.jsonl", [row("q", "a"), row("q", "bb")])
+    work, job = Work(tmp_path / "store"), Job.of([two], tokenizer, Options(), 1)
+    prepare_shards(job, work.out, 1, 2)
+    (work.folder / "job.json").write_text("")
+    prepare_shards(job, work.out, 2, 2)
+    join_shards(work.out, None, seq_length=SEQ)
+    assert os.listdir(tmp_path / "store") != []
+    assert sorted(os.listdir(tmp_path)) == ["store", "two.jsonl"]
 
 
 def test_parts_that_are_being_written_and_what_others_left_stay(tmp_path: Path, tokenizer: Path) -> None:
@@ -318,7 +347,7 @@ def test_parts_that_are_being_written_and_what_others_left_stay(tmp_path: Path, 
                 prepare([two], tokenizer, work.out, SEQ, options, shard_rows=1)
     assert work.parts() == [0, 1]
     with (
-        pytest.raises(UserError, match="holds what no conversion left there"),
+        pytest.raises(UserError, match="holds another tool's work"),
         unfinished_output(work.out, "hf-model", {}, 0),
     ):
         pass

@@ -25,9 +25,10 @@ from conversion.submission import check_submission
 from data_prep.chat_formats import NEMOTRON
 from data_prep.chat_rows import read_conversations
 from data_prep.documents import Options
+from data_prep.job import Job
 from data_prep.join import join
 from data_prep.own_template import TemplateCheck
-from data_prep.parts import Job, Work
+from data_prep.part_folder import Work
 from data_prep.prepare import prepare_shards
 from data_prep.steps.rows import step_rows
 from evaluation.chat_completions import Again, Refused, likeliest, written

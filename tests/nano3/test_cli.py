@@ -47,6 +47,25 @@ def test_only_the_reader_of_our_output_may_have_seen_enough(pipe, code):
     assert done.returncode == code, done.stderr
 
 
+def test_a_fork_that_is_killed_takes_no_lock_of_the_progress_bars_with_it():
+    """Found as a preparation in a test that waited for ever for a fork of its process."""
+    program = """
+import os, signal
+from tqdm import tqdm
+from nano3.cli import run
+tqdm(disable=True)
+child = os.fork()
+if not child:
+    tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+os.waitpid(child, 0)
+tqdm(disable=True)
+print("goes on")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout == "goes on\n", done.stderr
+
+
 def interrupted(script, later):
     """Exit code and words of a script that gets SIGINT `later` modules after it has imported `nano3.cli`."""
     command = [sys.executable, "-X", "importtime", script, "--help"]

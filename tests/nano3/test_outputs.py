@@ -10,7 +10,7 @@ import pytest
 from nano3.errors import UserError
 from nano3.file_system import is_transient, remove_folder
 from nano3.outputs import claim, fresh_file, fresh_output, put_back, scratch_folder
-from nano3.sealed_folder import check_seal, mark, owner_of, seal
+from nano3.sealed_folder import check_seal, is_ours, mark, owner_of, seal
 from tests.helpers.killed import at_every_change
 
 
@@ -186,7 +186,7 @@ def test_what_is_not_ours_is_refused_and_kept(tmp_path, make):
 
 
 def test_a_folder_that_grows_is_claimed_where_it_is(tmp_path):
-    """Killed at every change; by several at once; where nothing can be written beside it; never a stranger's."""
+    """Killed at every change; a folder that is there stays the same one; never a stranger's."""
     out, moments = tmp_path / "out", []
     for event in at_every_change(lambda: claim(out, "test"), tmp_path):
         claim(out, "test")
@@ -208,6 +208,23 @@ def test_a_folder_that_grows_is_claimed_where_it_is(tmp_path):
         with pytest.raises(UserError, match=rf"{name} exists and holds files that are not a {kind} of this project"):
             claim(tmp_path / name, kind)
     assert os.listdir(tmp_path / "stranger") == ["thesis"]
+
+
+def test_a_folder_that_another_process_marks_meanwhile_is_ours(tmp_path, monkeypatch):
+    """Elements of an array begin together."""
+    out, listed = tmp_path / "out", Path.iterdir
+    out.mkdir()
+
+    def marked_meanwhile(folder):
+        monkeypatch.undo()
+        names = list(listed(folder))
+        mark(folder, "test")
+        return names
+
+    for seen_first in (True, False):
+        monkeypatch.setattr(Path, "iterdir", marked_meanwhile if seen_first else lambda folder: [folder / "nano3.json"])
+        assert is_ours(out, "test")
+        monkeypatch.undo()
 
 
 def test_scratch_of_killed_processes_goes_and_that_of_others_stays(tmp_path):
@@ -234,11 +251,16 @@ def test_files_that_came_later_are_the_users_and_not_what_a_kill_left(tmp_path):
     (out / ".packs-9.lock").touch()
     (out / ".packs-9.partial-1-00000000").mkdir()
     (out / ".packs-9.partial-1-00000000/half").touch()
-    (out / ".nano3.json.1-00000000").write_text("{}")
+    (out / ".nano3.json.partial-1-00000000").write_text("{}")
     write(out, "new")
-    (out / ".nano3.json.1-00000000").write_text("{}")
+    (out / ".nano3.json.partial-1-00000000").write_text("{}")
     seal(out)
     assert sorted(path.name for path in out.iterdir()) == ["files.json", "nano3.json", "result"]
+    for name in (".backup-2024-20240101", ".env.lock"):
+        (out / name).write_text("mine")
+        with pytest.raises(UserError, match=rf"holds {name}, which its tool did not write"):
+            write(out, "newer")
+        (out / name).unlink()
 
 
 def test_a_removal_that_meets_something_new_keeps_the_marker(tmp_path, monkeypatch):

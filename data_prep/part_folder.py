@@ -1,12 +1,12 @@
-"""The parts of a store while it is prepared: its input cut into shards by rows, each written by itself.
+"""The parts of a store while it is prepared, each written by itself.
 
     .NAME.unfinished/job.json        what decides the bytes: inputs, tokenizer, options, rows in a shard
     .NAME.unfinished/part-00003/     the arrays of shard 3, and part.json, written last
     .NAME.unfinished/store/          what is being joined (data_prep/join.py)
+    .NAME.joined/                    the same folder when the store is there, until it is gone
 
 A part is written under another name and renamed when it is whole: what has its name is finished. So whoever comes next
-does the shards that are not there, on this host or another one. Where the input is cut depends on its rows alone, so
-the bytes are the same for any number of processes.
+does the shards that are not there, on this host or another one.
 """
 
 from __future__ import annotations
@@ -15,35 +15,25 @@ import json
 import os
 import shutil
 import sys
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from data_prep.chat_rows import ChatRows, form_named
-from data_prep.documents import Options
-from data_prep.drops import Drops
-from data_prep.own_template import TemplateCheck
+from data_prep.job import Job
 from data_prep.summary import FindFacts, TurnFacts
 from nano3.cli import UserError
-from nano3.conversations import Conversation, conversation
-from nano3.documents import AboveZero, Count, FileName, Name, Text, as_json, read_json
-from nano3.file_digests import file_sha256, remembered_sha256
-from nano3.file_system import locked, unique
+from nano3.documents import AboveZero, Count, FileName, Name, Text, read_json
+from nano3.file_system import locked, remove_folder, unique
 from nano3.outputs import discard
-from nano3.rows import Row, files_of
-from nano3.sealed_folder import is_ours, mark
+from nano3.sealed_folder import MARKER as FOLDER_MARKER
+from nano3.sealed_folder import is_ours, mark, owner_of
 from nano3.store_parts import MARKER, PREPARE_AGAIN, finished_parts
-from nano3.token_store import Counts, FileFacts, part_name, tokenizer_file, unfinished_folder
+from nano3.token_store import KIND, Counts, FileFacts, part_name, unfinished_folder
 
-SHARD_ROWS = 50_000
-"""Rows of a shard: about a minute of work for a process at 400 tokens a row, which is what a kill costs it."""
 FORMAT = "token-part"
-VERSION = 1
 JOB = "job.json"
 WORK = "unfinished-preparation"
 """Kind of the folder (`nano3.sealed_folder.mark`)."""
@@ -77,125 +67,14 @@ class JobFile(TypedDict):
     no_loss: list[Name]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is to be prepared. `form` is the options' by name: a process is told no functions."""
-
-    inputs: tuple[str, ...]
-    tokenizer: str
-    options: Options
-    form: str = "auto"
-    shard_rows: int = SHARD_ROWS
-
-    @classmethod
-    def of(cls, inputs: Sequence[Path | str], tokenizer: Path | str, options: Options, shard_rows: int) -> Job:
-        """The job of these arguments."""
-        form = options.form.name if options.form else "auto"
-        return cls(tuple(map(str, inputs)), str(tokenizer), replace(options, form=None), form, shard_rows)
-
-    @property
-    def reads_again(self) -> bool:
-        """Whether every input can be read from its start again: what standard input and a hub give may not be."""
-        return not any(source == "-" or source.startswith("hub:") for source in self.inputs)
-
-    def chats(self) -> list[ChatRows]:
-        """The inputs, to be read from their start."""
-        return [ChatRows(source, form_named(self.form), self.options.ignored) for source in self.inputs]
-
-    def input_files(self) -> list[dict[str, str]]:
-        """Name and SHA-256 of every file of the inputs, as a store's manifest has them."""
-        files = [file for source in self.inputs for file in _files(Path(source))]
-        digests = remembered_sha256(files)
-        return [{"name": file.name, "sha256": digests[file]} for file in files]
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the bytes of the parts, as JSON values; files by name, size and mtime in ns."""
-        inputs: list[Any] = (
-            [_stamps(Path(source)) for source in self.inputs] if self.reads_again else [uuid.uuid4().hex]
-        )
-        return {
-            "version": VERSION,
-            "inputs": inputs,
-            "tokenizer": file_sha256(tokenizer_file(self.tokenizer)),
-            "template": TemplateCheck(self.tokenizer).facts(),
-            "options": as_json(asdict(self.options)),
-            "form": self.form,
-            "shard_rows": self.shard_rows,
-        }
-
-    def file(self) -> dict[str, Any]:
-        """The content of job.json."""
-        return {
-            "identity": self.identity(),
-            "tokenizer_folder": self.tokenizer,
-            "thinking": self.options.thinking,
-            "no_loss": list(self.options.no_loss),
-        }
-
-
-def _files(path: Path) -> list[Path]:
-    return files_of(path) if path.is_dir() else [path]
-
-
-def _stamps(path: Path) -> list[Any]:
-    stats = [(str(file.resolve()), file.stat()) for file in _files(path)]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-
-class ShardReader:
-    """The inputs' rows, one after the other, handed out shard by shard; shards that are not asked for are skipped
-    without being parsed.
-
-    Row `shard * rows` to `(shard + 1) * rows` are a shard; one row is always read ahead, so that the last shard knows
-    that it is the last.
-    """
-
-    def __init__(self, chats: Sequence[ChatRows], rows: int) -> None:
-        self.chats, self.rows = chats, rows
-        self._rows = ((chat, row) for chat in chats for row in chat.unparsed())
-        self._ahead: tuple[ChatRows, Row] | None = None
-        self._position = -1
-        self.touched: set[int] = set()
-        """Inputs that the shard has rows of."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether no row follows."""
-        return self._position >= 0 and self._ahead is None
-
-    def begin(self, shard: int) -> bool:
-        """Goes to the start of a shard; whether there is a row. The tallies of the inputs begin anew."""
-        if self._position < 0:
-            self._next()
-        while self._ahead is not None and self._position < shard * self.rows:
-            self._next()
-        if shard:
-            for chat in self.chats:
-                chat.unused.clear()
-                chat.drops = Drops()
-        self.touched = set()
-        return self._ahead is not None
-
-    def shard(self) -> Iterator[Conversation]:
-        """The rows from here to the end of the shard."""
-        end = self._position + self.rows
-        while self._ahead is not None and self._position < end:
-            chat, row = self._ahead
-            self.touched.add(self.chats.index(chat))
-            yield conversation(row.fields, row.where, chat.name)
-            self._next()
-
-    def _next(self) -> None:
-        self._ahead = next(self._rows, None)
-        self._position += 1
-
-
 class Work:
     """The folder of a store's parts, beside its place `out`."""
 
     def __init__(self, out: Path) -> None:
         self.out = out.resolve()
         self.folder = unfinished_folder(out)
+        self.joined = self.out.with_name(f".{self.out.name}.joined")
+        """What `folder` is called when the store is there and the parts go."""
 
     def begin(self, job: Job) -> None:
         """Resumes from the parts of the same job; those of another one are thrown away.
@@ -256,15 +135,14 @@ class Work:
         return read_json(self.folder / JOB, JobFile, PREPARE_AGAIN)
 
     def _write_job(self, content: dict[str, Any]) -> None:
-        """Whole, and not in the place of what another process wrote meanwhile."""
+        """Whole; where the file system has links, not in the place of what another process wrote meanwhile."""
         new = self.folder / f"{JOB}.{unique()}"
         new.write_text(json.dumps(content))
         try:
             os.link(new, self.folder / JOB)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            os.replace(new, self.folder / JOB)
+        except OSError:
+            if self.job() is None:  # there are no links, or what is there is damaged
+                os.replace(new, self.folder / JOB)
         new.unlink(missing_ok=True)
 
     def remove(self) -> None:
@@ -273,6 +151,32 @@ class Work:
             self.make()
             self.refuse_running()
             discard(self.folder, self.out)
+        self.clear_joined()
+
+    def finish(self) -> None:
+        """Removes the parts of a store that has its name. Until they are gone, `was_joined` knows it."""
+        self.clear_joined()
+        if self.joined.exists():  # somebody's, or what cannot be removed
+            discard(self.folder, self.out)
+            return
+        os.rename(self.folder, self.joined)
+        self.clear_joined()
+
+    def was_joined(self, job: Job | None) -> bool:
+        """Whether the store that is there was made of the parts that are just going, and they were of this job."""
+        if self.folder.exists() or owner_of(self.out) != KIND or owner_of(self.joined) != WORK:
+            return False
+        try:
+            content = read_json(self.joined / JOB, dict[str, Any])
+        except UserError:
+            return False
+        return job is None or content == job.file()
+
+    def clear_joined(self) -> None:
+        """Goes on with the removal of joined parts, where a kill came between."""
+        if owner_of(self.joined) == WORK:
+            with suppress(OSError):
+                remove_folder(self.joined, JOB, FOLDER_MARKER)
 
     def parts(self) -> list[int]:
         """The numbers of the finished parts, ascending."""
