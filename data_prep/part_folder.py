@@ -164,17 +164,18 @@ class Work:
 
     def was_joined(self, job: Job | None) -> bool:
         """Whether the store that is there was made of the parts that are just going, and they were of this job."""
-        if self.folder.exists() or owner_of(self.out) != KIND or owner_of(self.joined) != WORK:
+        if self.folder.exists() or owner_of(self.out) != KIND:
             return False
         try:
             content = read_json(self.joined / JOB, dict[str, Any])
         except UserError:
+            self.clear_joined()
             return False
         return job is None or content == job.file()
 
     def clear_joined(self) -> None:
         """Goes on with the removal of joined parts, where a kill came between."""
-        if owner_of(self.joined) == WORK:
+        if self.joined.is_dir() and is_ours(self.joined, WORK):
             with suppress(OSError):
                 remove_folder(self.joined, JOB, FOLDER_MARKER)
 
