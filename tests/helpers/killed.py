@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -78,7 +79,7 @@ class _Killer:
     """An audit hook that kills its process at one of the moments at which the disk changes below a folder."""
 
     def __init__(self, folder: Path, moment: int, told: int) -> None:
-        self.folder, self.left, self.told = str(folder), moment, told
+        self.folder, self.left, self.told, self.lock = str(folder), moment, told, threading.Lock()
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -102,7 +103,9 @@ class _Killer:
         return os.path.abspath(os.fspath(path)).startswith(self.folder + os.sep)
 
     def _moment(self, what: str) -> None:
-        self.left -= 1
-        if self.left == 0:
+        with self.lock:  # threads write too
+            self.left -= 1
+            mine = self.left == 0
+        if mine:
             os.write(self.told, what.encode())
             os.kill(os.getpid(), signal.SIGKILL)
