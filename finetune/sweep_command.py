@@ -20,6 +20,8 @@ from launch.slurm.sbatch import render
 from nano3.cli import UserError
 from nano3.outputs import alone, claim
 
+PATIENCE_S = 10
+"""The trials of a sweep that was killed hold its lock until they have ended."""
 NOT_OF_A_SWEEP = ("eval_only", "adapter", "after", "array", "overwrite", "help_settings")
 """Flags of a recipe that a sweep does not take."""
 
@@ -57,7 +59,8 @@ def main(description: str | None) -> int:
     if args.dry_run:
         return _show(args, run, site)
     out = claim(run.out, KIND)
-    with alone(out, f"another process runs the sweep in {out}; wait for it, or choose another --out"):
+    refusal = f"another process runs the sweep in {out}; wait for it, or choose another --out"
+    with alone(out, refusal, PATIENCE_S):
         study = Study.begin(out, _plan(args, run))
         check_space(run, study)
         if args.give_up is not None:

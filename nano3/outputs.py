@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -61,13 +62,18 @@ def claim(out: Path | str, kind: str) -> Path:
 
 
 @contextmanager
-def alone(folder: Path, refusal: str) -> Iterator[None]:
+def alone(folder: Path, refusal: str, patience: float = 0) -> Iterator[None]:
     """Holds the lock of a folder whose files change while it stays, and which is there (`claim`). `UserError` with the
-    text `refusal` while another process holds it."""
-    with locked(folder / LOCK) as mine:
-        if not mine:
+    text `refusal` while another process holds it, after `patience` seconds."""
+    end = time.monotonic() + patience
+    while True:
+        with locked(folder / LOCK) as mine:
+            if mine:
+                yield
+                return
+        if time.monotonic() >= end:
             raise UserError(refusal)
-        yield
+        time.sleep(0.1)
 
 
 @contextmanager

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from nano3 import outputs
 from nano3.errors import UserError
 from nano3.file_system import is_transient, remove_folder
-from nano3.outputs import claim, fresh_file, fresh_output, put_back, scratch_folder
+from nano3.outputs import alone, claim, fresh_file, fresh_output, put_back, scratch_folder
 from nano3.sealed_folder import check_seal, is_ours, mark, owner_of, seal
 from tests.helpers.killed import at_every_change
 
@@ -208,6 +209,23 @@ def test_a_folder_that_grows_is_claimed_where_it_is(tmp_path):
         with pytest.raises(UserError, match=rf"{name} exists and holds files that are not a {kind} of this project"):
             claim(tmp_path / name, kind)
     assert os.listdir(tmp_path / "stranger") == ["thesis"]
+
+
+def test_the_lock_of_a_folder_is_waited_for_as_long_as_was_said(tmp_path, monkeypatch):
+    """By whoever begins again while the children of a killed one end."""
+    holder, waits = alone(claim(tmp_path / "out", "test"), "taken"), []
+    holder.__enter__()
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            holder.__exit__(None, None, None)
+
+    monkeypatch.setattr(outputs.time, "sleep", sleep)
+    with pytest.raises(UserError, match="taken"), alone(tmp_path / "out", "taken"):
+        pass
+    with alone(tmp_path / "out", "taken", patience=60):
+        assert len(waits) == 3
 
 
 def test_a_folder_that_another_process_marks_meanwhile_is_ours(tmp_path, monkeypatch):
