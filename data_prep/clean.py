@@ -25,7 +25,7 @@ import tempfile
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ from data_prep.chat_rows import ChatRows, form_named, read_conversations
 from data_prep.overlap import HeldOut
 from data_prep.quality import Candidate, Consistency, Limits, Templates, kept, reason_alone
 from nano3.conversations import conversation
-from nano3.rows import about_file
+from nano3.rows import about_file, put_about, put_rows
 
 
 def clean(rows: ChatRows, out: Path, limits: Limits, exclude: Sequence[str] = ()) -> dict[str, Any]:
@@ -59,18 +59,20 @@ def clean(rows: ChatRows, out: Path, limits: Limits, exclude: Sequence[str] = ()
             places.append(scratch.tell())
             scratch.write(one.stored(row.fields))
         # What a row is beside those before it.
-        count = 0
-        with temporary.open("w", encoding="utf-8") as file:
-            bar = tqdm(places, desc="duplicates", unit="row", disable=None)
-            for place in kept(scratch, bar, limits, templates, answers, drops):
-                scratch.seek(place)
-                file.write(json.dumps(json.loads(scratch.readline())[0], ensure_ascii=False) + "\n")
-                count += 1
+        bar = tqdm(places, desc="duplicates", unit="row", disable=None)
+        stays = kept(scratch, bar, limits, templates, answers, drops)
+        count = put_rows(temporary, (_stored(scratch, place) for place in stays))
         if not count:
             raise UserError(f"nothing is left of {rows.name}:\n" + "\n".join(drops.lines()))
         about = {"inputs": rows.facts, "rows": count, "limits": vars(limits), "drops": drops.facts()}
-        beside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        put_about(beside, about)
     return about
+
+
+def _stored(scratch: IO[str], place: int) -> dict[str, Any]:
+    """The row that was written at a place."""
+    scratch.seek(place)
+    return dict(json.loads(scratch.readline())[0])
 
 
 def main() -> int:

@@ -39,7 +39,7 @@ from data_prep.forms.said import SAY
 from data_prep.overlap import HeldOut, compared_text, normalized
 from data_prep.sources.source import Source
 from nano3.conversations import Conversation, conversation
-from nano3.rows import Row, about_file
+from nano3.rows import Row, about_file, put_about, put_rows
 
 
 def convert(rows: ChatRows, out: Path, held_out: int = 0) -> dict[str, Any]:
@@ -59,28 +59,26 @@ def convert(rows: ChatRows, out: Path, held_out: int = 0) -> dict[str, Any]:
             "--out, or remove the file"
         )
     with fresh_files(out, about_file(out), *([beside] if held_out else [])) as (temporary, about_it, *held_file):
-        with temporary.open("w", encoding="utf-8") as target:
-            if not held_out:
-                count = _write(target, (row for row, _ in _checked(rows)))
-            else:
-                held, count = _held_and_rest(rows, held_out, target)
-                with held_file[0].open("w", encoding="utf-8") as file:
-                    _write(file, held)
+        if held_out:
+            held, count = _held_and_rest(rows, held_out, temporary)
+            put_rows(held_file[0], (row.fields for row in held))
+        else:
+            count = put_rows(temporary, (row.fields for row, _ in _checked(rows)))
         about = _about(rows, count, len(held))
-        about_it.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        put_about(about_it, about)
     return about
 
 
-def _held_and_rest(rows: ChatRows, held_out: int, target: IO[str]) -> tuple[list[Row], int]:
+def _held_and_rest(rows: ChatRows, held_out: int, target: Path) -> tuple[list[Row], int]:
     """Writes to `target` what is clear of the held-out rows; returns these, and how many it wrote."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=Path(target.name).parent) as scratch:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=target.parent) as scratch:
         chosen, count = _write_and_choose(scratch, rows, held_out)
         if count < 2 * held_out:
             raise UserError(f"--held-out {held_out} of {count} rows leaves fewer to train on; ask for fewer")
         held = [row for number, row, _ in _numbered(scratch) if number in chosen]
         lines = tqdm(_numbered(scratch), desc="held-out questions", total=count, unit="row", disable=None)
         rest = ((row, compared) for number, row, compared in lines if number not in chosen)
-        return held, _write(target, _clear_of(held, rest, rows))
+        return held, put_rows(target, (row.fields for row in _clear_of(held, rest, rows)))
 
 
 def held_out_file(out: Path) -> Path:
@@ -92,10 +90,6 @@ def _checked(rows: ChatRows) -> Iterator[tuple[Row, Conversation]]:
     """The chat rows, and what preparation will make of each."""
     for row in tqdm(rows, desc=rows.name, unit="row", disable=None):
         yield row, conversation(row.fields, row.where, rows.name)
-
-
-def _write(out: IO[str], rows: Iterable[Row]) -> int:
-    return sum(bool(out.write(json.dumps(row.fields, ensure_ascii=False) + "\n")) for row in rows)
 
 
 def _write_and_choose(scratch: IO[str], rows: ChatRows, held_out: int) -> tuple[set[int], int]:

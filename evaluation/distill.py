@@ -22,7 +22,6 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from evaluation.models import Written
 from evaluation.server import ServerModel
 from evaluation.tasks import Task, load_task, names
 from nano3.conversations import conversation
-from nano3.rows import about_file, put_rows
+from nano3.rows import about_file, put_about, put_rows
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def distill(model: ServerModel, task: Task, args: argparse.Namespace) -> dict[st
             "outcomes": dict(traces.outcomes), "rows": count, "questions_with_rows": traces.answered,
             **cost_of(answers, price), "drops": drops.facts(),
         }  # fmt: skip
-        beside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        put_about(beside, about)
     return about
 
 

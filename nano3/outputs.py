@@ -90,7 +90,7 @@ def fresh_output(out: Path | str, kind: str, grows: bool = False) -> Iterator[Pa
     out = check_output(out, kind)
     with only_writer(out):
         check_output(out, kind)  # what a kill had left is back
-        temporary = hidden_beside(out, "partial")
+        temporary = _hidden_beside(out, "partial")
         temporary.mkdir()
         try:
             mark(temporary, kind)
@@ -121,7 +121,7 @@ def fresh_files(out: Path | str, *beside: Path | str) -> Iterator[list[Path]]:
     with ExitStack() as stack:
         for place in places:
             stack.enter_context(only_writer(place))
-        temporaries = [hidden_beside(place, "partial") for place in places]
+        temporaries = [_hidden_beside(place, "partial") for place in places]
         try:
             yield temporaries
             for place in places[1:]:
@@ -141,7 +141,7 @@ def scratch_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     _clear_scratch(out)
     while True:
-        scratch = hidden_beside(out, "scratch")
+        scratch = _hidden_beside(out, "scratch")
         with locked(_lock_of(scratch), remove=True) as mine:
             if not mine:  # another process takes it for one that was left, just now
                 continue
@@ -194,7 +194,7 @@ def put_back(out: Path) -> None:
 
 def replace_folder(new: Path, out: Path) -> None:
     """Renames `new` to `out`, in place of the folder there; that one comes back when the renaming fails."""
-    old = hidden_beside(out, "old")
+    old = _hidden_beside(out, "old")
     if out.exists():
         os.rename(out, old)
     try:
@@ -210,12 +210,12 @@ def replace_folder(new: Path, out: Path) -> None:
 def discard(folder: Path, out: Path) -> None:
     """Removes a folder of ours that lies beside the output `out`: out of sight first, so that a kill while it goes
     leaves no half of it under its name."""
-    going = hidden_beside(out, "partial")
+    going = _hidden_beside(out, "partial")
     os.rename(folder, going)
     _remove(going)
 
 
-def hidden_beside(out: Path, what: str) -> Path:
+def _hidden_beside(out: Path, what: str) -> Path:
     """A name that nobody has, for what is `partial` or `old` of the output `out`."""
     return out.parent / f".{out.name}.{what}-{unique()}"
 

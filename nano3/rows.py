@@ -17,7 +17,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -149,6 +149,11 @@ def put_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     return count
+
+
+def put_about(path: Path, about: Mapping[str, Any]) -> None:
+    """Writes what stands in `about_file` of a data file to a temporary file."""
+    path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
 def files_of(folder: Path) -> list[Path]:

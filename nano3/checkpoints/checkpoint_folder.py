@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from nano3.cli import UserError
 from nano3.documents import Count, Name, check, read_json, shown
-from nano3.file_system import free_disk
+from nano3.file_system import UNIQUE, free_disk
 from nano3.outputs import put_back
 from nano3.sealed_folder import check_seal
 
@@ -29,7 +29,7 @@ STATE = "state.json"
 FORMAT = 2
 """Of `training/`. In format 1 everything but the optimizer's tensors was stored rank by rank."""
 _STEP = re.compile(r"step-(\d{6,})")
-_LEFT = re.compile(r"\.step-\d{6,}\.(removed|lock|(partial|old)-\d+-[0-9a-f]{8})")
+_LEFT = re.compile(rf"\.step-\d{{6,}}\.(removed|lock|(partial|old)-{UNIQUE})")
 """What a killed run leaves beside its checkpoints."""
 
 
